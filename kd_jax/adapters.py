@@ -1,0 +1,261 @@
+"""Makes student and teacher functions out of linen, nnx and plain functions.
+
+This file and `models` are the only ones that import linen or nnx. A function
+made here serves as a student, `(variables, batch, rng, *, train)`, and as a
+teacher, `(variables, batch)`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import nnx, traverse_util
+
+from kd_jax import rules
+from kd_jax.types import Batch, Forward, StudentFn, Variables
+
+Interceptor = Callable[..., Any]
+
+
+def from_linen(
+  model: nn.Module,
+  *,
+  taps: Sequence[str] = (),
+  interceptors: Sequence[Interceptor] = (),
+  axis_name: str | None = None,
+  image: str = 'image',
+  train_argument: str | None = 'train',
+) -> StudentFn:
+  """A forward of any linen module, without editing it.
+
+  Args:
+    model: a module whose `__call__` takes `batch[image]`, and `train` when
+      `train_argument` names it; it returns the output.
+    taps: '/'-joined paths of submodules whose outputs `Forward.features`
+      shall hold.
+    interceptors: functions for `nn.intercept_methods`, such as
+      `quantize.quantize_activations(...)`; the first one is the outermost.
+    axis_name: the mapped axis under `shard_map` or `pmap`: BatchNorm takes
+      its statistics over the whole axis, and Dropout draws the mask that it
+      would draw for the global batch, so that the numbers are those of `jit`.
+      Modules that call `make_rng` themselves draw alike on every device.
+    image: the key of the model's input in the batch.
+    train_argument: name of the boolean argument of `__call__` that turns
+      training on, or None if it has none.
+
+  Returns:
+    `forward(variables, batch, rng=None, *, train=False) -> Forward`. When
+    training, all collections but `params` are updated, and `rng` feeds the
+    `dropout` stream.
+
+  Raises:
+    ValueError: when called, for a tap that is no submodule's path.
+
+  Example:
+    >>> model = nn.Sequential([nn.Dense(4), nn.Dense(3)])
+    >>> forward = from_linen(model, taps=['layers_0'], train_argument=None)
+    >>> x = jax.numpy.ones((2, 5))
+    >>> out = forward(model.init(jax.random.key(0), x), {'image': x})
+    >>> out.output.shape, out.features['layers_0'].shape
+    ((2, 3), (2, 4))
+  """
+  wanted = frozenset(taps)
+  if axis_name is not None:
+    interceptors = (_global_batch(axis_name), *interceptors)
+
+  def tapped(module, method):
+    return method == '__call__' and '/'.join(module.path) in wanted
+
+  def forward(variables, batch, rng=None, *, train=False):
+    state = {k: v for k, v in variables.items() if k != 'params'}
+    # quant_stats may not exist yet: an observer creates its own.
+    mutable = [*state, 'quant_stats'] if train else []
+    options = {} if train_argument is None else {train_argument: train}
+    if wanted:
+      mutable = [*mutable, 'intermediates']
+      options['capture_intermediates'] = tapped
+    with _intercept(interceptors):
+      out = model.apply(
+        dict(variables),
+        batch[image],
+        rngs=None if rng is None else {'dropout': rng},
+        mutable=mutable or False,
+        **options,
+      )
+    output, updated = out if mutable else (out, {})
+    updated = dict(updated)
+    features = _features(updated.pop('intermediates', {}))
+    missing = wanted - set(features)
+    if missing:
+      _raise_unknown_tap(model, variables, batch[image], options, missing)
+    return Forward(output, features, {**state, **updated} if train else state)
+
+  return forward
+
+
+class _intercept:
+  """`nn.intercept_methods` of several functions, the first outermost."""
+
+  def __init__(self, interceptors: Sequence[Interceptor]):
+    self.contexts = [nn.intercept_methods(f) for f in reversed(interceptors)]
+
+  def __enter__(self):
+    for context in self.contexts:
+      context.__enter__()
+
+  def __exit__(self, *error):
+    for context in reversed(self.contexts):
+      context.__exit__(*error)
+
+
+def _features(intermediates: Mapping[str, Any]) -> dict[str, Any]:
+  flat = traverse_util.flatten_dict(intermediates, sep='/')
+  # linen keeps one output per call; a tap is the last one.
+  return {k.removesuffix('/__call__'): v[-1] for k, v in flat.items()}
+
+
+def _raise_unknown_tap(model, variables, x, options, missing):
+  everything = options | {'capture_intermediates': True}
+
+  def run(variables, x):
+    return model.apply(variables, x, mutable=True, **everything)[1]
+
+  state = jax.eval_shape(run, dict(variables), x)
+  paths = sorted(p for p in _features(state['intermediates']) if p)
+  name = min(missing)
+  raise ValueError(f'Unknown tap {name!r}: {rules.near_misses(name, paths)}')
+
+
+def _global_batch(axis_name: str) -> Interceptor:
+  def interceptor(next_fun, args, kwargs, context):
+    module = context.module
+    if context.method_name != '__call__':
+      return next_fun(*args, **kwargs)
+    if isinstance(module, nn.BatchNorm):
+      # Modules are frozen to guard against state that hides in them; this is
+      # a bound copy that lives for this one forward.
+      object.__setattr__(module, 'axis_name', axis_name)
+    if isinstance(module, nn.Dropout):
+      return _global_dropout(module, axis_name, *args, **kwargs)
+    return next_fun(*args, **kwargs)
+
+  return interceptor
+
+
+def _global_dropout(module, axis_name, inputs, deterministic=None, rng=None):
+  deterministic = nn.merge_param(
+    'deterministic', module.deterministic, deterministic
+  )
+  if module.rate == 0.0 or deterministic:
+    return inputs
+  if module.rate == 1.0:
+    return jax.numpy.zeros_like(inputs)
+  rng = module.make_rng(module.rng_collection) if rng is None else rng
+  keep = 1.0 - module.rate
+  devices = jax.lax.axis_size(axis_name)
+  shape = [inputs.shape[0] * devices, *inputs.shape[1:]]
+  for axis in module.broadcast_dims:
+    shape[axis] = 1
+  mask = jax.random.bernoulli(rng, p=keep, shape=shape)
+  if shape[0] > 1 or devices == 1:
+    # XLA computes the slice alone: each random bit depends on its index only.
+    start = jax.lax.axis_index(axis_name) * inputs.shape[0]
+    mask = jax.lax.dynamic_slice_in_dim(mask, start, inputs.shape[0])
+  mask = jax.numpy.broadcast_to(mask, inputs.shape)
+  return jax.lax.select(mask, inputs / keep, jax.numpy.zeros_like(inputs))
+
+
+def init_linen(
+  model: nn.Module,
+  rng: jax.Array,
+  batch: Batch,
+  *,
+  image: str = 'image',
+) -> dict[str, Any]:
+  """The initial variables of a linen module, in evaluation mode, compiled.
+
+  Args:
+    model: the module.
+    rng: typed key.
+    batch: one batch; only the input's shape and dtype matter.
+    image: the key of the model's input in the batch.
+  """
+  x = jax.numpy.zeros(batch[image].shape, batch[image].dtype)
+  return dict(jax.jit(model.init)({'params': rng, 'dropout': rng}, x))
+
+
+def from_nnx(
+  model: nnx.Module, *, image: str = 'image'
+) -> tuple[StudentFn, Variables]:
+  """A forward of an nnx module, and its variables.
+
+  Args:
+    model: the module; `model(batch[image])` returns the output. `train()` and
+      `eval()` are called on a copy as the step asks.
+    image: the key of the model's input in the batch.
+
+  Returns:
+    `(forward, variables)`: variables are nested dicts, `params` (every
+    `nnx.Param`) and, where the module has any, `model_state` (BatchNorm
+    statistics, random streams). `rng` is not used: an nnx module carries its
+    own streams.
+
+  Example:
+    >>> forward, variables = from_nnx(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    >>> forward(variables, {'image': jax.numpy.ones((2, 4))}).output.shape
+    (2, 3)
+  """
+  graphs = {}
+  for mode in ('train', 'eval'):
+    twin = nnx.clone(model)
+    getattr(twin, mode)()
+    graphs[mode], params_like, rest_like = nnx.split(twin, nnx.Param, ...)
+  variables = {'params': nnx.to_pure_dict(params_like)}
+  if jax.tree.leaves(rest_like):
+    variables['model_state'] = nnx.to_pure_dict(rest_like)
+
+  def forward(variables, batch, rng=None, *, train=False):
+    module = nnx.merge(
+      graphs['train' if train else 'eval'],
+      _filled(params_like, variables['params']),
+      _filled(rest_like, variables.get('model_state', {})),
+    )
+    output = module(batch[image])
+    state = {k: v for k, v in variables.items() if k != 'params'}
+    if train and state:
+      rest = nnx.split(module, nnx.Param, ...)[2]
+      state = {'model_state': nnx.to_pure_dict(rest)}
+    return Forward(output, {}, state)
+
+  return forward, variables
+
+
+def _filled(like: nnx.State, values: Any) -> nnx.State:
+  state = jax.tree.map(lambda x: x, like)
+  nnx.replace_by_pure_dict(state, values)
+  return state
+
+
+def from_apply(
+  apply: Callable[[Any, Any], jax.Array], *, image: str = 'image'
+) -> StudentFn:
+  """A forward of a plain function of parameters and input.
+
+  Args:
+    apply: `(params, x) -> output`; no state, no randomness. For more, write
+      the forward itself: it is only a function.
+    image: the key of the input in the batch.
+
+  Example:
+    >>> forward = from_apply(lambda params, x: x @ params)
+    >>> eye = jax.numpy.eye(2)
+    >>> forward({'params': eye}, {'image': eye}).output.tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+  """
+
+  def forward(variables, batch, rng=None, *, train=False):
+    state = {k: v for k, v in variables.items() if k != 'params'}
+    return Forward(apply(variables['params'], batch[image]), {}, state)
+
+  return forward

@@ -1,0 +1,145 @@
+"""Metrics as sums that add over batches and devices, and their results.
+
+A metric never averages averages: `update` returns sums and counts, sums add
+with `merge`, and `result` divides once. Uneven last batches are exact because
+padding has mask 0.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_jax import losses
+from kd_jax.types import Batch, Forward
+
+
+class Metric(NamedTuple):
+  """A pair of functions.
+
+  Attributes:
+    update: `(student, teacher, batch, mask) -> sums`, a pytree of float32.
+    result: `(sums) -> float`, on the host, of the sums of all batches.
+  """
+
+  update: Callable[[Forward, Forward | None, Batch, jax.Array], Any]
+  result: Callable[[Any], float]
+
+
+def _mean(value: Callable[[Forward, Forward, Batch], jax.Array]) -> Metric:
+  def update(student, teacher, batch, mask):
+    per_example = value(student, teacher, batch)
+    # where, not a product: padding may hold NaN.
+    total = jnp.sum(jnp.where(mask > 0, per_example, 0.0))
+    return {'sum': total, 'count': jnp.sum(mask > 0).astype(jnp.float32)}
+
+  return Metric(update, lambda sums: float(sums['sum'] / sums['count']))
+
+
+def _equal(a: jax.Array, b: jax.Array) -> jax.Array:
+  return (a == b).astype(jnp.float32)
+
+
+def accuracy() -> Metric:
+  """Share of examples whose most likely class is `batch['label']`."""
+  return _mean(lambda s, t, b: _equal(jnp.argmax(s.output, -1), b['label']))
+
+
+def agreement() -> Metric:
+  """Share of examples on which teacher and student pick the same class.
+
+  References:
+    Stanton et al., "Does Knowledge Distillation Really Work?", 2021,
+    arXiv:2106.05945.
+  """
+  return _mean(
+    lambda s, t, b: _equal(jnp.argmax(s.output, -1), jnp.argmax(t.output, -1))
+  )
+
+
+def kl() -> Metric:
+  """Mean KL(teacher || student) in nats, at temperature 1."""
+  return _mean(
+    lambda s, t, b: losses.kl_divergence(s.output, t.output, temperature=1.0)
+  )
+
+
+def mean_squared_error() -> Metric:
+  """Mean squared error to `batch['target']`, over examples and dimensions."""
+  return _mean(lambda s, t, b: losses.squared_error(s.output, b['target']))
+
+
+def calibration_error(*, bins: int = 15) -> Metric:
+  """Expected calibration error with equal-width confidence bins.
+
+  The mean over bins, weighted by their counts, of |accuracy - confidence|.
+
+  Args:
+    bins: number of bins of (0, 1].
+
+  References:
+    Guo et al., "On Calibration of Modern Neural Networks", 2017,
+    arXiv:1706.04599.
+  """
+
+  def update(student, teacher, batch, mask):
+    probabilities = jax.nn.softmax(student.output.astype(jnp.float32))
+    confidence = jnp.max(probabilities, axis=-1)
+    hits = _equal(jnp.argmax(student.output, -1), batch['label'])
+    index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1)
+    member = jax.nn.one_hot(index.astype(jnp.int32), bins) * (mask > 0)[:, None]
+    return {
+      'confidence': jnp.sum(member * confidence[:, None], axis=0),
+      'hits': jnp.sum(member * hits[:, None], axis=0),
+      'count': jnp.sum(member, axis=0),
+    }
+
+  def result(sums):
+    gap = np.abs(sums['hits'] - sums['confidence'])
+    return float(gap.sum() / sums['count'].sum())
+
+  return Metric(update, result)
+
+
+def classification(*, with_teacher: bool) -> dict[str, Metric]:
+  """The metrics of every report row, by name."""
+  always = {'accuracy': accuracy(), 'calibration_error': calibration_error()}
+  compared = {'agreement': agreement(), 'kl': kl()}
+  return always | (compared if with_teacher else {})
+
+
+def evaluate(
+  eval_step: Callable[[Batch], Any],
+  batches: Iterable[Batch],
+  metrics: Mapping[str, Metric],
+) -> dict[str, float]:
+  """Runs an eval step over batches and returns name -> result.
+
+  Args:
+    eval_step: `(batch) -> sums`, as `step.make_eval_step` makes them.
+    batches: batches of one shape; the last one padded and masked.
+    metrics: the metrics that `eval_step` was made with.
+
+  Raises:
+    ValueError: if there is no batch.
+
+  Example:
+    >>> step = lambda b: {'accuracy': accuracy().update(
+    ...   Forward(b['x']), None, b, b['mask'])}
+    >>> batch = {'x': jnp.eye(2), 'label': jnp.array([0, 0]),
+    ...          'mask': jnp.array([1.0, 1.0])}
+    >>> evaluate(step, [batch], {'accuracy': accuracy()})
+    {'accuracy': 0.5}
+  """
+  # Sums stay on the device until the end: no wait between batches.
+  sums = [eval_step(batch) for batch in batches]
+  if not sums:
+    raise ValueError('There is nothing to evaluate: the data set is empty.')
+  # float64 on the host: counts stay exact past 2**24 examples.
+  total = jax.tree.map(
+    lambda *xs: np.sum(np.stack([np.asarray(x, np.float64) for x in xs]), 0),
+    *jax.device_get(sums),
+  )
+  return {name: metric.result(total[name]) for name, metric in metrics.items()}

@@ -1,0 +1,245 @@
+"""Optimizers and schedules by name, built from optax.
+
+The order of one update: clip the gradients, add coupled L1 and L2, scale as
+the optimizer does, add decoupled L1 and L2, multiply by the learning rate.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kd_jax import rules
+
+Schedule = Callable[[Any], Any]
+
+
+def _cosine(peak, total_steps, end, boundaries, factor):
+  return optax.cosine_decay_schedule(peak, total_steps, alpha=end / peak)
+
+
+def _constant(peak, total_steps, end, boundaries, factor):
+  return optax.constant_schedule(peak)
+
+
+def _step(peak, total_steps, end, boundaries, factor):
+  at = {round(b * total_steps): factor for b in boundaries}
+  return optax.piecewise_constant_schedule(peak, at)
+
+
+def _linear(peak, total_steps, end, boundaries, factor):
+  return optax.linear_schedule(peak, end, total_steps)
+
+
+SCHEDULES = {
+  'constant': _constant,
+  'cosine': _cosine,
+  'linear': _linear,
+  'step': _step,
+}
+
+
+def make_schedule(
+  name: str,
+  *,
+  peak: float,
+  total_steps: int,
+  warmup_steps: int = 0,
+  end: float = 0.0,
+  boundaries: Sequence[float] = (0.6, 0.75, 0.9),
+  factor: float = 0.1,
+) -> Schedule:
+  """A learning-rate schedule by name: constant, cosine, linear or step.
+
+  Args:
+    name: one of `SCHEDULES`.
+    peak: the rate after the warm-up, > 0.
+    total_steps: length of the whole run in steps, warm-up included.
+    warmup_steps: steps of linear rise from 0 to `peak`.
+    end: last value of 'cosine' and 'linear'.
+    boundaries: for 'step', where the rate falls, as shares of the steps that
+      follow the warm-up.
+    factor: for 'step', what the rate is multiplied by at each boundary.
+
+  Returns:
+    `step -> rate`.
+
+  Raises:
+    ValueError: for an unknown name, or a warm-up longer than the run.
+
+  Example:
+    >>> schedule = make_schedule('cosine', peak=0.1, total_steps=100)
+    >>> [round(float(schedule(s)), 3) for s in (0, 50, 100)]
+    [0.1, 0.05, 0.0]
+  """
+  make = rules.choose('schedule', name, SCHEDULES)
+  if not 0 <= warmup_steps < max(total_steps, 1):
+    raise ValueError(
+      f'warmup_steps={warmup_steps} does not fit into {total_steps} steps.'
+    )
+  after = make(peak, total_steps - warmup_steps, end, boundaries, factor)
+  if not warmup_steps:
+    return after
+  rise = optax.linear_schedule(0.0, peak, warmup_steps)
+  return optax.join_schedules([rise, after], [warmup_steps])
+
+
+def _momentum(momentum, **unused):
+  return optax.trace(momentum) if momentum else optax.identity()
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+  'sgd': lambda **unused: optax.identity(),
+  'momentum': _momentum,
+  'nesterov': lambda momentum, **unused: optax.trace(momentum, nesterov=True),
+  'adagrad': lambda eps, **unused: optax.scale_by_rss(
+    initial_accumulator_value=0.1, eps=eps
+  ),
+  'rmsprop': lambda momentum, eps, **unused: optax.chain(
+    optax.scale_by_rms(decay=0.9, eps=eps), _momentum(momentum)
+  ),
+  'adam': lambda b1, b2, eps, **unused: optax.scale_by_adam(b1, b2, eps),
+  'adamw': lambda b1, b2, eps, **unused: optax.scale_by_adam(b1, b2, eps),
+  'lion': lambda b1, b2, **unused: optax.scale_by_lion(b1, b2),
+  'lamb': lambda b1, b2, eps, **unused: optax.scale_by_adam(b1, b2, eps),
+}
+# Those whose papers decouple weight decay from the gradient.
+_DECOUPLED = ('adamw', 'lion', 'lamb')
+
+
+def make_optimizer(
+  name: str,
+  *,
+  learning_rate: float | Schedule,
+  momentum: float = 0.9,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  l1: float = 0.0,
+  l2: float = 0.0,
+  decoupled: bool | None = None,
+  decay: str = '.*/kernel',
+  clip_norm: float | None = None,
+  clip_value: float | None = None,
+  accumulate: int = 1,
+) -> optax.GradientTransformation:
+  """An optax chain by name.
+
+  Args:
+    name: one of `OPTIMIZERS`: sgd, momentum, nesterov, adagrad, rmsprop,
+      adam, adamw, lion, lamb.
+    learning_rate: a float, or a schedule `step -> rate`.
+    momentum: of momentum, nesterov and rmsprop (0 turns it off).
+    b1: decay of the first moment (Adam, Lion, LAMB).
+    b2: decay of the second moment; Lion's paper uses 0.99.
+    eps: added to denominators.
+    l1: strength of the L1 penalty l1 * |w|.
+    l2: strength of the L2 penalty, l2 / 2 * w**2 when coupled; weight decay
+      when decoupled.
+    decoupled: False adds the penalties' gradients before the optimizer
+      scales them, True after (arXiv:1711.05101); None is True for adamw, lion
+      and lamb, False for the rest.
+    decay: `re.fullmatch` pattern of the parameter paths that L1 and L2 reach.
+    clip_norm: largest global norm of the gradients.
+    clip_value: largest absolute value of a gradient.
+    accumulate: number of batches whose mean gradient makes one update.
+
+  Raises:
+    ValueError: for an unknown name, or an option that is out of range.
+
+  Example:
+    >>> tx = make_optimizer('adamw', learning_rate=1e-3, l2=0.01)
+    >>> state = tx.init({'dense': {'kernel': jnp.ones((2, 2))}})
+  """
+  scale = rules.choose('optimizer', name, OPTIMIZERS)
+  if accumulate < 1:
+    raise ValueError(f'accumulate={accumulate} must be at least 1.')
+  if decoupled is None:
+    decoupled = name in _DECOUPLED
+
+  def selected(params):
+    names = rules.leaf_names(params)
+    chosen = rules.match([(decay, True)], names, kind='decay rule')
+    return jax.tree.unflatten(
+      jax.tree.structure(params), [name in chosen for name in names]
+    )
+
+  penalties = []
+  if l1 or l2:
+    penalties = [optax.masked(_add_penalties(l1, l2), selected)]
+  tx = optax.chain(
+    *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
+    *([optax.clip(clip_value)] if clip_value else []),
+    *([] if decoupled else penalties),
+    scale(momentum=momentum, b1=b1, b2=b2, eps=eps),
+    *(penalties if decoupled else []),
+    *([optax.scale_by_trust_ratio()] if name == 'lamb' else []),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+  return optax.MultiSteps(tx, accumulate) if accumulate > 1 else tx
+
+
+def _add_penalties(l1: float, l2: float) -> optax.GradientTransformation:
+  def update(updates, state, params):
+    add = lambda u, p: u + l1 * jnp.sign(p) + l2 * p
+    return jax.tree.map(add, updates, params), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class AverageState(NamedTuple):
+  """State of `average_params`: the average, and the wrapped state."""
+
+  average: Any
+  inner: Any
+
+
+def average_params(
+  tx: optax.GradientTransformation, *, decay: float
+) -> optax.GradientTransformation:
+  """Wraps an optimizer so that its state holds an average of the parameters.
+
+  After every update average <- decay * average + (1 - decay) * params, from
+  the initial parameters on. Read it with `averaged_params(opt_state)`.
+
+  Args:
+    tx: the optimizer to wrap; apply `prune` outside of this.
+    decay: in (0, 1), such as 0.999.
+
+  Example:
+    >>> tx = average_params(optax.sgd(1.0), decay=0.5)
+    >>> params = jnp.zeros(())
+    >>> updates, state = tx.update(jnp.ones(()), tx.init(params), params)
+    >>> float(averaged_params(state))
+    -0.5
+  """
+  if not 0 < decay < 1:
+    raise ValueError(f'The decay of an average is in (0, 1), not {decay}.')
+
+  def init(params):
+    return AverageState(jax.tree.map(jnp.array, params), tx.init(params))
+
+  def update(grads, state, params, **extra):
+    updates, inner = optax.with_extra_args_support(tx).update(
+      grads, state.inner, params, **extra
+    )
+    new = optax.apply_updates(params, updates)
+    average = jax.tree.map(
+      lambda a, p: a + (1 - decay) * (p - a), state.average, new
+    )
+    return updates, AverageState(average, inner)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def averaged_params(opt_state: Any) -> Any:
+  """The averaged parameters inside any optimizer state, or None."""
+  is_average = lambda x: isinstance(x, AverageState)
+  found = [
+    leaf
+    for leaf in jax.tree.leaves(opt_state, is_leaf=is_average)
+    if is_average(leaf)
+  ]
+  return found[0].average if found else None

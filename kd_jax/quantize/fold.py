@@ -1,0 +1,136 @@
+"""Folding BatchNorm into the convolution or dense layer before it.
+
+gamma * (conv(x, w) + b - mean) / sqrt(var + eps) + beta is a convolution with
+w * g and bias (b - mean) * g + beta, where g = gamma / sqrt(var + eps) per
+output channel. Which BatchNorm follows which layer is found by running the
+model once, abstractly.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from kd_jax.types import Batch, Variables
+
+
+class FoldableNorm(NamedTuple):
+  """A BatchNorm that directly follows a linear layer.
+
+  Attributes:
+    norm: path of the BatchNorm.
+    epsilon: its epsilon.
+  """
+
+  norm: str
+  epsilon: float
+
+
+def _is(module: Any, *names: str) -> bool:
+  return any(base.__name__ in names for base in type(module).__mro__)
+
+
+def foldable_batch_norms(
+  make_forward: Callable[..., Callable[..., Any]],
+  variables: Variables,
+  batch: Batch,
+) -> dict[str, FoldableNorm]:
+  """Finds the BatchNorms whose input is exactly one layer's output.
+
+  Args:
+    make_forward: `(interceptor) -> forward`, such as
+      `lambda i: from_linen(model, interceptors=(i,))`.
+    variables: the model's variables.
+    batch: one batch; only its shapes and dtypes matter.
+
+  Returns:
+    path of a Conv or Dense layer -> the BatchNorm that follows it. Layers
+    that are called more than once are left out. A layer whose output has a
+    second reader beside the BatchNorm cannot be told from here: compare the
+    folded model with the original, as `parity.compare` does.
+  """
+  producers: dict[int, str] = {}
+  calls: dict[str, int] = {}
+  found: dict[str, FoldableNorm] = {}
+  outputs = []  # keeps outputs alive, so that no id is used twice
+
+  def record(next_fun, args, kwargs, context):
+    module = context.module
+    if context.method_name != '__call__':
+      return next_fun(*args, **kwargs)
+    path = '/'.join(module.path)
+    if _is(module, 'BatchNorm') and id(args[0]) in producers:
+      layer = producers[id(args[0])]
+      if layer not in found:
+        found[layer] = FoldableNorm(path, float(module.epsilon))
+    out = next_fun(*args, **kwargs)
+    if _is(module, 'Conv', 'Dense'):
+      calls[path] = calls.get(path, 0) + 1
+      producers[id(out)] = path
+      outputs.append(out)
+    return out
+
+  forward = make_forward(record)
+  jax.eval_shape(
+    lambda v, b: forward(v, b, None, train=False), dict(variables), dict(batch)
+  )
+  return {layer: f for layer, f in found.items() if calls[layer] == 1}
+
+
+def fold_batch_norm(
+  variables: Variables, norms: Mapping[str, FoldableNorm]
+) -> dict[str, Any]:
+  """Folds BatchNorms with their running statistics into the layers before.
+
+  Run the result with `skip_folded_batch_norms` among the interceptors.
+
+  Args:
+    variables: `{'params': ..., 'batch_stats': ..., ...}` of a linen model.
+    norms: from `foldable_batch_norms`.
+
+  Returns:
+    New variables: each folded layer has a kernel scaled per output channel
+    and a bias; the folded BatchNorms' variables are gone.
+
+  References:
+    Jacob et al., 2018, arXiv:1712.05877, section 3.2.
+  """
+  flat = {
+    collection: dict(traverse_util.flatten_dict(tree, sep='/'))
+    for collection, tree in variables.items()
+  }
+  params, stats = flat['params'], flat.get('batch_stats', {})
+  for layer, (norm, epsilon) in norms.items():
+    mean = stats.pop(f'{norm}/mean')
+    variance = stats.pop(f'{norm}/var')
+    gain = params.pop(f'{norm}/scale', jnp.ones_like(mean))
+    gain = gain * jax.lax.rsqrt(variance + epsilon)
+    shift = params.pop(f'{norm}/bias', jnp.zeros_like(mean))
+    bias = params.get(f'{layer}/bias', jnp.zeros_like(mean))
+    params[f'{layer}/kernel'] = params[f'{layer}/kernel'] * gain
+    params[f'{layer}/bias'] = (bias - mean) * gain + shift
+  return {
+    collection: traverse_util.unflatten_dict(tree, sep='/')
+    for collection, tree in flat.items()
+    if tree
+  }
+
+
+def skip_folded_batch_norms(next_fun, args, kwargs, context):
+  """Interceptor: a BatchNorm without running statistics was folded away.
+
+  It also adds the bias that folding gave to a layer built without one.
+  """
+  module = context.module
+  if context.method_name != '__call__':
+    return next_fun(*args, **kwargs)
+  if _is(module, 'BatchNorm'):
+    folded = not module.scope.has_variable('batch_stats', 'mean')
+    return args[0] if folded else next_fun(*args, **kwargs)
+  out = next_fun(*args, **kwargs)
+  if _is(module, 'Conv', 'Dense') and not module.use_bias:
+    if module.scope.has_variable('params', 'bias'):
+      out = out + module.scope.get_variable('params', 'bias')
+  return out

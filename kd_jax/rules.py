@@ -1,0 +1,122 @@
+"""Rules that address parameters and layers by path; first match wins.
+
+A path is the '/'-joined name of a leaf or layer, such as 'stage1/conv/kernel'.
+A rule is a pair `(pattern, value)`: the pattern is matched with
+`re.fullmatch`, and `None` as value leaves the path out. Quantization, pruning
+and weight decay all choose their parameters here, and nowhere else.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import jax
+
+T = TypeVar('T')
+Rules = Sequence[tuple[str, T | None]]
+
+
+def path_name(path: Any) -> str:
+  """The '/'-joined name of a key path of `jax.tree_util`.
+
+  Example:
+    >>> tree = {'conv': {'kernel': 1.0}}
+    >>> [(path, _)] = jax.tree_util.tree_leaves_with_path(tree)
+    >>> path_name(path)
+    'conv/kernel'
+  """
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def leaf_names(tree: Any) -> list[str]:
+  """The path of every leaf, in the order of `jax.tree.leaves`."""
+  return [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def near_misses(name: str, choices: Iterable[str], count: int = 6) -> str:
+  """A sentence fragment naming the choices closest to `name`.
+
+  Example:
+    >>> near_misses('adan', ['adam', 'sgd'])
+    'did you mean adam? (valid: adam, sgd)'
+  """
+  choices = sorted(map(str, choices))
+  close = difflib.get_close_matches(str(name), choices, n=3, cutoff=0.5)
+  shown = ', '.join(choices[:count]) + (', ...' if len(choices) > count else '')
+  if not close:
+    return f'valid: {shown}' if choices else 'there are none'
+  if len(choices) <= count:
+    return f'did you mean {" or ".join(close)}? (valid: {shown})'
+  return f'did you mean {" or ".join(close)}?'
+
+
+def choose(kind: str, name: str, choices: Any) -> Any:
+  """`choices[name]`, or a ValueError that names the valid ones.
+
+  Example:
+    >>> choose('optimizer', 'adan', {'adam': 1, 'sgd': 2})
+    Traceback (most recent call last):
+    ...
+    ValueError: Unknown optimizer 'adan': did you mean adam? (valid: adam, sgd)
+  """
+  if name not in choices:
+    raise ValueError(f'Unknown {kind} {name!r}: {near_misses(name, choices)}')
+  return choices[name]
+
+
+def match(
+  rules: Rules[T], names: Sequence[str], *, kind: str = 'rule'
+) -> dict[str, T]:
+  """The value that each path gets: the first rule that matches it whole.
+
+  Args:
+    rules: `(pattern, value)` pairs; a value of None excludes the path.
+    names: the paths there are.
+    kind: what the rules are for; used in the error.
+
+  Returns:
+    path -> value for the paths that a rule with a value matched.
+
+  Raises:
+    ValueError: if a rule matches no path at all, or its pattern is not a
+      regular expression.
+
+  Example:
+    >>> rules = [('head/.*', None), ('.*/kernel', 8)]
+    >>> match(rules, ['conv/kernel', 'conv/bias', 'head/kernel'])
+    {'conv/kernel': 8}
+  """
+  matched: dict[str, T] = {}
+  used = [False] * len(rules)
+  for name in names:
+    for i, (pattern, value) in enumerate(rules):
+      if _fullmatch(pattern, name, kind):
+        used[i] = True
+        if value is not None:
+          matched[name] = value
+        break
+  for i, (pattern, _) in enumerate(rules):
+    if not used[i] and not any(_fullmatch(pattern, n, kind) for n in names):
+      raise ValueError(
+        f'{kind} {pattern!r} matches nothing: {near_misses(pattern, names)}'
+      )
+  return matched
+
+
+def first(rules: Rules[T], name: str, *, kind: str = 'rule') -> T | None:
+  """The value of the first rule that matches a path whole, or None.
+
+  Unlike `match` it cannot tell a rule that matches nothing anywhere.
+  """
+  for pattern, value in rules:
+    if _fullmatch(pattern, name, kind):
+      return value
+  return None
+
+
+def _fullmatch(pattern: str, name: str, kind: str) -> bool:
+  try:
+    return re.fullmatch(pattern, name) is not None
+  except re.error as e:
+    raise ValueError(f'{kind} {pattern!r} is no regular expression: {e}') from e

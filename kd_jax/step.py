@@ -1,0 +1,232 @@
+"""The train and eval steps: pure functions, compiled by `sharding`.
+
+One train step is: teacher forward; mask -> fake-quant -> student forward ->
+objective -> optimizer. Pruning masks live in the optimizer (`prune`), so that
+the parameters that arrive here are already masked.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kd_jax.objectives import Inputs, Objective
+from kd_jax.types import (
+  Batch,
+  Forward,
+  Metrics,
+  ObjectiveState,
+  Params,
+  StudentFn,
+  TeacherFn,
+  TrainState,
+  Variables,
+)
+
+TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+  student_fn: StudentFn,
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  *,
+  teacher_fn: TeacherFn | None = None,
+  params_fn: Callable[[Params], Params] = lambda params: params,
+  axis_name: str | None = None,
+  objective_tx: optax.GradientTransformation | None = None,
+) -> TrainStep:
+  """Makes the step that trains a student; pure and not compiled.
+
+  Args:
+    student_fn: `(variables, batch, rng, *, train) -> Forward`.
+    objective: what to minimise; see `objectives`.
+    tx: optimizer of the student's parameters.
+    teacher_fn: `(variables, batch) -> Forward`, or None without a teacher.
+    params_fn: map from the trained parameters to those the student runs with,
+      such as `fake_quant_params`; differentiated through.
+    axis_name: the mapped axis under `shard_map` or `pmap`, None under `jit`.
+    objective_tx: optimizer of the objective's own parameters; `tx` when None.
+
+  Returns:
+    `train_step(state, batch, rng) -> (state, metrics)`. `rng` is the run's
+    key: the step folds `state.step` into it. Metrics are scalars, means over
+    the global batch: those of the objective, and `grad_norm`.
+
+  Example:
+    >>> from kd_jax.objectives import term
+    >>> student_fn = lambda v, batch, rng, *, train: Forward(
+    ...   batch['x'] @ v['params'])
+    >>> objective = term(lambda i: jnp.square(i.student.output - i.batch['y']))
+    >>> tx, batch = optax.sgd(0.25), {'x': jnp.eye(2), 'y': jnp.ones(2)}
+    >>> train_step = jax.jit(make_train_step(student_fn, objective, tx))
+    >>> state = init_state(
+    ...   student_fn, objective, tx, {'params': jnp.zeros(2)}, batch)
+    >>> state, metrics = train_step(state, batch, jax.random.key(0))
+    >>> state.params.tolist()
+    [0.25, 0.25]
+  """
+  objective_tx = objective_tx or tx
+
+  def train_step(state, batch, rng):
+    rng = jax.random.fold_in(rng, state.step)
+    trainable = (state.params, state.objective.params)
+    if axis_name is not None:
+      # Replicated parameters would otherwise get gradients already summed
+      # over the axis, N times too large, under shard_map.
+      trainable = jax.lax.pcast(trainable, axis_name, to='varying')
+    teacher = None
+    if teacher_fn is not None:
+      teacher = jax.lax.stop_gradient(teacher_fn(state.teacher, batch))
+
+    def loss_fn(trainable):
+      params, objective_params = trainable
+      variables = {'params': params_fn(params), **state.model_state}
+      student = student_fn(variables, batch, rng, train=True)
+      inputs = Inputs(student, teacher, batch, state.step, rng)
+      loss, objective_state, metrics = objective.apply(
+        objective_params, state.objective.state, inputs
+      )
+      return jnp.mean(loss), (student.model_state, objective_state, metrics)
+
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    if axis_name is not None:
+      loss, aux, grads = _mean_over((loss, aux, grads), axis_name)
+    model_state, objective_state, metrics = aux
+
+    params, opt_state = _apply(tx, grads[0], state.opt_state, state.params)
+    objective_params, objective_opt_state = _apply(
+      objective_tx,
+      grads[1],
+      state.objective.opt_state,
+      state.objective.params,
+    )
+    new_state = state.replace(
+      step=state.step + 1,
+      params=params,
+      model_state=model_state,
+      opt_state=opt_state,
+      objective=ObjectiveState(
+        objective_params, objective_state, objective_opt_state
+      ),
+    )
+    metrics = {'loss/total': loss} | metrics
+    return new_state, metrics | {'grad_norm': optax.tree.norm(grads[0])}
+
+  return train_step
+
+
+def _mean_over(tree, axis_name):
+  def mean(x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return x
+    # Integers are counters, equal on every device; a mean would make floats.
+    counter = jnp.issubdtype(x.dtype, jnp.integer)
+    return (jax.lax.pmax if counter else jax.lax.pmean)(x, axis_name)
+
+  return jax.tree.map(mean, tree)
+
+
+def _apply(tx, grads, opt_state, params):
+  if not jax.tree.leaves(params):
+    return params, opt_state
+  updates, opt_state = tx.update(grads, opt_state, params)
+  return optax.apply_updates(params, updates), opt_state
+
+
+def init_state(
+  student_fn: StudentFn,
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  variables: Variables,
+  batch: Batch,
+  *,
+  teacher_fn: TeacherFn | None = None,
+  teacher: Variables | None = None,
+  objective_tx: optax.GradientTransformation | None = None,
+  rng: jax.Array | None = None,
+) -> TrainState:
+  """The state before the first step.
+
+  Args:
+    student_fn: as for `make_train_step`, and so are `objective`, `tx`,
+      `teacher_fn` and `objective_tx`.
+    variables: the student's variables: `{'params': ..., **collections}`.
+    batch: one batch; only its shapes and dtypes matter.
+    teacher: the teacher's variables, copied once: a step that is compiled
+      with donation cannot delete the caller's own.
+    rng: key for the objective's parameters; `jax.random.key(0)` when None.
+
+  Returns:
+    A `TrainState` at step 0.
+
+  Raises:
+    ValueError: if only one of `teacher_fn` and `teacher` is given.
+  """
+  if (teacher_fn is None) != (teacher is None):
+    raise ValueError('teacher_fn and teacher variables come together.')
+  params = variables['params']
+  model_state = {k: v for k, v in variables.items() if k != 'params'}
+  rng = jax.random.key(0) if rng is None else rng
+
+  def init_objective(variables, teacher, batch, rng):
+    student = student_fn(variables, batch, rng, train=True)
+    forward = None if teacher_fn is None else teacher_fn(teacher, batch)
+    inputs = Inputs(student, forward, batch, jnp.int32(0), rng)
+    return objective.init(inputs)
+
+  # jit drops the forwards, of which the objective reads the shapes only.
+  objective_params, objective_state = jax.jit(init_objective)(
+    dict(variables), teacher, dict(batch), rng
+  )
+  trains = bool(jax.tree.leaves(objective_params))
+  return TrainState(
+    step=jnp.int32(0),
+    params=params,
+    model_state=model_state,
+    opt_state=tx.init(params),
+    objective=ObjectiveState(
+      objective_params,
+      objective_state,
+      (objective_tx or tx).init(objective_params) if trains else (),
+    ),
+    teacher=jax.tree.map(jnp.array, teacher),
+  )
+
+
+def make_eval_step(
+  student_fn: StudentFn,
+  metrics: Any,
+  *,
+  teacher_fn: TeacherFn | None = None,
+  params_fn: Callable[[Params], Params] = lambda params: params,
+) -> Callable[[Variables, Variables | None, Batch], Any]:
+  """Makes the step that measures a student on one batch; not compiled.
+
+  Args:
+    student_fn: `(variables, batch, rng, *, train) -> Forward`.
+    metrics: name -> `metrics.Metric`.
+    teacher_fn: needed by the metrics that compare with a teacher.
+    params_fn: as for `make_train_step`.
+
+  Returns:
+    `eval_step(variables, teacher, batch) -> sums`, a pytree that adds over
+    batches and that `metrics.summarise` turns into numbers. `batch['mask']`
+    `[B]` marks with 0 the examples that only pad the batch.
+  """
+
+  def eval_step(variables, teacher, batch):
+    variables = {**variables, 'params': params_fn(variables['params'])}
+    student: Forward = student_fn(variables, batch, None, train=False)
+    forward = None if teacher_fn is None else teacher_fn(teacher, batch)
+    mask = batch.get('mask')
+    if mask is None:
+      mask = jnp.ones(student.output.shape[:1], jnp.float32)
+    return {
+      name: metric.update(student, forward, batch, mask)
+      for name, metric in metrics.items()
+    }
+
+  return eval_step

@@ -1,0 +1,98 @@
+"""The types every room speaks: batches, forwards, states, metrics, and checks.
+
+Owns no computation and imports nothing of ours. In the shape descriptions of
+this library `B` is the batch, `C` classes, `D` features, `L` tokens, `V` the
+vocabulary, and images are `[B, H, W, C]`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Params = Any
+Variables = Mapping[str, Any]
+
+
+class Forward(NamedTuple):
+  """What a network returned for one batch.
+
+  Attributes:
+    output: `[B, C]` logits, `[B, D]` regression values or `[B, L, V]` token
+      logits; any float dtype.
+    features: tap name -> `[B, ...]` intermediate output; empty without taps.
+    model_state: the collections that the forward updated, such as
+      `{'batch_stats': ...}`; those given, unchanged, in evaluation.
+  """
+
+  output: jax.Array
+  features: Mapping[str, Any] = {}
+  model_state: Mapping[str, Any] = {}
+
+
+# (variables, batch, rng, *, train) -> Forward
+StudentFn = Callable[..., Forward]
+# (variables, batch) -> Forward, always in evaluation mode
+TeacherFn = Callable[[Variables, Batch], Forward]
+
+
+@flax.struct.dataclass
+class ObjectiveState:
+  """What an objective owns: it trains beside the student, never in it.
+
+  Attributes:
+    params: trainable parameters of the terms (regressors, embeddings).
+    state: arrays of the terms that no gradient reaches (memory banks).
+    opt_state: the optimizer state of `params`.
+  """
+
+  params: Params
+  state: Any
+  opt_state: Any
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything a train step reads and writes; arrays only, no functions.
+
+  Attributes:
+    step: int32 scalar, number of completed steps.
+    params: the student's trainable parameters.
+    model_state: its other collections (`batch_stats`, `quant_stats`).
+    opt_state: the state of the optax chain, pruning masks included.
+    objective: parameters and state of the objective's terms.
+    teacher: the teacher's variables, or None. Never differentiated, never in
+      the optimizer and never in a checkpoint.
+  """
+
+  step: jax.Array
+  params: Params
+  model_state: Mapping[str, Any]
+  opt_state: Any
+  objective: ObjectiveState
+  teacher: Any = None
+
+
+def check_same_shape(what: str, **arrays: Any) -> None:
+  """Raises ValueError naming two arrays whose shapes differ.
+
+  Args:
+    what: what the caller needs the shapes for; begins the message.
+    **arrays: two named arrays (anything with `.shape`).
+
+  Example:
+    >>> import numpy as np
+    >>> check_same_shape('kl', student=np.zeros((2, 3)), teacher=np.zeros(2))
+    Traceback (most recent call last):
+    ...
+    ValueError: kl: student has shape (2, 3) but teacher has shape (2,).
+  """
+  (a, x), (b, y) = arrays.items()
+  if tuple(x.shape) != tuple(y.shape):
+    raise ValueError(
+      f'{what}: {a} has shape {tuple(x.shape)} but {b} has shape '
+      f'{tuple(y.shape)}.'
+    )
