@@ -1,0 +1,13 @@
+"""Pruning: schedules, masks, and the optax wrapper that keeps zeros zero."""
+
+from kd_jax.prune.masks import apply_masks as apply_masks
+from kd_jax.prune.masks import kept_count as kept_count
+from kd_jax.prune.masks import largest as largest
+from kd_jax.prune.masks import magnitude_masks as magnitude_masks
+from kd_jax.prune.report import LayerSparsity as LayerSparsity
+from kd_jax.prune.report import sparsity_report as sparsity_report
+from kd_jax.prune.schedules import constant as constant
+from kd_jax.prune.schedules import cubic as cubic
+from kd_jax.prune.transform import PruneState as PruneState
+from kd_jax.prune.transform import masks_of as masks_of
+from kd_jax.prune.transform import prune as prune
