@@ -88,7 +88,8 @@ def from_linen(
     features = _features(updated.pop('intermediates', {}))
     missing = wanted - set(features)
     if missing:
-      _raise_unknown_tap(model, variables, batch[image], options, missing)
+      with _intercept(interceptors):
+        _raise_unknown_tap(model, variables, batch[image], options, missing)
     return Forward(output, features, {**state, **updated} if train else state)
 
   return forward
@@ -119,10 +120,11 @@ def _raise_unknown_tap(model, variables, x, options, missing):
   everything = options | {'capture_intermediates': True}
 
   def run(variables, x):
-    return model.apply(variables, x, mutable=True, **everything)[1]
+    rngs = {'dropout': jax.random.key(0)}
+    return model.apply(variables, x, rngs=rngs, mutable=True, **everything)[1]
 
   state = jax.eval_shape(run, dict(variables), x)
-  paths = sorted(p for p in _features(state['intermediates']) if p)
+  paths = sorted(set(_features(state['intermediates'])) - {'__call__'})
   name = min(missing)
   raise ValueError(f'Unknown tap {name!r}: {rules.near_misses(name, paths)}')
 

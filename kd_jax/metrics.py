@@ -86,7 +86,8 @@ def calibration_error(*, bins: int = 15) -> Metric:
 
   def update(student, teacher, batch, mask):
     probabilities = jax.nn.softmax(student.output.astype(jnp.float32))
-    confidence = jnp.max(probabilities, axis=-1)
+    # where, not a product: padding may hold NaN.
+    confidence = jnp.where(mask > 0, jnp.max(probabilities, axis=-1), 0.0)
     hits = _equal(jnp.argmax(student.output, -1), batch['label'])
     index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1)
     member = jax.nn.one_hot(index.astype(jnp.int32), bins) * (mask > 0)[:, None]

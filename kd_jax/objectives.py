@@ -85,7 +85,12 @@ def soft_targets(*, temperature: Scalar = 4.0) -> Objective:
 
   Args:
     temperature: T > 0, or a schedule `step -> T`.
+
+  Raises:
+    ValueError: for a constant temperature that is not positive.
   """
+  if not callable(temperature) and temperature <= 0:
+    raise ValueError(f'soft_targets: temperature={temperature} is not > 0.')
 
   def loss_fn(inputs):
     return losses.kl_divergence(

@@ -122,9 +122,10 @@ def _mean_over(tree, axis_name):
   def mean(x):
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
       return x
-    # Integers are counters, equal on every device; a mean would make floats.
-    counter = jnp.issubdtype(x.dtype, jnp.integer)
-    return (jax.lax.pmax if counter else jax.lax.pmean)(x, axis_name)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+      return jax.lax.pmean(x, axis_name)
+    # Counters and flags, equal on every device; a mean would make floats.
+    return jax.lax.pmax(x, axis_name)
 
   return jax.tree.map(mean, tree)
 
@@ -153,10 +154,11 @@ def init_state(
   Args:
     student_fn: as for `make_train_step`, and so are `objective`, `tx`,
       `teacher_fn` and `objective_tx`.
-    variables: the student's variables: `{'params': ..., **collections}`.
+    variables: the student's variables: `{'params': ..., **collections}`,
+      copied once: a step that is compiled with donation deletes the copy,
+      never the caller's own.
     batch: one batch; only its shapes and dtypes matter.
-    teacher: the teacher's variables, copied once: a step that is compiled
-      with donation cannot delete the caller's own.
+    teacher: the teacher's variables; copied too.
     rng: key for the objective's parameters; `jax.random.key(0)` when None.
 
   Returns:
@@ -167,6 +169,7 @@ def init_state(
   """
   if (teacher_fn is None) != (teacher is None):
     raise ValueError('teacher_fn and teacher variables come together.')
+  variables = jax.tree.map(jnp.array, dict(variables))
   params = variables['params']
   model_state = {k: v for k, v in variables.items() if k != 'params'}
   rng = jax.random.key(0) if rng is None else rng
@@ -179,7 +182,7 @@ def init_state(
 
   # jit drops the forwards, of which the objective reads the shapes only.
   objective_params, objective_state = jax.jit(init_objective)(
-    dict(variables), teacher, dict(batch), rng
+    variables, teacher, dict(batch), rng
   )
   trains = bool(jax.tree.leaves(objective_params))
   return TrainState(

@@ -188,6 +188,11 @@ def dequantize(
   return (code.astype(jnp.float32) - zero_point) * scale
 
 
+def per_channel(values: jax.Array, like: jax.Array) -> jax.Array:
+  """`[D]` values with leading axes of size 1, to combine with `[..., D]`."""
+  return jnp.expand_dims(values, tuple(range(like.ndim - values.ndim)))
+
+
 def weight_scale(w: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
   """Scale and zero point of a weight, from its extremes, with kept axes.
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from kd_jax.quantize.fake_quant import per_channel
 from kd_jax.types import Batch, Variables
 
 
@@ -46,10 +47,10 @@ def foldable_batch_norms(
     batch: one batch; only its shapes and dtypes matter.
 
   Returns:
-    path of a Conv or Dense layer -> the BatchNorm that follows it. Layers
-    that are called more than once are left out. A layer whose output has a
-    second reader beside the BatchNorm cannot be told from here: compare the
-    folded model with the original, as `parity.compare` does.
+    path of a Conv or Dense layer -> the BatchNorm that follows it. Layers and
+    norms that are called more than once are left out. A layer whose output has
+    a second reader beside the BatchNorm cannot be told from here: compare the
+    folded model with the original.
   """
   producers: dict[int, str] = {}
   calls: dict[str, int] = {}
@@ -61,13 +62,13 @@ def foldable_batch_norms(
     if context.method_name != '__call__':
       return next_fun(*args, **kwargs)
     path = '/'.join(module.path)
+    calls[path] = calls.get(path, 0) + 1
     if _is(module, 'BatchNorm') and id(args[0]) in producers:
-      layer = producers[id(args[0])]
-      if layer not in found:
-        found[layer] = FoldableNorm(path, float(module.epsilon))
+      if module.axis in (-1, args[0].ndim - 1):
+        layer = producers[id(args[0])]
+        found.setdefault(layer, FoldableNorm(path, float(module.epsilon)))
     out = next_fun(*args, **kwargs)
     if _is(module, 'Conv', 'Dense'):
-      calls[path] = calls.get(path, 0) + 1
       producers[id(out)] = path
       outputs.append(out)
     return out
@@ -76,7 +77,11 @@ def foldable_batch_norms(
   jax.eval_shape(
     lambda v, b: forward(v, b, None, train=False), dict(variables), dict(batch)
   )
-  return {layer: f for layer, f in found.items() if calls[layer] == 1}
+  return {
+    layer: f
+    for layer, f in found.items()
+    if calls[layer] == 1 and calls[f.norm] == 1
+  }
 
 
 def fold_batch_norm(
@@ -109,7 +114,8 @@ def fold_batch_norm(
     gain = gain * jax.lax.rsqrt(variance + epsilon)
     shift = params.pop(f'{norm}/bias', jnp.zeros_like(mean))
     bias = params.get(f'{layer}/bias', jnp.zeros_like(mean))
-    params[f'{layer}/kernel'] = params[f'{layer}/kernel'] * gain
+    kernel = params[f'{layer}/kernel']
+    params[f'{layer}/kernel'] = kernel * per_channel(gain, kernel)
     params[f'{layer}/bias'] = (bias - mean) * gain + shift
   return {
     collection: traverse_util.unflatten_dict(tree, sep='/')
@@ -132,5 +138,6 @@ def skip_folded_batch_norms(next_fun, args, kwargs, context):
   out = next_fun(*args, **kwargs)
   if _is(module, 'Conv', 'Dense') and not module.use_bias:
     if module.scope.has_variable('params', 'bias'):
-      out = out + module.scope.get_variable('params', 'bias')
+      bias = module.scope.get_variable('params', 'bias')
+      out = out + per_channel(bias, out)
   return out

@@ -20,6 +20,7 @@ from kd_jax.quantize.fake_quant import (
   QuantSpec,
   dequantize,
   fake_quant_params,
+  per_channel,
   quantize,
   scale_and_zero_point,
   weight_scale,
@@ -28,6 +29,8 @@ from kd_jax.types import Variables
 
 COLLECTION = 'int8'
 _CODES = QuantSpec(symmetric=False, narrow=False)
+# Leaves room for the products: 2**30 + 255 * 127 * 32768 < 2**31.
+_BIAS_BITS = 30
 
 
 def convert(
@@ -46,7 +49,7 @@ def convert(
     variables: `params` and `quant_stats` (and what else the model has).
     weight_rules: on parameter paths, as trained with. Converted kernels must
       be symmetric and per output channel (`axis=-1`) or per tensor.
-    activation_rules: on layer paths, as trained with; 8 bits.
+    activation_rules: on layer paths, as trained with; 8 bits, not narrow.
     observer: the observer trained with, for its ranges.
 
   Returns:
@@ -56,7 +59,7 @@ def convert(
 
   Raises:
     ValueError: for a spec that has no integer execution, or observers that
-      have seen no batch.
+      have seen no batch or a value that is not finite.
   """
   observer = observer or observers.ema_min_max()
   names = rules_lib.leaf_names(variables['params'])
@@ -105,13 +108,17 @@ def _by_layer(stats: Mapping[str, jax.Array]) -> dict[str, Any]:
 
 
 def _input(path, stats, observer, spec):
-  if spec.bits != 8 or spec.axis is not None:
+  if spec.bits != 8 or spec.axis is not None or spec.narrow:
     raise ValueError(
-      f'{path}: integers are executed with 8-bit activations per tensor only.'
+      f'{path}: integers are executed with 8-bit activations per tensor over '
+      'all codes only (bits=8, axis=None, narrow=False).'
     )
   if float(stats['count']) == 0:
     raise ValueError(f'{path}: its observer has seen no batch; calibrate it.')
-  scale, zero_point = scale_and_zero_point(*observer.range(stats), spec)
+  low, high = observer.range(stats)
+  if not jnp.isfinite(high - low):
+    raise ValueError(f'{path}: its observer saw a range of {low} to {high}.')
+  scale, zero_point = scale_and_zero_point(low, high, spec)
   return {'scale': scale, 'zero_point': zero_point.astype(jnp.int8)}
 
 
@@ -122,15 +129,19 @@ def _layer(path, w, bias, spec, input_scale):
       'channel (axis=-1) or per tensor.'
     )
   scale, zero_point = weight_scale(w, spec)
-  code = quantize(w, scale, zero_point, spec)
   scale = jnp.broadcast_to(scale.reshape(-1), w.shape[-1:])
   bias = jnp.zeros_like(scale) if bias is None else bias
-  # float32 holds integers up to 2**24 exactly; a bias is far below that.
+  # A channel of tiny weights gets a scale at which its bias fits into int32;
+  # one that was pruned away gets the scale that its bias is exact at.
+  least = jnp.abs(bias) / (input_scale * 2.0**_BIAS_BITS)
+  empty = jnp.all(w == 0, axis=tuple(range(w.ndim - 1)))
+  scale = jnp.where(empty & (least > 0), least, jnp.maximum(scale, least))
+  code = quantize(w, per_channel(scale, w), zero_point, spec)
   steps = jnp.round(bias / (input_scale * scale))
   return {
     'kernel': code,
     'kernel_scale': scale,
-    'bias': jnp.clip(steps, -(2.0**31), 2.0**31 - 128).astype(jnp.int32),
+    'bias': steps.astype(jnp.int32),
   }
 
 
@@ -143,7 +154,8 @@ def quantize_linear(x: jax.Array, scale: jax.Array, zero_point: jax.Array):
 @jax.jit
 def dequantize_linear(code: jax.Array, scale: jax.Array, zero_point: jax.Array):
   """float32 values of codes. Exporters know it by its name."""
-  return dequantize(code, scale, zero_point.astype(jnp.float32))
+  zero_point = zero_point.astype(jnp.float32)
+  return dequantize(code, per_channel(scale, code), zero_point)
 
 
 def execute_integers(*, simulate: bool = False) -> Callable[..., Any]:
@@ -193,6 +205,11 @@ def _linear(module, x, w, pad_value, **options):
       x, w, (((x.ndim - 1,), (0,)), ((), ())), **options
     )
   rank = w.ndim - 2
+  if x.ndim != w.ndim or module.mask is not None:
+    raise ValueError(
+      f'{"/".join(module.path)}: convolutions with a kernel mask, or with '
+      f'other than one batch axis (input {x.shape}), have no integer execution.'
+    )
 
   def sizes(value):
     value = 1 if value is None else value
@@ -249,8 +266,10 @@ def _integer(module, code, scale, zero_point, *, kernel, kernel_scale, bias):
   # sum (q_x - z) q_w = sum q_x q_w - z sum q_w
   reduced = tuple(range(kernel.ndim - 1))
   offset = jnp.sum(kernel, axis=reduced, dtype=jnp.int32)
-  accumulator += bias - zero_point.astype(jnp.int32) * offset
-  return accumulator.astype(jnp.float32) * (scale * kernel_scale)
+  offset = bias - zero_point.astype(jnp.int32) * offset
+  accumulator += per_channel(offset, accumulator)
+  scale = per_channel(scale * kernel_scale, accumulator)
+  return accumulator.astype(jnp.float32) * scale
 
 
 def _simulated(module, code, scale, zero_point, *, kernel, kernel_scale, bias):
@@ -258,4 +277,5 @@ def _simulated(module, code, scale, zero_point, *, kernel, kernel_scale, bias):
   x = dequantize_linear(code, scale, zero_point)
   w = dequantize_linear(kernel, kernel_scale, none)
   b = dequantize_linear(bias, scale * kernel_scale, none)
-  return _linear(module, x, w, jnp.float32(0)) + b
+  y = _linear(module, x, w, jnp.float32(0))
+  return y + per_channel(b, y)

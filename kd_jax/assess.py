@@ -1,0 +1,299 @@
+"""Measures every network of a finished run and assembles the report.
+
+Owns what is measured and under which name; how it looks is `report`.
+"""
+
+import datetime
+import functools
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_jax import deploy, weights
+from kd_jax.export import artefact_bytes, load_stablehlo, onnx
+from kd_jax.prune import sparsity_report
+from kd_jax.report import measure
+from kd_jax.run import Network, Run
+
+TRAINED = {
+  'teacher': 'teacher',
+  'alone': 'student alone',
+  'distill': 'distilled',
+  'compress': 'pruned + int8 fake-quant',
+}
+BATCHES = (1, 32)
+
+
+def has_onnx() -> bool:
+  """Whether the extra [onnx] is installed."""
+  return all(find_spec(name) for name in ('onnx', 'onnxruntime'))
+
+
+def exported(directory: Path) -> dict[str, Callable[[Mapping], np.ndarray]]:
+  """The exports in a directory: name -> `(raw batch) -> output`."""
+  found = {}
+  if (directory / 'stablehlo').exists():
+    artefact = load_stablehlo(directory / 'stablehlo')
+    found['StableHLO int8'] = lambda batch: artefact.predict(batch['image'])
+  path = directory / 'student.int8.onnx'
+  if path.exists() and has_onnx():
+    predict = onnx.load_onnx(path)
+    found['ONNX int8'] = lambda batch: predict(np.asarray(batch['image']))
+  return found
+
+
+def networks(run: Run) -> dict[str, Network]:
+  """The networks in JAX of the finished stages, by stage."""
+  make = {
+    'teacher': run.teacher,
+    'alone': functools.partial(run.student, 'alone'),
+    'distill': functools.partial(run.student, 'distill'),
+    'compress': run.compressed,
+    'convert': run.integer,
+  }
+  return {s: f() for s, f in make.items() if run.workdir.done(s)}
+
+
+def applies(run: Run) -> dict[str, Callable[[Mapping], Any]]:
+  """name -> `(raw batch) -> output` of everything that the run made."""
+  found = {n.name: run.apply(n) for n in networks(run).values()}
+  if run.workdir.done('export'):
+    found |= exported(run.workdir.stage('export'))
+  return found
+
+
+def scores(run: Run, split: str) -> dict[str, dict[str, float]]:
+  """name -> metrics on a split, compared with the teacher."""
+  found = applies(run)
+  if 'teacher' not in found:
+    raise ValueError(
+      f'{run.workdir.path} has no finished teacher: run kd-jax run first.'
+    )
+  return {
+    name: run.evaluate(apply, split, teacher=found['teacher'])
+    for name, apply in found.items()
+  }
+
+
+def assemble(run: Run) -> dict[str, Any]:
+  """The report of a run as JSON values; see `report.write_report`."""
+  rows = _models(run)
+  splits = run.splits
+  return {
+    'format': 1,
+    'kd_jax': metadata.version('kd_jax'),
+    'created': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
+    'command': ' '.join(['kd-jax', *sys.argv[1:]]),
+    'versions': {
+      'python': platform.python_version(),
+      **{p: metadata.version(p) for p in ('jax', 'flax', 'optax')},
+    },
+    'hardware': measure.hardware(),
+    'dataset': {
+      'name': run.config.data.name,
+      **{f'{name}_examples': len(split) for name, split in splits.items()},
+      'classes': list(splits['test'].class_names),
+    },
+    'protocol': _protocol(run),
+    'models': rows,
+    'curves': _curves(run),
+    'sparsity': _sparsity(run),
+    'parity': _parity(run),
+    'aims': aims(run, rows),
+  }
+
+
+def _models(run: Run) -> list[dict[str, Any]]:
+  found, numbers = applies(run), scores(run, 'test')
+  jax_networks = {n.name: (s, n) for s, n in networks(run).items()}
+  export = run.workdir.stage('export')
+  files = {
+    'StableHLO int8': lambda: artefact_bytes(export / 'stablehlo'),
+    'ONNX int8': lambda: (export / 'student.int8.onnx').stat().st_size,
+  }
+  notes = {
+    'pruned + int8 fake-quant': 'simulates int8 in float32: slower by design',
+    'StableHLO int8': 'file: both modules, weights and manifest',
+    'ONNX int8': _kernel_note(run),
+  }
+  latency = _latency(run, found)
+  rows = []
+  for name, apply_numbers in numbers.items():
+    # An export has the operations and the weights of the integer network.
+    stage, network = jax_networks.get(name, (None, run.integer()))
+    parameters, nonzero = weights.count(network.variables)
+    path = None if stage is None else run.workdir.weights(stage)
+    rows.append({
+      'name': name,
+      **apply_numbers,
+      'parameters': parameters,
+      'nonzero_parameters': nonzero,
+      'bytes': path.stat().st_size if path else files[name](),
+      'flops': 2 * _multiply_accumulates(run, network),
+      'latency': {size: latency[size][name] for size in latency},
+      'train_seconds': _train_seconds(run, stage),
+      'note': notes.get(name, ''),
+    })
+  return rows
+
+
+def _latency(run, found):
+  images = run.splits['test'].image
+  return {
+    str(size): measure.latencies(
+      {n: lambda x, f=f: f({'image': x}) for n, f in found.items()},
+      np.resize(images, (size, *images.shape[1:])),
+    )
+    for size in BATCHES
+  }
+
+
+def _multiply_accumulates(run: Run, network: Network) -> int:
+  image = run.splits['test'].image[:1]
+  return measure.multiply_accumulates(
+    deploy.from_images(network.forward, run.preprocess),
+    network.variables,
+    image,
+  )
+
+
+def _train_seconds(run: Run, stage: str | None) -> float | None:
+  if stage not in TRAINED:
+    return None
+  return run.workdir.result(stage)['train_seconds']
+
+
+def _kernel_note(run: Run) -> str:
+  kernels = run.workdir.result('export')['onnx_kernels'] or {}
+  return ', '.join(
+    f'{n} {kernel}'
+    for kernel, n in sorted(kernels.items())
+    if n and kernel.startswith(('QLinear', 'QGemm'))
+  )
+
+
+def _curves(run: Run) -> dict[str, Any]:
+  return {
+    name: _curve(run.workdir.result(stage)['history'])
+    for stage, name in TRAINED.items()
+    if run.workdir.done(stage)
+  }
+
+
+def _curve(history: list[dict[str, float]]) -> dict[str, list[float]]:
+  evaluated = [row for row in history if 'eval/accuracy' in row]
+  curve = {
+    'step': [row['step'] for row in history],
+    'loss': [row['loss/total'] for row in history],
+    'accuracy': [row['accuracy'] for row in history],
+    'eval_step': [row['step'] for row in evaluated],
+    'eval_accuracy': [row['eval/accuracy'] for row in evaluated],
+  }
+  if evaluated and 'eval/sparsity' in evaluated[0]:
+    curve['sparsity'] = [row['eval/sparsity'] for row in evaluated]
+  return curve
+
+
+def _sparsity(run: Run) -> list[dict[str, Any]]:
+  params = weights.load_weights(run.workdir.weights('compress'))['params']
+  chosen = run.config.compress.prune.rules
+  return [row._asdict() for row in sparsity_report(params, chosen)]
+
+
+def _parity(run: Run) -> list[dict[str, Any]]:
+  return [
+    {
+      'name': p['name'],
+      'against': p['against'],
+      'agreement': p['agreement'],
+      'max_abs_error': p['max_abs_error'],
+      'examples': p['examples'],
+      'note': _kernel_note(run) if p['name'] == 'ONNX int8' else '',
+    }
+    for p in run.workdir.result('export')['parity']
+  ]
+
+
+def _protocol(run: Run) -> list[str]:
+  c, test = run.config, len(run.splits['test'])
+  distilled = (
+    'mean over the batch of {kd} * KL(teacher || student) at T = {t}, times T '
+    'squared, summed over classes, + {ce} * cross-entropy'
+  )
+  fill = lambda part: distilled.format(t=part.temperature, **part.weights)
+  return [
+    f'Accuracy, agreement, KL and calibration error: test split of {test} '
+    f'images, last step, one seed ({c.seed}). The test split is used for '
+    'nothing else; curves show the validation split.',
+    'Agreement and KL compare with the teacher, at temperature 1; calibration '
+    'error is the expected one with 15 bins.',
+    f'distilled: {fill(c.distill)}.',
+    f'pruned + int8: {fill(c.compress)}; from the distilled student.',
+    'student alone and distilled start from the same weights and see the same '
+    'crops for the same number of steps.',
+    'FLOPs: 2 x multiply-accumulates of convolutions and matrix products for '
+    'one image; zeros are counted.',
+    'Latency: median (quartiles) of 30 calls, all models in turns, from raw '
+    'images in host memory to logits.',
+    'Bytes: the file on disk; float32 weights of the teacher and the float '
+    'students.',
+    'Training time: wall time of the training loop, compilation and '
+    'evaluation included.',
+  ]
+
+
+def aims(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """What the configuration aims at, with the value and whether it is met."""
+  c = run.config.aims
+  by_name = {row['name']: row for row in rows}
+  teacher, integer = by_name['teacher'], by_name['integer (JAX)']
+  student = by_name['student alone']
+  parities = {p['name']: p for p in run.workdir.result('export')['parity']}
+  share = student['parameters'] / teacher['parameters']
+  drop = teacher['accuracy'] - integer['accuracy']
+  found = [
+    _aim(
+      f'teacher accuracy at least {c.teacher_accuracy:.1%}',
+      f'{teacher["accuracy"]:.2%}',
+      teacher['accuracy'] >= c.teacher_accuracy,
+    ),
+    _aim(
+      f'student has at most {c.parameter_share:.0%} of the parameters',
+      f'{share:.1%}',
+      share <= c.parameter_share,
+    ),
+    _aim(
+      f'integer student within {100 * c.accuracy_drop:.1f} points of the '
+      'teacher',
+      f'{100 * drop:+.2f} points below',
+      drop <= c.accuracy_drop,
+    ),
+  ]
+  for name in ('StableHLO int8', 'ONNX int8'):
+    if name in by_name:
+      agreement = parities[name]['agreement']
+      size = by_name[name]['bytes'] / teacher['bytes']
+      found += [
+        _aim(
+          f'{name} agrees with the integer model on at least '
+          f'{c.export_agreement:.1%}',
+          f'{agreement:.2%}',
+          agreement >= c.export_agreement,
+        ),
+        _aim(
+          f'{name} at most {c.size_share:.0%} of the teacher in bytes',
+          f'{size:.2%}',
+          size <= c.size_share,
+        ),
+      ]
+  return found
+
+
+def _aim(text: str, value: str, met: bool) -> dict[str, Any]:
+  return {'text': text, 'value': value, 'met': bool(met)}

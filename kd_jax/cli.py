@@ -1,0 +1,149 @@
+"""The command line: `kd-jax run | evaluate | report`.
+
+Owns flags, messages and exit codes; everything else is a call.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+USAGE = """\
+kd-jax: a large model into a small fast one, in JAX.
+
+  kd-jax run      --config FILE --workdir DIR   train a teacher, distil a
+                  student, prune and quantize it, export and report
+  kd-jax evaluate --workdir DIR [--split SPLIT] measure what a run made
+  kd-jax report   --workdir DIR                 print the report of a run
+
+run:
+  --config FILE[:tiny]    a configuration such as configs/digits.py; ':tiny'
+                          runs every stage in seconds and learns little
+  --config.KEY=VALUE      changes one field, such as --config.seed=1
+  --workdir DIR           where everything is written; the same command
+                          continues a run that was stopped
+  --stages A,B            only these of: teacher, alone, distill, compress,
+                          convert, export, report
+  --overwrite             runs the stages again; deletes what depends on them
+
+evaluate:
+  --split SPLIT           train, validation or test (default)
+
+all:
+  --debug                 shows the traceback of an error
+"""
+COMMANDS = ('run', 'evaluate', 'report')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command.
+
+  Args:
+    argv: the words after the program's name; those of the process when None.
+
+  Returns:
+    The exit code: 0, 2 for bad input, 75 when stopped by a signal after the
+    state was saved (run the same command again).
+  """
+  words = list(sys.argv[1:] if argv is None else argv)
+  if not words or words[0] in ('help', '--help', '-h') or '--help' in words:
+    print(USAGE, end='')
+    return 0 if words else 2
+  debug = '--debug' in words
+  try:
+    return _dispatch(words)
+  except (ValueError, OSError, ImportError, FloatingPointError) as e:
+    if debug:
+      raise
+    print(f'kd-jax: {_sentence(e)}', file=sys.stderr)
+    return 2
+
+
+def _sentence(error: BaseException) -> str:
+  return ' '.join(str(error).split())
+
+
+def _dispatch(words: list[str]) -> int:
+  command, *rest = words
+  if command not in COMMANDS:
+    raise ValueError(
+      f'There is no command {command!r}; the commands are '
+      f'{", ".join(COMMANDS)}. See kd-jax --help.'
+    )
+  values = _parse(command, rest)
+  # Imported late: --help and a wrong flag should not wait for JAX.
+  from kd_jax import commands  # noqa: PLC0415
+
+  return getattr(commands, command)(values)
+
+
+def _parse(command: str, words: list[str]) -> flags.FlagValues:
+  values = flags.FlagValues()
+  flags.DEFINE_string('workdir', None, 'work directory', flag_values=values)
+  flags.DEFINE_boolean('debug', False, 'show tracebacks', flag_values=values)
+  if command == 'run':
+    flags.DEFINE_list('stages', [], 'stages to run', flag_values=values)
+    flags.DEFINE_boolean('overwrite', False, 'run again', flag_values=values)
+    _define_config(words, values)
+  if command == 'evaluate':
+    flags.DEFINE_string('split', 'test', 'split', flag_values=values)
+  program = f'kd-jax {command}'
+  argv, sys.argv = sys.argv, [program, *words]
+  try:
+    # ml_collections looks for --config.KEY in sys.argv.
+    left = values(sys.argv)
+  except flags.Error as e:
+    raise ValueError(f'{e}. See kd-jax --help.') from e
+  finally:
+    sys.argv = argv
+  if left[1:]:
+    raise ValueError(f'{program} takes no argument {left[1]!r}.')
+  if not values.workdir:
+    raise ValueError(f'{program} needs --workdir=DIR.')
+  return values
+
+
+def _define_config(words: list[str], values: flags.FlagValues) -> None:
+  from ml_collections import config_flags  # noqa: PLC0415
+
+  path = _value_of('config', words)
+  if path is None:
+    raise ValueError(
+      'kd-jax run needs --config=FILE, such as configs/digits.py.'
+    )
+  file = path.split(':')[0]
+  if not os.path.isfile(file):
+    raise ValueError(f'There is no configuration file {file!r}.')
+  _check_overrides(path, words)
+  config_flags.DEFINE_config_file(
+    'config', None, 'configuration', flag_values=values, lock_config=True
+  )
+
+
+def _value_of(flag: str, words: list[str]) -> str | None:
+  for i, word in enumerate(words):
+    if re.fullmatch(rf'--?{flag}=.*', word):
+      return word.split('=', 1)[1]
+    if re.fullmatch(rf'--?{flag}', word) and i + 1 < len(words):
+      return words[i + 1]
+  return None
+
+
+def _check_overrides(path: str, words: list[str]) -> None:
+  """Names the near misses of an unknown --config.KEY."""
+  import runpy  # noqa: PLC0415
+
+  from kd_jax import rules, workdir  # noqa: PLC0415
+
+  file, *variant = path.split(':', 1)
+  config: Any = runpy.run_path(file)['get_config'](*variant)
+  known = workdir.flatten(config.to_dict())
+  for word in words:
+    match = re.match(r'--(?:no)?config\.([\w.]+)', word)
+    if match:
+      rules.choose('config key', match[1], known)
+
+

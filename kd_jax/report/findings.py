@@ -1,0 +1,189 @@
+"""What a report says: its models, its noise, its aims, and a summary in words.
+
+Reads the report, writes sentences. Measures nothing: a gain within the noise
+of the test split is called that, and what nobody measured is called unknown.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from kd_jax.report.units import (
+  DASH,
+  fraction,
+  milliseconds,
+  number,
+  percent,
+  size,
+)
+
+Report = Mapping[str, Any]
+
+
+def summary(report: Report) -> list[str]:
+  """What happened, in sentences made from the numbers, flattering or not.
+
+  The first is about the last model measured, which is what would be shipped;
+  then come its speed, what distillation gained, and the aims.
+
+  Example:
+    >>> summary({'models': [
+    ...   {'name': 'teacher', 'accuracy': 0.99, 'bytes': 1000},
+    ...   {'name': 'int8', 'accuracy': 0.97, 'bytes': 100}]})[0]
+    "int8 scores 97.0 %, 2.0 points below the teacher's 99.0 %, in 100 B, \
+1/10 of the teacher's size."
+  """
+  sentences = [_result(report), _speed(report), _gain(report), _aims(report)]
+  return [s for s in sentences if s]
+
+
+def models_of(report: Report) -> list[Mapping[str, Any]]:
+  """The measured models, in the order in which the pipeline made them."""
+  return list(report.get('models') or [])
+
+
+def find_model(report: Report, name: str) -> Mapping[str, Any]:
+  """The model of that name, or an empty one."""
+  return next((m for m in models_of(report) if m.get('name') == name), {})
+
+
+def examples_of(report: Report) -> int | None:
+  """How many examples the accuracies were measured on, if it was said."""
+  value = number((report.get('dataset') or {}).get('test_examples'))
+  return int(value) if value and value > 0 else None
+
+
+def digits_of(report: Report) -> int:
+  """Decimals of a percentage that the test split can resolve."""
+  return 2 if (examples_of(report) or 0) >= 5000 else 1
+
+
+def standard_error(report: Report, accuracy: Any) -> float | None:
+  """The sampling error of an accuracy, sqrt(p (1 - p) / n), if n is known."""
+  n, p = examples_of(report), number(accuracy)
+  if not n or p is None or not 0 <= p <= 1:
+    return None
+  return math.sqrt(p * (1 - p) / n)
+
+
+def batch_sizes(report: Report) -> list[str]:
+  """The batch sizes at which any model was timed, smallest first."""
+  found = {str(b) for m in models_of(report) for b in m.get('latency') or {}}
+  return sorted(
+    found, key=lambda b: (number(b) if b.isdigit() else math.inf, b)
+  )
+
+
+def timing(model: Mapping[str, Any], batch: str) -> dict[str, float | None]:
+  """Median, low and high of a model at a batch size, None where missing."""
+  found = {str(b): t for b, t in (model.get('latency') or {}).items()}
+  times = found.get(batch) or {}
+  return {k: number(times.get(f'{k}_ms')) for k in ('median', 'low', 'high')}
+
+
+def aims(report: Report) -> list[tuple[str, str, str]]:
+  """For each aim its verdict, its text and the value reached."""
+  verdicts = {True: 'met', False: 'not met'}
+  return [
+    (
+      verdicts.get(a.get('met'), 'not measured'),
+      str(a.get('text') or DASH),
+      DASH if a.get('value') is None else str(a['value']),
+    )
+    for a in report.get('aims') or []
+  ]
+
+
+def _shipped(report: Report) -> Mapping[str, Any]:
+  """The last model with an accuracy that is not the teacher."""
+  measured = [m for m in models_of(report) if m.get('name') != 'teacher']
+  measured = [m for m in measured if number(m.get('accuracy')) is not None]
+  return measured[-1] if measured else {}
+
+
+def _result(report: Report) -> str:
+  """The sentence about accuracy and size of what would be shipped."""
+  model, teacher = _shipped(report), find_model(report, 'teacher')
+  a, b = number(model.get('accuracy')), number(teacher.get('accuracy'))
+  if a is None:
+    return 'No model but the teacher was measured.'
+  digits = digits_of(report)
+  text = f'{model.get("name", DASH)} scores {percent(a, digits)}'
+  if b is not None:
+    points = f'{100 * abs(a - b):.{digits}f} points'
+    where = 'below' if a < b else 'above'
+    text += (
+      ', the same as the teacher'
+      if a == b
+      else (f", {points} {where} the teacher's {percent(b, digits)}")
+    )
+  if number(model.get('bytes')):
+    text += f', in {size(model["bytes"])}'
+    relative = fraction(model['bytes'], teacher.get('bytes'))
+    text += f", {relative} of the teacher's size" if relative else ''
+  return text + '.'
+
+
+def _speed(report: Report) -> str:
+  """The sentence that compares its latency with the teacher's."""
+  model, teacher = _shipped(report), find_model(report, 'teacher')
+  for batch in batch_sizes(report):
+    a, b = timing(model, batch), timing(teacher, batch)
+    if not a['median'] or not b['median']:
+      continue
+    times = b['median'] / a['median']
+    verdict = (
+      f'{times:.1f} times as fast'
+      if times >= 1.05
+      else f'{1 / times:.1f} times as slow'
+      if times <= 1 / 1.05
+      else 'about as fast'
+    )
+    known = None not in (*a.values(), *b.values())
+    overlap = known and a['low'] <= b['high'] and b['low'] <= a['high']
+    return (
+      f'At batch {batch} its median latency is {milliseconds(a["median"])} ms '
+      f'against {milliseconds(b["median"])} ms: {verdict}'
+      + (', though the spreads overlap.' if overlap else '.')
+    )
+  return ''
+
+
+def _gain(report: Report) -> str:
+  """The sentence on what distillation gained, or that nobody knows."""
+  distilled = number(find_model(report, 'distilled').get('accuracy'))
+  alone = number(find_model(report, 'student alone').get('accuracy'))
+  if distilled is None:
+    return ''
+  if alone is None:
+    return (
+      'No student was trained without the teacher, so what distillation '
+      'gained is unknown.'
+    )
+  digits, gain = digits_of(report), distilled - alone
+  word = 'a gain' if gain > 0 else 'a loss' if gain < 0 else 'a difference'
+  text = (
+    f'Distilled, the student scores {percent(distilled, digits)}; trained '
+    f'alone, {percent(alone, digits)}: {word} of '
+    f'{100 * abs(gain):.{digits}f} points'
+  )
+  errors = [standard_error(report, p) for p in (distilled, alone)]
+  if None in errors:
+    return text + '.'
+  noise = 2 * math.hypot(*errors)
+  beside = 'within' if abs(gain) <= noise else 'beyond'
+  return (
+    f'{text}, {beside} the noise of {examples_of(report)} test examples '
+    f'(two standard errors: {100 * noise:.{digits}f} points).'
+  )
+
+
+def _aims(report: Report) -> str:
+  """The sentence that counts the aims and names those not met."""
+  found = aims(report)
+  if not found:
+    return ''
+  met = sum(verdict == 'met' for verdict, _, _ in found)
+  text = f'{met} of {len(found)} aims met'
+  missed = [f'{t} ({v}: {x})' for v, t, x in found if v != 'met']
+  return text + (f'; the others: {"; ".join(missed)}.' if missed else '.')

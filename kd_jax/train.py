@@ -1,0 +1,187 @@
+"""The training loop: one compiled step, batches, evaluation, checkpoints.
+
+Owns what happens on the host between steps and nothing about models or
+losses. A run that was killed continues from its last checkpoint and ends with
+the same bits as one that was not.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+
+from kd_jax.checkpoint import Checkpoints
+from kd_jax.progress import ProgressBar
+from kd_jax.types import Batch, Metrics, TrainState
+
+
+class Preempted(Exception):
+  """SIGTERM or SIGINT arrived; the state was saved before this was raised."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """What a training run ends with.
+
+  Attributes:
+    state: the state after the last step.
+    history: rows of numbers; every row has `step`, the others as they came.
+    seconds: time spent in the loop, over all restarts.
+  """
+
+  state: TrainState
+  history: list[dict[str, float]]
+  seconds: float
+
+
+def train(
+  train_step: Callable[
+    [TrainState, Batch, jax.Array], tuple[TrainState, Metrics]
+  ],
+  state: TrainState,
+  batches: Iterator[Mapping[str, np.ndarray]],
+  *,
+  rng: jax.Array,
+  total_steps: int,
+  put: Callable[[Mapping[str, np.ndarray]], Batch],
+  checkpoints: Checkpoints,
+  evaluate: Callable[[TrainState], dict[str, float]] = lambda state: {},
+  evaluate_every: int = 100,
+  log_every: int = 20,
+  title: str = 'train',
+) -> Trained:
+  """Trains up to a step, from the last checkpoint if there is one.
+
+  Args:
+    train_step: compiled, see `sharding.compile_step`.
+    state: the initial state; its teacher, which checkpoints do not hold, is
+      used after a restart as well.
+    batches: endless; `get_state` and `set_state` make it resumable.
+    rng: the run's key; it is saved, and restored with the state.
+    total_steps: where to end.
+    put: moves a host batch to the devices, such as `sharding.shard_batch`.
+    checkpoints: where to save at every evaluation and at the end.
+    evaluate: numbers to add to the history, such as `{'eval/accuracy': ...}`.
+    evaluate_every: steps between two evaluations.
+    log_every: steps between two rows of the history, each a mean over them.
+    title: what the progress bar says.
+
+  Returns:
+    The last state and the history.
+
+  Raises:
+    FloatingPointError: if the loss is not finite; the checkpoint before stays.
+    Preempted: after SIGTERM or SIGINT, once the state is saved.
+  """
+  teacher = state.teacher
+  like = {'state': state.replace(teacher=None), 'rng': rng}
+  restored = checkpoints.restore(like)
+  history: list[dict[str, float]] = []
+  seconds, step = 0.0, 0
+  if restored is not None:
+    step = restored.step
+    state = restored.state['state'].replace(teacher=teacher)
+    rng = restored.state['rng']
+    batches.set_state(restored.data_state['batches'])
+    history = restored.data_state['history']
+    seconds = restored.data_state['seconds']
+  started = time.perf_counter()
+
+  def elapsed() -> float:
+    return seconds + time.perf_counter() - started
+
+  def save(numbers: dict[str, float]) -> None:
+    checkpoints.save(
+      step,
+      {'state': state.replace(teacher=None), 'rng': rng},
+      data_state={
+        'batches': batches.get_state(),
+        'history': history,
+        'seconds': elapsed(),
+      },
+      metrics=numbers,
+    )
+
+  with (
+    ProgressBar(title, total_steps, start=step) as bar,
+    _stop_requested() as stop,
+  ):
+    window = _Window()
+    while step < total_steps:
+      batch = next(batches)
+      state, metrics = train_step(state, put(batch), rng)
+      step += 1
+      window.add(metrics, len(batch['id']))
+      due = step % evaluate_every == 0 or step == total_steps
+      if due or stop.is_set() or step % log_every == 0:
+        row, rate = window.close()
+        history.append({'step': step} | row)
+        bar.update(step, _brief(row), rate)
+        _check_finite(row, step, title)
+      if due or stop.is_set():
+        numbers = evaluate(state) if due else {}
+        history[-1] |= numbers
+        save(numbers)
+      if stop.is_set():
+        checkpoints.wait()
+        raise Preempted(f'{title}: stopped by a signal; saved at step {step}.')
+  checkpoints.wait()
+  return Trained(state, history, elapsed() if total_steps else 0.0)
+
+
+class _Window:
+  """Metrics since the last row; kept on the device until the row is due."""
+
+  def __init__(self):
+    self.metrics: list[Metrics] = []
+    self.examples = 0
+    self.started = time.perf_counter()
+
+  def add(self, metrics: Metrics, examples: int) -> None:
+    self.metrics.append(metrics)
+    self.examples += examples
+
+  def close(self) -> tuple[dict[str, float], float]:
+    """The mean of every metric, and examples per second; starts anew."""
+    rows = jax.device_get(self.metrics)
+    means = {
+      name: float(np.mean([row[name] for row in rows], dtype=np.float64))
+      for name in rows[0]
+    }
+    rate = self.examples / (time.perf_counter() - self.started)
+    self.__init__()
+    return means, rate
+
+
+def _brief(row: Mapping[str, float]) -> dict[str, float]:
+  brief = {'loss': row['loss/total']}
+  return brief | {k: v for k, v in row.items() if k == 'accuracy'}
+
+
+def _check_finite(row: Mapping[str, float], step: int, title: str) -> None:
+  if not np.isfinite(row['loss/total']):
+    raise FloatingPointError(
+      f'{title}: the loss is {row["loss/total"]} at step {step}; lower the '
+      'learning rate or clip the gradients. The last checkpoint is intact.'
+    )
+
+
+@contextlib.contextmanager
+def _stop_requested():
+  """An event that SIGTERM and SIGINT set, while this is the main thread."""
+  event = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield event
+    return
+  signals = (signal.SIGTERM, signal.SIGINT)
+  previous = {s: signal.signal(s, lambda *_: event.set()) for s in signals}
+  try:
+    yield event
+  finally:
+    for s, handler in previous.items():
+      signal.signal(s, handler)

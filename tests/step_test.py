@@ -1,0 +1,355 @@
+"""The train step: what it trains, what it leaves alone, how often it traces."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from kd_jax import adapters, models, objectives, optim, prune, sharding, step
+from kd_jax.types import Forward
+
+EXAMPLES, CLASSES = 16, 4
+
+
+def _batch():
+  rng = np.random.default_rng(0)
+  return {
+    'image': rng.normal(size=(EXAMPLES, 4, 4, 1)).astype('f'),
+    'label': (np.arange(EXAMPLES) % CLASSES).astype('i4'),
+  }
+
+
+def _linen():
+  model = models.MLP(CLASSES, hidden=(32,), dropout=0.1)
+  variables = adapters.init_linen(model, jax.random.key(0), _batch())
+  return adapters.from_linen(model), variables
+
+
+def _linen_norm():
+  model = models.CNN(CLASSES, widths=(8, 8))
+  variables = adapters.init_linen(model, jax.random.key(0), _batch())
+  return adapters.from_linen(model), variables
+
+
+class _NnxNet(nnx.Module):
+  """Dense, BatchNorm, Dropout, Dense, in the way of nnx."""
+
+  def __init__(self, rngs):
+    self.first = nnx.Linear(16, 32, rngs=rngs)
+    self.norm = nnx.BatchNorm(32, rngs=rngs)
+    self.drop = nnx.Dropout(0.1, rngs=rngs)
+    self.last = nnx.Linear(32, CLASSES, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.norm(self.first(x.reshape(len(x), -1)))
+    return self.last(self.drop(nnx.relu(x)))
+
+
+def _nnx():
+  return adapters.from_nnx(_NnxNet(nnx.Rngs(0)))
+
+
+def _plain():
+  keys = jax.random.split(jax.random.key(0))
+  params = {
+    'first': 0.3 * jax.random.normal(keys[0], (16, 32)),
+    'last': 0.3 * jax.random.normal(keys[1], (32, CLASSES)),
+  }
+
+  def apply(params, x):
+    return jnp.tanh(x.reshape(len(x), -1) @ params['first']) @ params['last']
+
+  return adapters.from_apply(apply), {'params': params}
+
+
+STUDENTS = {
+  'linen': _linen,
+  'linen_norm': _linen_norm,
+  'nnx': _nnx,
+  'plain': _plain,
+}
+
+
+def _teacher(classes=CLASSES):
+  model = models.MLP(classes, hidden=(8,))
+  variables = adapters.init_linen(model, jax.random.key(9), _batch())
+  return adapters.from_linen(model), variables
+
+
+def _distillation():
+  return objectives.weighted_sum(
+    {
+      'kd': (0.5, objectives.soft_targets(temperature=2.0)),
+      'ce': (0.5, objectives.hard_labels()),
+    }
+  )
+
+
+def _setup(student, objective, tx, *, teacher=None, params_fn=lambda p: p):
+  student_fn, variables = student
+  options = {}
+  if teacher is not None:
+    options = {'teacher_fn': teacher[0]}
+  train_step = step.make_train_step(
+    student_fn, objective, tx, params_fn=params_fn, **options
+  )
+  if teacher is not None:
+    options['teacher'] = teacher[1]
+  state = step.init_state(
+    student_fn, objective, tx, variables, _batch(), **options
+  )
+  return train_step, state
+
+
+def _equal(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize('name', STUDENTS)
+def test_every_kind_of_student_overfits_sixteen_examples(name):
+  student = STUDENTS[name]()
+  train_step, state = _setup(
+    student,
+    objectives.hard_labels(),
+    optim.make_optimizer('adam', learning_rate=0.02),
+  )
+  train_step = jax.jit(train_step)
+  rng = jax.random.key(0)
+  for _ in range(100):
+    state, metrics = train_step(state, _batch(), rng)
+  assert float(metrics['loss/total']) < 0.1
+  assert float(metrics['accuracy']) == 1.0
+  assert int(state.step) == 100
+  # And it has learned in evaluation mode too.
+  variables = {'params': state.params, **state.model_state}
+  out = student[0](variables, _batch())
+  assert np.mean(out.output.argmax(-1) == _batch()['label']) == 1.0
+
+
+def test_distillation_brings_the_student_to_the_teacher():
+  objective = objectives.weighted_sum(
+    {'kd': (1.0, objectives.soft_targets(temperature=2.0))}
+  )
+  teacher = _teacher()
+  train_step, state = _setup(
+    _plain(), objective, optax.adam(0.02), teacher=teacher
+  )
+  train_step = jax.jit(train_step)
+  for _ in range(150):
+    state, metrics = train_step(state, _batch(), jax.random.key(0))
+  assert float(metrics['loss/kd']) < 0.01
+  want = teacher[0](teacher[1], _batch()).output.argmax(-1)
+  got = _plain()[0]({'params': state.params}, _batch()).output.argmax(-1)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_regression_learns_real_values():
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(64, 5)).astype('f')
+  w = rng.normal(size=(5, 2)).astype('f')
+  batch = {'image': x, 'target': x @ w}
+  model = nn.Dense(2)
+  variables = model.init(jax.random.key(0), x)
+  forward = adapters.from_linen(model, train_argument=None)
+  objective, tx = objectives.regression(), optax.sgd(0.5)
+  state = step.init_state(forward, objective, tx, variables, batch)
+  train_step = jax.jit(step.make_train_step(forward, objective, tx))
+  for _ in range(100):
+    state, metrics = train_step(state, batch, jax.random.key(0))
+  assert float(metrics['loss/total']) < 1e-6
+  np.testing.assert_allclose(state.params['kernel'], w, atol=1e-3)
+
+
+@pytest.mark.parametrize('donate', [True, False])
+def test_the_teacher_stays_as_it_was_and_is_not_donated(donate):
+  student_fn, teacher = _teacher()
+  before = jax.device_get(teacher)
+  train_step, state = _setup(
+    _linen(), _distillation(), optax.adam(0.1), teacher=(student_fn, teacher)
+  )
+  compiled = sharding.compile_step(
+    train_step, sharding.make_mesh(jax.devices()[:1]), donate=donate
+  )
+  inside = state.teacher
+  for _ in range(2):
+    state, _ = compiled(state, _batch(), jax.random.key(0))
+  _equal(state.teacher, before)
+  _equal(teacher, before)
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(inside))
+
+
+def test_the_callers_variables_survive_a_donating_step():
+  """One initialisation trains two students: alone and distilled."""
+  student = _linen_norm()
+  before = jax.device_get(student[1])
+  for _ in range(2):
+    train_step, state = _setup(
+      student, objectives.hard_labels(), optax.sgd(0.1)
+    )
+    compiled = sharding.compile_step(
+      train_step, sharding.make_mesh(jax.devices()[:1])
+    )
+    compiled(state, _batch(), jax.random.key(0))
+    _equal(student[1], before)
+
+
+def test_no_gradient_reaches_the_teacher():
+  objective, tx = _distillation(), optax.sgd(1.0)
+  teacher_fn, teacher = _teacher()
+  train_step, state = _setup(
+    _plain(), objective, tx, teacher=(teacher_fn, teacher)
+  )
+
+  def sum_of_new_params(variables):
+    new, _ = train_step(
+      state.replace(teacher=variables), _batch(), jax.random.key(0)
+    )
+    return sum(x.sum() for x in jax.tree.leaves(new.params))
+
+  for leaf in jax.tree.leaves(jax.jit(jax.grad(sum_of_new_params))(teacher)):
+    np.testing.assert_array_equal(leaf, 0.0)
+
+
+def test_the_teacher_is_not_in_the_optimizer():
+  tx = optax.adam(0.1)
+  _, alone = _setup(_linen(), objectives.hard_labels(), tx)
+  _, taught = _setup(_linen(), _distillation(), tx, teacher=_teacher())
+  shapes = [
+    [x.shape for x in jax.tree.leaves(s.opt_state)] for s in (alone, taught)
+  ]
+  assert shapes[0] == shapes[1]
+
+
+def test_many_steps_trace_once():
+  traces = []
+  train_step, state = _setup(
+    _linen_norm(),
+    _distillation(),
+    prune.prune(
+      optax.adam(0.01), prune.cubic(0.5, begin=1, end=4), [('.*/kernel', True)]
+    ),
+    teacher=_teacher(),
+  )
+
+  def counted(*args):
+    traces.append(1)
+    return train_step(*args)
+
+  compiled = jax.jit(counted)
+  for seed in range(6):
+    state, _ = compiled(state, _batch(), jax.random.key(seed))
+  assert len(traces) == 1
+
+
+def test_runs_with_the_same_key_are_equal_and_with_another_differ():
+  def run(seed):
+    train_step, state = _setup(
+      _linen(), objectives.hard_labels(), optax.sgd(0.1)
+    )
+    train_step = jax.jit(train_step)
+    for _ in range(3):
+      state, metrics = train_step(state, _batch(), jax.random.key(seed))
+    return state.params, metrics
+
+  _equal(run(0), run(0))
+  with pytest.raises(AssertionError):
+    _equal(run(0), run(1))
+
+
+def test_every_step_draws_its_own_randomness():
+  seen = []
+
+  def student_fn(variables, batch, rng, *, train):
+    seen.append(jax.random.uniform(rng))
+    return Forward(variables['params'] * batch['x'])
+
+  objective = objectives.term(lambda i: i.student.output.sum())
+  tx, batch = optax.sgd(0.1), {'x': jnp.ones((1, 1))}
+  variables = {'params': jnp.float32(1)}
+  train_step = step.make_train_step(student_fn, objective, tx)
+  state = step.init_state(student_fn, objective, tx, variables, batch)
+  seen.clear()
+  for _ in range(3):
+    state, _ = train_step(state, batch, jax.random.key(0))
+  assert len({float(jax.lax.stop_gradient(x)) for x in seen}) == 3
+
+
+def test_the_pure_step_equals_the_compiled_one():
+  train_step, state = _setup(
+    _linen(), _distillation(), optax.sgd(0.1), teacher=_teacher()
+  )
+  args = (state, _batch(), jax.random.key(0))
+  eager, compiled = train_step(*args), jax.jit(train_step)(*args)
+  for x, y in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled)):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_params_fn_is_differentiated_through_and_its_input_is_trained():
+  objective = objectives.term(lambda i: i.student.output)
+  apply = lambda v, batch, rng, *, train: Forward(v['params'] * batch['x'])
+  tx, batch = optax.sgd(0.1), {'x': jnp.ones(1)}
+  state = step.init_state(
+    apply, objective, tx, {'params': jnp.float32(1)}, batch
+  )
+  train_step = step.make_train_step(
+    apply, objective, tx, params_fn=lambda p: 3 * p
+  )
+  state, metrics = train_step(state, batch, jax.random.key(0))
+  assert float(metrics['loss/total']) == 3.0
+  assert float(state.params) == pytest.approx(1 - 0.1 * 3)
+
+
+def test_metrics_hold_the_loss_and_the_gradients_norm():
+  train_step, state = _setup(_plain(), objectives.hard_labels(), optax.sgd(1.0))
+  new, metrics = train_step(state, _batch(), jax.random.key(0))
+  assert set(metrics) == {'loss/total', 'accuracy', 'grad_norm'}
+  moved = jax.tree.map(lambda a, b: a - b, state.params, new.params)
+  np.testing.assert_allclose(
+    metrics['grad_norm'], optax.tree.norm(moved), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize('to', ['soft_targets', 'regression'])
+def test_a_teacher_of_other_classes_is_named(to):
+  objective = {
+    'soft_targets': objectives.soft_targets(),
+    'regression': objectives.regression(to='teacher'),
+  }[to]
+  train_step, state = _setup(
+    _linen(), objective, optax.sgd(0.1), teacher=_teacher(CLASSES + 1)
+  )
+  with pytest.raises(ValueError, match=r'\(16, 4\).*\(16, 5\)'):
+    jax.jit(train_step)(state, _batch(), jax.random.key(0))
+
+
+def test_teacher_function_and_variables_come_together():
+  teacher_fn, teacher = _teacher()
+  student_fn, variables = _linen()
+  args = (student_fn, _distillation(), optax.sgd(0.1), variables, _batch())
+  for options in ({'teacher_fn': teacher_fn}, {'teacher': teacher}):
+    with pytest.raises(ValueError, match='come together'):
+      step.init_state(*args, **options)
+
+
+def test_an_objective_that_needs_a_teacher_says_so():
+  train_step, state = _setup(_linen(), _distillation(), optax.sgd(0.1))
+  with pytest.raises(ValueError, match='soft_targets needs a teacher'):
+    train_step(state, _batch(), jax.random.key(0))
+
+
+def test_batch_statistics_update_in_training_only():
+  student_fn, variables = _linen_norm()
+  train_step, state = _setup(
+    (student_fn, variables), objectives.hard_labels(), optax.sgd(0.1)
+  )
+  new, _ = train_step(state, _batch(), jax.random.key(0))
+  mean = new.model_state['batch_stats']['norm1']['mean']
+  assert jnp.abs(mean).max() > 0
+  out = student_fn(
+    {'params': new.params, **new.model_state}, _batch(), train=False
+  )
+  _equal(out.model_state, new.model_state)
