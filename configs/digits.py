@@ -13,18 +13,20 @@ import ml_collections
 
 def training(epochs: int, learning_rate: float) -> ml_collections.ConfigDict:
   """One training run: how long, and with which optimizer."""
-  return ml_collections.ConfigDict({
-    'epochs': epochs,
-    'batch_size': 64,
-    'learning_rate': learning_rate,
-    'schedule': 'cosine',
-    # Share of the steps over which the rate rises from 0.
-    'warmup': 0.1,
-    'optimizer': {'name': 'adamw', 'l2': 1e-2},
-    # Decay of an average of the parameters to evaluate with; 0 for none.
-    'average': 0.0,
-    'evaluate_every_epochs': 5,
-  })
+  return ml_collections.ConfigDict(
+    {
+      'epochs': epochs,
+      'batch_size': 64,
+      'learning_rate': learning_rate,
+      'schedule': 'cosine',
+      # Share of the steps over which the rate rises from 0.
+      'warmup': 0.1,
+      'optimizer': {'name': 'adamw', 'l2': 1e-2},
+      # Decay of an average of the parameters to evaluate with; 0 for none.
+      'average': 0.0,
+      'evaluate_every_epochs': 5,
+    }
+  )
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
@@ -37,65 +39,79 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   # How the step is compiled: jit, shard_map or pmap.
   config.compiler = 'jit'
 
-  config.data = ml_collections.ConfigDict({
-    'name': 'digits',
-    # Directory of TFDS; '' for its default.
-    'data_dir': '',
-    # Share of the train split that is kept for validation.
-    'validation': 0.1,
-    # Random shifts by up to so many pixels, and mirroring, on the device.
-    'crop_padding': 1,
-    'flip': False,
-    # 0 for all.
-    'max_examples': 256 if tiny else 0,
-  })
+  config.data = ml_collections.ConfigDict(
+    {
+      'name': 'digits',
+      # Directory of TFDS; '' for its default.
+      'data_dir': '',
+      # Share of the train split that is kept for validation.
+      'validation': 0.1,
+      # Random shifts by up to so many pixels, and mirroring, on the device.
+      'crop_padding': 1,
+      'flip': False,
+      # 0 for all.
+      'max_examples': 256 if tiny else 0,
+    }
+  )
 
-  config.teacher = ml_collections.ConfigDict({
-    'model': {'name': 'resnet', 'depth': 8, 'width': 8 if tiny else 48},
-    'train': training(1 if tiny else 30, 3e-3),
-  })
-  config.student = ml_collections.ConfigDict({
-    'model': {'name': 'cnn', 'widths': (8,) if tiny else (16, 32, 64)},
-  })
+  config.teacher = ml_collections.ConfigDict(
+    {
+      'model': {'name': 'resnet', 'depth': 8, 'width': 8 if tiny else 48},
+      'train': training(1 if tiny else 30, 3e-3),
+    }
+  )
+  config.student = ml_collections.ConfigDict(
+    {
+      'model': {'name': 'cnn', 'widths': (8,) if tiny else (16, 32, 64)},
+    }
+  )
   # The student without the teacher: what distillation is measured against.
-  config.alone = ml_collections.ConfigDict({
-    'train': training(1 if tiny else 60, 5e-3),
-  })
-  config.distill = ml_collections.ConfigDict({
-    'train': training(1 if tiny else 60, 5e-3),
-    'temperature': 4.0,
-    'weights': {'kd': 0.9, 'ce': 0.1},
-  })
+  config.alone = ml_collections.ConfigDict(
+    {
+      'train': training(1 if tiny else 60, 5e-3),
+    }
+  )
+  config.distill = ml_collections.ConfigDict(
+    {
+      'train': training(1 if tiny else 60, 5e-3),
+      'temperature': 4.0,
+      'weights': {'kd': 0.9, 'ce': 0.1},
+    }
+  )
 
-  config.compress = ml_collections.ConfigDict({
-    'train': training(1 if tiny else 60, 3e-3),
-    'temperature': 4.0,
-    'weights': {'kd': 0.9, 'ce': 0.1},
-    'prune': {
-      'sparsity': 0.8,
-      'scope': 'global',
-      'rules': (('.*/kernel', True),),
-      # Shares of the steps between which sparsity rises, and steps between
-      # two prunings.
-      'begin': 0.0,
-      'end': 0.5,
-      'every': 5,
-    },
-    'quantize': {
-      # int8, int4 or float, by parameter path and by layer path.
-      'weights': (('.*/kernel', 'int8'),),
-      'activations': (('.*', 'int8'),),
-      'observer_decay': 0.99,
-    },
-  })
+  config.compress = ml_collections.ConfigDict(
+    {
+      'train': training(1 if tiny else 60, 3e-3),
+      'temperature': 4.0,
+      'weights': {'kd': 0.9, 'ce': 0.1},
+      'prune': {
+        'sparsity': 0.8,
+        'scope': 'global',
+        'rules': (('.*/kernel', True),),
+        # Shares of the steps between which sparsity rises, and steps between
+        # two prunings.
+        'begin': 0.0,
+        'end': 0.5,
+        'every': 5,
+      },
+      'quantize': {
+        # int8, int4 or float, by parameter path and by layer path.
+        'weights': (('.*/kernel', 'int8'),),
+        'activations': (('.*', 'int8'),),
+        'observer_decay': 0.99,
+      },
+    }
+  )
 
   # What the report calls met or not met.
-  config.aims = ml_collections.ConfigDict({
-    'teacher_accuracy': 0.98,
-    'parameter_share': 0.1,
-    'accuracy_drop': 0.015,
-    'export_agreement': 0.995,
-    'size_share': 0.05,
-  })
+  config.aims = ml_collections.ConfigDict(
+    {
+      'teacher_accuracy': 0.98,
+      'parameter_share': 0.1,
+      'accuracy_drop': 0.015,
+      'export_agreement': 0.995,
+      'size_share': 0.05,
+    }
+  )
   config.eval_batch_size = 128
   return config

@@ -62,7 +62,8 @@ def from_linen(
   """
   wanted = frozenset(taps)
   if axis_name is not None:
-    interceptors = (_global_batch(axis_name), *interceptors)
+    # Innermost, so that the others see every layer's inputs as under jit.
+    interceptors = (*interceptors, _global_batch(axis_name))
 
   def tapped(module, method):
     return method == '__call__' and '/'.join(module.path) in wanted
@@ -99,7 +100,7 @@ class _intercept:
   """`nn.intercept_methods` of several functions, the first outermost."""
 
   def __init__(self, interceptors: Sequence[Interceptor]):
-    self.contexts = [nn.intercept_methods(f) for f in reversed(interceptors)]
+    self.contexts = [nn.intercept_methods(f) for f in interceptors]
 
   def __enter__(self):
     for context in self.contexts:

@@ -129,17 +129,19 @@ def _models(run: Run) -> list[dict[str, Any]]:
     stage, network = jax_networks.get(name, (None, run.integer()))
     parameters, nonzero = weights.count(network.variables)
     path = None if stage is None else run.workdir.weights(stage)
-    rows.append({
-      'name': name,
-      **apply_numbers,
-      'parameters': parameters,
-      'nonzero_parameters': nonzero,
-      'bytes': path.stat().st_size if path else files[name](),
-      'flops': 2 * _multiply_accumulates(run, network),
-      'latency': {size: latency[size][name] for size in latency},
-      'train_seconds': _train_seconds(run, stage),
-      'note': notes.get(name, ''),
-    })
+    rows.append(
+      {
+        'name': name,
+        **apply_numbers,
+        'parameters': parameters,
+        'nonzero_parameters': nonzero,
+        'bytes': path.stat().st_size if path else files[name](),
+        'flops': 2 * _multiply_accumulates(run, network),
+        'latency': {size: latency[size][name] for size in latency},
+        'train_seconds': _train_seconds(run, stage),
+        'note': notes.get(name, ''),
+      }
+    )
   return rows
 
 

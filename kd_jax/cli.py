@@ -145,5 +145,3 @@ def _check_overrides(path: str, words: list[str]) -> None:
     match = re.match(r'--(?:no)?config\.([\w.]+)', word)
     if match:
       rules.choose('config key', match[1], known)
-
-

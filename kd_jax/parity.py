@@ -137,7 +137,7 @@ def _outputs(fn, reference, batch) -> tuple[np.ndarray, np.ndarray]:
     raise ValueError(
       f'compare: mask has shape {mask.shape} but outputs have {found.shape}.'
     )
-  real = mask != 0
+  real = mask > 0
   return found[real].astype(np.float64), expected[real].astype(np.float64)
 
 

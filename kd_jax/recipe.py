@@ -43,10 +43,12 @@ def _labels_only() -> objectives.Objective:
 
 
 def _distillation(c: ml_collections.ConfigDict) -> objectives.Objective:
-  return objectives.weighted_sum({
-    'kd': (c.weights.kd, objectives.soft_targets(temperature=c.temperature)),
-    'ce': (c.weights.ce, objectives.hard_labels()),
-  })
+  return objectives.weighted_sum(
+    {
+      'kd': (c.weights.kd, objectives.soft_targets(temperature=c.temperature)),
+      'ce': (c.weights.ce, objectives.hard_labels()),
+    }
+  )
 
 
 def train_teacher(run: Run) -> Result:
@@ -185,9 +187,7 @@ def _train(run, stage, step, state, evaluate) -> train_lib.Trained:
     return train_lib.train(
       sharding.compile_step(step, run.mesh, run.config.compiler),
       sharding.replicate(state, run.mesh),
-      data.train_batches(
-        images, batch_size=c.batch_size, seed=run.config.seed
-      ),
+      data.train_batches(images, batch_size=c.batch_size, seed=run.config.seed),
       rng=run.rng(stage),
       total_steps=_total_steps(run, stage),
       put=functools.partial(sharding.shard_batch, mesh=run.mesh),
@@ -280,8 +280,14 @@ def export(run: Run) -> Result:
 def _parities(run: Run, directory) -> list[dict[str, Any]]:
   """Each form of the integer student against the form it came from."""
   integer = run.apply(run.integer())
-  pairs = [('integer (JAX)', integer, run.compressed().name,
-            run.apply(run.compressed()))]
+  pairs = [
+    (
+      'integer (JAX)',
+      integer,
+      run.compressed().name,
+      run.apply(run.compressed()),
+    )
+  ]
   for name, apply in assess.exported(directory).items():
     pairs.append((name, apply, 'integer (JAX)', integer))
   found = []
@@ -338,7 +344,7 @@ def run_stages(
   chosen = [name for name in order if name in (stages or order)]
   run.workdir.write_config()
   if overwrite:
-    for name in order[order.index(chosen[0]):]:
+    for name in order[order.index(chosen[0]) :]:
       run.workdir.clear(name)
   for name in chosen:
     if run.workdir.done(name):

@@ -1,8 +1,8 @@
 """The directory of one run: its configuration, and the results of its stages.
 
-  config.json              what the run was started with
-  <stage>/result.json      present when the stage is finished
-  <stage>/...              weights, checkpoints, exports
+config.json              what the run was started with
+<stage>/result.json      present when the stage is finished
+<stage>/...              weights, checkpoints, exports
 """
 
 import hashlib

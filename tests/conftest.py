@@ -12,3 +12,14 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 def rng():
   """A typed key."""
   return jax.random.key(0)
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+  """A directory in which the digits are prepared, once for all workers."""
+  # With xdist every worker has a base of its own; the parent is shared.
+  shared = tmp_path_factory.getbasetemp().parent / 'kd_jax_data'
+  from kd_jax import data  # noqa: PLC0415
+
+  data.load_images('digits', 'test', data_dir=str(shared))
+  return shared

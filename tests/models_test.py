@@ -18,15 +18,14 @@ DIRECTORY = pathlib.Path(
 SMALL = {
   'mlp': {'hidden': (8, 6)},
   'cnn': {'widths': (4, 6, 8)},
-  'resnet': {'depth': 14, 'width': 4},
+  'resnet': {'depth': 8, 'width': 4},
 }
 # What the classes' docstrings say.
 TAPS = {
   'mlp': ['dense1', 'dense2', 'head'],
   'cnn': [f'{n}{i}' for i in (1, 2, 3) for n in ('conv', 'norm')]
   + ['pool', 'head'],
-  'resnet': [f'stage{s}_block{b}' for s in (1, 2, 3) for b in (1, 2)]
-  + ['stem', 'pool', 'head'],
+  'resnet': [f'stage{s}_block1' for s in (1, 2, 3)] + ['stem', 'pool', 'head'],
 }
 
 
@@ -77,13 +76,18 @@ def test_dropout_acts_in_training_only(name):
   model = models.make_model(name, num_classes=3, dropout=0.9, **SMALL[name])
   batch = {'image': jax.random.normal(jax.random.key(1), (2, 8, 8, 1))}
   variables = adapters.init_linen(model, jax.random.key(0), batch)
-  forward = jax.jit(adapters.from_linen(model), static_argnames='train')
+  forward = adapters.from_linen(model)
 
-  def run(seed, train):
-    return forward(variables, batch, jax.random.key(seed), train=train).output
+  def difference(variables, batch, *, train):
+    a, b = (
+      forward(variables, batch, jax.random.key(k), train=train).output
+      for k in (0, 1)
+    )
+    return jnp.max(jnp.abs(a - b))
 
-  assert jnp.array_equal(run(0, False), run(1, False))
-  assert not jnp.array_equal(run(0, True), run(1, True))
+  difference = jax.jit(difference, static_argnames='train')
+  assert difference(variables, batch, train=False) == 0
+  assert difference(variables, batch, train=True) > 0
 
 
 def test_resnet_halves_twice_and_widens():

@@ -1,0 +1,275 @@
+"""Data sets: from a TFDS name to arrays of a split, decoded once.
+
+Owns reading, the validation split and the messages when a data set cannot be
+read; knows nothing about batches. The arrays live in memory, which suits sets
+up to a few gigabytes of pixels.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from kd_jax.rules import near_misses
+
+SPLITS = ('train', 'validation', 'test')
+_CHUNK = 1024
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageData:
+  """Labelled images of one split, in memory.
+
+  Attributes:
+    image: uint8 `[N, H, W, C]`.
+    label: int32 `[N]`, class ids in `[0, num_classes)`.
+    id: int32 `[N]`, the position in the TFDS split; unique over train and
+      validation, which come from the same one. Augmentation is keyed by it.
+    class_names: one name per class.
+
+  Raises:
+    ValueError: if an array has another dtype or shape than these.
+
+  Example:
+    >>> data = ImageData(
+    ...   image=np.zeros((5, 8, 8, 1), np.uint8),
+    ...   label=np.arange(5, dtype=np.int32) % 2,
+    ...   id=np.arange(5, dtype=np.int32),
+    ...   class_names=('even', 'odd'),
+    ... )
+    >>> len(data), data.num_classes, data.image_shape
+    (5, 2, (8, 8, 1))
+  """
+
+  image: np.ndarray
+  label: np.ndarray
+  id: np.ndarray
+  class_names: tuple[str, ...]
+
+  def __post_init__(self):
+    _check_array('image', self.image, np.uint8, (len(self.label), -1, -1, -1))
+    _check_array('label', self.label, np.int32, (len(self.label),))
+    _check_array('id', self.id, np.int32, (len(self.label),))
+
+  def __len__(self) -> int:
+    return len(self.label)
+
+  @property
+  def num_classes(self) -> int:
+    """Number of classes, those without an image in this split included."""
+    return len(self.class_names)
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Height, width and channels."""
+    return self.image.shape[1:]
+
+
+def load_images(
+  name: str,
+  split: str,
+  *,
+  data_dir: str | os.PathLike[str] | None = None,
+  validation: float = 0.1,
+  max_examples: int | None = None,
+) -> ImageData:
+  """The images of one split of a data set.
+
+  Validation is carved from the TFDS train split by a permutation that depends
+  on nothing but the split's size, so it is the same for all runs and seeds;
+  'train' is the rest. 'test' is the TFDS test split or, for a set without one,
+  its validation split.
+
+  Args:
+    name: 'digits' (no download, prepared on first use), or any TFDS data set
+      with the features `image` and `label`, such as 'fashion_mnist'.
+    split: 'train', 'validation' or 'test'.
+    data_dir: where TFDS keeps prepared data; its default directory when None.
+    validation: the share of the TFDS train split to hold out, in `[0, 1)`.
+    max_examples: keep at most this many, chosen by the same permutation; all
+      when None.
+
+  Returns:
+    The images in the order of the TFDS split.
+
+  Raises:
+    ValueError: for an unknown name or split, a share or number out of range,
+      or a data set that does not consist of labelled uint8 images of one size.
+    ImportError: for the few data sets that TFDS reads with TensorFlow only.
+    FileNotFoundError: if the data set is not prepared in `data_dir` and
+      TensorFlow, with which TFDS prepares public sets, is not installed.
+  """
+  if split not in SPLITS:
+    raise ValueError(f'Unknown split {split!r}: {near_misses(split, SPLITS)}')
+  if not 0 <= validation < 1:
+    raise ValueError(f'validation is {validation}; it must be in [0, 1).')
+  if max_examples is not None and max_examples < 1:
+    raise ValueError(f'max_examples is {max_examples}; it must be positive.')
+  builder = _prepared_builder(name, data_dir)
+  tfds_split = _tfds_split(name, split, builder.info.splits)
+  size = builder.info.splits[tfds_split].num_examples
+  positions = _positions(split, size, validation, max_examples)
+  if not len(positions):
+    raise ValueError(
+      f'validation={validation} of {size} examples of {name!r} leaves none '
+      f'for the {split} split.'
+    )
+  class_names = tuple(builder.info.features['label'].names)
+  try:
+    source = builder.as_data_source(tfds_split)
+  except NotImplementedError as e:
+    raise ValueError(
+      f'{name!r} in {builder.data_path} is prepared in a format without '
+      "random access; prepare it with file_format='array_record'."
+    ) from e
+  with _silence():
+    image, label = _decode(source, positions, f'{name!r}')
+  if label.min() < 0 or label.max() >= len(class_names):
+    raise ValueError(
+      f'The {tfds_split} split of {name!r} has labels from {label.min()} to '
+      f'{label.max()}, but there are {len(class_names)} classes.'
+    )
+  return ImageData(image, label, positions.astype(np.int32), class_names)
+
+
+def _positions(
+  split: str, size: int, validation: float, max_examples: int | None
+) -> np.ndarray:
+  """Which records of a TFDS split belong to a split of ours, ascending."""
+  # The stream of RandomState is frozen; that of a numpy Generator may change
+  # with a new numpy, and the validation split with it.
+  order = np.random.RandomState(0).permutation(size)
+  held_out = round(size * validation)
+  if split == 'validation':
+    order = order[:held_out]
+  elif split == 'train':
+    order = order[held_out:]
+  return np.sort(order[:max_examples])
+
+
+def _tfds_split(name: str, split: str, splits: Sequence[str]) -> str:
+  wanted = ('test', 'validation') if split == 'test' else ('train',)
+  for candidate in wanted:
+    if candidate in splits:
+      return candidate
+  raise ValueError(
+    f'{name!r} has no split for {split!r}; it has {", ".join(splits)}.'
+  )
+
+
+def _prepared_builder(name: str, data_dir: str | os.PathLike[str] | None):
+  """The TFDS builder of a data set of labelled images, ready to be read."""
+  # TFDS costs seconds to import, hence only here and where it is needed.
+  import tensorflow_datasets as tfds  # noqa: PLC0415
+
+  def make():
+    if name == 'digits':
+      from kd_jax.data import digits  # noqa: PLC0415
+
+      return digits.Digits(data_dir=data_dir)
+    try:
+      return tfds.builder(name, data_dir=data_dir)
+    except ValueError:
+      known = tfds.list_builders(with_community_datasets=False)
+      if re.split('[:/]', name)[0] in known:
+        raise
+      raise ValueError(
+        f'Unknown data set {name!r}: {near_misses(name, {*known, "digits"})}'
+      ) from None
+    except ImportError as e:
+      raise ImportError(
+        f'TFDS cannot read {name!r} here, `pip install kd_jax[tfds]` may '
+        f'help: {e}'
+      ) from e
+
+  builder = make()
+  features = builder.info.features
+  for feature, kind in (
+    ('image', tfds.features.Image),
+    ('label', tfds.features.ClassLabel),
+  ):
+    if not isinstance(dict(features).get(feature), kind):
+      raise ValueError(
+        f'{name!r} is no image classification data set: it has no feature '
+        f'{feature!r} of type {kind.__name__}; its features are '
+        f'{", ".join(features)}.'
+      )
+  if not builder.data_path.exists():
+    if name != 'digits' and importlib.util.find_spec('tensorflow') is None:
+      raise FileNotFoundError(
+        f'Data set {name!r} is not prepared, there is no '
+        f'{builder.data_path}: give the data_dir that holds it, or `pip '
+        'install kd_jax[tfds]` to let TFDS download and prepare it.'
+      )
+    _prepare(builder, quiet=name == 'digits')
+    builder = make()
+  return builder
+
+
+def _prepare(builder: Any, *, quiet: bool) -> None:
+  with _silence() if quiet else contextlib.nullcontext():
+    try:
+      builder.download_and_prepare(file_format='array_record')
+    except OSError:
+      # TFDS writes beside the data and renames at the end, which fails when
+      # another process was faster; what that one wrote is as good.
+      if not builder.data_path.exists():
+        raise
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+  """Drops what TFDS prints and warns about work of a few seconds."""
+  logger = logging.getLogger('absl')
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    with (
+      contextlib.redirect_stdout(io.StringIO()),
+      contextlib.redirect_stderr(io.StringIO()),
+    ):
+      yield
+  finally:
+    logger.setLevel(level)
+
+
+def _decode(
+  source: Any, positions: np.ndarray, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Images and labels of some records; chunks, as single reads are slow."""
+  images, labels = None, np.empty(len(positions), np.int32)
+  for start in range(0, len(positions), _CHUNK):
+    chunk = positions[start : start + _CHUNK].tolist()
+    for i, record in enumerate(source.__getitems__(chunk), start):
+      image = record['image']
+      if images is None:
+        images = np.empty((len(positions), *image.shape), np.uint8)
+      if image.dtype != np.uint8:
+        raise ValueError(f'The images of {name} are {image.dtype}, not uint8.')
+      if image.shape != images.shape[1:]:
+        raise ValueError(
+          f'The images of {name} differ in shape, {images.shape[1:]} and '
+          f'{image.shape}; prepare the set with images of one size.'
+        )
+      images[i] = image
+      labels[i] = record['label']
+  return images, labels
+
+
+def _check_array(name: str, array: Any, dtype: Any, shape: tuple[int, ...]):
+  fits = len(array.shape) == len(shape) and all(
+    want in (-1, got) for want, got in zip(shape, array.shape)
+  )
+  if array.dtype != dtype or not fits:
+    wanted = ', '.join('any' if n < 0 else str(n) for n in shape)
+    raise ValueError(
+      f'ImageData.{name} must be {np.dtype(dtype)} [{wanted}], not '
+      f'{array.dtype} {list(array.shape)}.'
+    )

@@ -1,0 +1,332 @@
+"""An ONNX graph under construction: values, their layouts, and nodes.
+
+Owns what all primitives share; what one of them becomes is in
+`onnx_primitives`, and the walk over a traced function in `onnx_trace`.
+
+A value is one of
+  Const     known at export: a numpy array;
+  Codes     known at export: integers and their scale;
+  Tensor    computed by the graph;
+  Deferred  a Tensor whose node is not written yet, as its reader may know a
+            better one: a convolution may take the bias that follows it.
+Size-1 axes broadcast lazily: a Const or Tensor may have size 1 along an axis
+where the traced value is larger. Batch sizes are symbolic.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Const:
+  """An array that is known at export."""
+
+  array: np.ndarray
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the array; size-1 axes broadcast."""
+    return self.array.shape
+
+  def view(self, change: Callable[[np.ndarray], np.ndarray]) -> 'Const':
+    """The array, transposed or reshaped."""
+    return Const(change(self.array))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codes:
+  """Integers that are known at export, and the scale of each channel.
+
+  Attributes:
+    code: int8 or int32, symmetric.
+    scale: float32 of the same rank, broadcastable to `code`.
+  """
+
+  code: np.ndarray
+  scale: np.ndarray
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the codes."""
+    return self.code.shape
+
+  def view(self, change: Callable[[np.ndarray], np.ndarray]) -> 'Codes':
+    """The codes, transposed or reshaped in a way that the scale can follow."""
+    return Codes(change(self.code), change(self.scale))
+
+  @property
+  def array(self) -> np.ndarray:
+    """The real values."""
+    return self.code.astype(np.float32) * self.scale
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor:
+  """An output of a node.
+
+  Attributes:
+    name: in the graph.
+    shape: in the order of the traced function; size-1 axes broadcast.
+    perm: axis i of the graph's tensor is axis perm[i] of the traced value.
+    grid: None for real values; for activation codes their scale and the
+      zero point of the uint8 that the graph holds. The traced codes are int8:
+      128 less.
+  """
+
+  name: str
+  shape: tuple[Any, ...]
+  perm: tuple[int, ...]
+  grid: tuple[float, int] | None = None
+
+  def without(self, axes: Sequence[int]):
+    """Shape and layout that are left when the axes are gone."""
+    kept = [i for i in range(len(self.shape)) if i not in axes]
+    shape = tuple(self.shape[i] for i in kept)
+    return shape, tuple(kept.index(p) for p in self.perm if p in kept)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deferred:
+  """A tensor whose node is not written yet.
+
+  Attributes:
+    kind: 'linear', 'total' or 'padded'.
+    emit: writes the node; without arguments as traced. `emit(bias)` of
+      'linear' adds a Const or Codes `[O]`; `emit(True)` of 'total' takes the
+      mean.
+    shape: as Tensor's.
+    detail: what a reader must know: the number of channels O of 'linear' and
+      their axis, the number of summands of 'total', the unpadded value and
+      its edges of 'padded'.
+  """
+
+  kind: str
+  emit: Callable[..., Tensor]
+  shape: tuple[Any, ...]
+  detail: Any
+
+  @functools.cached_property
+  def tensor(self) -> Tensor:
+    """As traced, written once."""
+    return self.emit()
+
+
+Value: TypeAlias = Const | Codes | Tensor | Deferred
+
+
+def is_one(size: Any) -> bool:
+  """Whether an axis has size 1; a symbolic one has not."""
+  return isinstance(size, int) and size == 1
+
+
+def identity(rank: int) -> tuple[int, ...]:
+  """The layout of the traced function."""
+  return tuple(range(rank))
+
+
+def scalar(value: Value) -> Any:
+  """The number that a constant holds everywhere, or None."""
+  if isinstance(value, Const) and value.array.size == 1:
+    return value.array.reshape(())[()]
+  return None
+
+
+def unsupported(eqn: Any, what: str) -> ValueError:
+  """An error for an equation whose primitive is known, used in another way."""
+  return ValueError(
+    f'export_onnx: {eqn.primitive.name} with {what} has no ONNX form here.'
+  )
+
+
+class Graph:
+  """Nodes and initializers, written in order.
+
+  Attributes:
+    nodes: in topological order.
+    initializers: by name.
+    batch: the symbolic batch size, or None.
+    input: name of the graph's input.
+  """
+
+  def __init__(self, input_name: str, batch: Any):
+    self.nodes: list[onnx.NodeProto] = []
+    self.initializers: dict[str, onnx.TensorProto] = {}
+    self.input = input_name
+    self.batch = batch
+    self._constants: dict[tuple[Any, ...], str] = {}
+    self._grids: dict[tuple[Any, ...], list[tuple[float, Tensor]]] = {}
+    self._numbers = itertools.count()
+
+  def node(self, operator: str, *inputs: str, **attributes: Any) -> str:
+    """Appends a node with one output; returns the output's name."""
+    output = f'{operator.lower()}_{next(self._numbers)}'
+    self.nodes.append(
+      helper.make_node(operator, inputs, [output], **attributes)
+    )
+    return output
+
+  def constant(self, array: Any) -> str:
+    """The name of an initializer; equal arrays share one."""
+    array = np.asarray(array)
+    key = (array.dtype.str, array.dtype.name, array.shape, array.tobytes())
+    if key not in self._constants:
+      self._constants[key] = self._initializer(array)
+    return self._constants[key]
+
+  def _initializer(self, array: np.ndarray) -> str:
+    name = f'constant_{len(self.initializers)}'
+    # ascontiguousarray would make a vector of a scalar.
+    tensor = numpy_helper.from_array(array.copy(order='C'), name)
+    self.initializers[name] = tensor
+    return name
+
+  def name(self, value: Const | Codes) -> str:
+    """A constant in the graph; codes are dequantized there."""
+    if isinstance(value, Const):
+      return self.constant(value.array)
+    axes = [i for i, size in enumerate(value.scale.shape) if size > 1]
+    if len(axes) > 1:
+      return self.constant(value.array)
+    scale = value.scale.reshape(-1 if axes else ())
+    names = [self.constant(value.code), self.constant(scale)]
+    if value.code.dtype == np.int8:
+      # Each weight has its own zero point: onnxruntime fails to rewrite int8
+      # weights as uint8, for x86 without VNNI, when two share one.
+      names.append(self._initializer(np.zeros(scale.shape, np.int8)))
+    attributes = {'axis': axes[0]} if axes else {}
+    return self.node('DequantizeLinear', *names, **attributes)
+
+  def tensor(self, value: Value) -> Tensor:
+    """Any value as a tensor of the graph."""
+    if isinstance(value, Deferred):
+      return value.tensor
+    if isinstance(value, (Const, Codes)):
+      rank = len(value.shape)
+      return Tensor(self.name(value), value.shape, identity(rank))
+    return value
+
+  def real(self, value: Value) -> Tensor:
+    """A tensor of real values.
+
+    Raises:
+      ValueError: for codes, on which only layers run with `simulate=True`
+        have ONNX operators.
+    """
+    tensor = self.tensor(value)
+    if tensor.grid is not None:
+      raise ValueError(
+        'export_onnx: arithmetic on int8 codes; run the model with '
+        'execute_integers(simulate=True).'
+      )
+    return tensor
+
+  def align(self, x: Tensor, perm: Sequence[int]) -> Tensor:
+    """The same tensor in another layout."""
+    perm = tuple(perm)
+    if x.perm == perm:
+      return x
+    moved = [p for p in perm if not is_one(x.shape[p])]
+    if moved == [p for p in x.perm if not is_one(x.shape[p])]:
+      # Only axes of size 1 move: a new shape, no copy.
+      shape = self.shape([x.shape[p] for p in perm])
+      name = self.node('Reshape', x.name, shape)
+    else:
+      order = [x.perm.index(p) for p in perm]
+      name = self.node('Transpose', x.name, perm=order)
+    return dataclasses.replace(x, name=name, perm=perm)
+
+  def shape(self, sizes: Sequence[Any]) -> str:
+    """A constant for Reshape; one size may be symbolic."""
+    static = [size if isinstance(size, int) else -1 for size in sizes]
+    if static.count(-1) > 1:
+      raise ValueError(
+        f'export_onnx: a reshape to {tuple(sizes)} has more than one axis '
+        'that depends on the batch size.'
+      )
+    return self.constant(np.array(static, np.int64))
+
+  def reshape(self, x: Tensor, shape: Sequence[Any]) -> Tensor:
+    """The elements of a full tensor in row-major order of the traced axes."""
+    shape = tuple(shape)
+    order = [p for p in x.perm if not is_one(x.shape[p])]
+    if order != sorted(order):
+      x = self.align(x, identity(len(x.shape)))
+    if shape == x.shape and x.perm == identity(len(shape)):
+      return x
+    name = self.node('Reshape', x.name, self.shape(shape))
+    return Tensor(name, shape, identity(len(shape)), x.grid)
+
+  def full(self, x: Tensor, shape: Sequence[Any]) -> Tensor:
+    """Broadcasts the axes that were left at size 1."""
+    shape = tuple(shape)
+    missing = [
+      i for i, size in enumerate(shape) if is_one(x.shape[i]) > is_one(size)
+    ]
+    if not missing:
+      return x
+    sizes = [shape[p] if p in missing else 1 for p in x.perm]
+    name = self.node('Expand', x.name, self._target(sizes))
+    return dataclasses.replace(x, name=name, shape=shape)
+
+  def _target(self, sizes: Sequence[Any]) -> str:
+    """The shape for Expand; computed from the input if it has a batch."""
+    if all(isinstance(size, int) for size in sizes):
+      return self.constant(np.array(sizes, np.int64))
+    if any(not isinstance(size, int) and size != self.batch for size in sizes):
+      raise ValueError(
+        f'export_onnx: a broadcast to {tuple(sizes)} has a size that is '
+        'neither fixed nor the batch size.'
+      )
+    batch = self.node('Shape', self.input, start=0, end=1)
+    parts = [
+      self.constant(np.array([size], np.int64))
+      if isinstance(size, int)
+      else batch
+      for size in sizes
+    ]
+    return self.node('Concat', *parts, axis=0)
+
+  def quantize(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """uint8 codes; the same codes are computed once."""
+
+    def emit():
+      inputs = (self.constant(v) for v in (np.float32(scale), zero_point))
+      name = self.node('QuantizeLinear', x.name, *inputs)
+      grid = (scale, int(zero_point))
+      return dataclasses.replace(x, name=name, grid=grid)
+
+    zero_point = np.uint8(zero_point)
+    return self._on_grid('quantize', x.name, scale, zero_point, emit)
+
+  def dequantize(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Real values of codes; the same values are computed once."""
+
+    def emit():
+      inputs = (self.constant(v) for v in (np.float32(scale), zero_point))
+      name = self.node('DequantizeLinear', x.name, *inputs)
+      return dataclasses.replace(x, name=name, grid=None)
+
+    # A runtime fuses a quantizer and a dequantizer of equal scales only.
+    assert x.grid is not None
+    if np.isclose(x.grid[0], scale, rtol=1e-6, atol=0):
+      scale = x.grid[0]
+    zero_point = np.uint8(zero_point)
+    return self._on_grid('dequantize', x.name, scale, zero_point, emit)
+
+  def _on_grid(self, kind, name, scale, zero_point, emit) -> Tensor:
+    # Two observers of one tensor may disagree by the rounding of two
+    # differently compiled sums; a second quantizer would cost the layer
+    # before it its integer kernel.
+    known = self._grids.setdefault((kind, name, int(zero_point)), [])
+    for other, tensor in known:
+      if np.isclose(other, scale, rtol=1e-6, atol=0):
+        return tensor
+    known.append((scale, emit()))
+    return known[-1][1]

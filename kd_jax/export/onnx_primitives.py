@@ -1,0 +1,381 @@
+"""What each JAX primitive becomes in ONNX.
+
+`PRIMITIVES` maps a primitive's name to `handler(graph, eqn, *inputs) ->
+value`; `FUNCTIONS` does so for jitted functions that are known by name. A
+handler may assume that an input is not a constant.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from onnx import helper
+
+from kd_jax.export import onnx_layers
+from kd_jax.export.onnx_graph import (
+  Codes,
+  Const,
+  Deferred,
+  Graph,
+  Tensor,
+  Value,
+  identity,
+  is_one,
+  scalar,
+  unsupported,
+)
+
+# --- Elementwise ------------------------------------------------------------
+
+
+def _operands(graph: Graph, values: Sequence[Value]):
+  """Node inputs in one layout, and the shape and layout of the result."""
+  tensors = [
+    None if isinstance(v, (Const, Codes)) else graph.real(v) for v in values
+  ]
+  # The largest operand keeps its layout.
+  known = [t for t in tensors if t is not None]
+  first = max(
+    known, key=lambda t: (len(t.shape), sum(not is_one(s) for s in t.shape))
+  )
+  rank = len(first.shape)
+  shape = list(first.shape)
+  names = []
+  for value, tensor in zip(values, tensors):
+    if tensor is not None:
+      tensor = graph.align(tensor, first.perm) if tensor.shape else tensor
+      names.append(tensor.name)
+      sizes = tensor.shape
+    else:
+      array = value.array
+      sizes = array.shape
+      if array.size == 1:
+        array = array.reshape(())
+      elif array.ndim == rank:
+        array = array.transpose(first.perm)
+      names.append(graph.constant(array))
+    if sizes:
+      shape = [b if is_one(a) else a for a, b in zip(shape, sizes)]
+  return names, tuple(shape), first.perm
+
+
+def _pointwise(*operators: str) -> Callable[..., Tensor]:
+  """A primitive that is one node, or several in a row."""
+
+  def handler(graph, eqn, *values):
+    names, shape, perm = _operands(graph, values)
+    for operator in operators:
+      names = [graph.node(operator, *names)]
+    return Tensor(names[0], shape, perm)
+
+  return handler
+
+
+def _bias(linear: Value, value: Value) -> Const | Codes | None:
+  """A constant `[O]` that a layer can add to its channels, or None."""
+  if not (isinstance(linear, Deferred) and linear.kind == 'linear'):
+    return None
+  if not isinstance(value, (Const, Codes)):
+    return None
+  channels, axis = linear.detail
+  if value.shape and len(value.shape) != len(linear.shape):
+    return None
+  sizes = [s for i, s in enumerate(value.shape) if i != axis]
+  if any(size != 1 for size in sizes):
+    return None
+  if isinstance(value, Const):
+    flat = value.array.reshape(-1)
+    return Const(np.broadcast_to(flat, (channels,)))
+  if value.code.size != channels:
+    return None
+  return value.view(lambda a: a.reshape(-1))
+
+
+def _add(graph, eqn, x, y):
+  for layer, other in ((x, y), (y, x)):
+    bias = _bias(layer, other)
+    if bias is not None:
+      return layer.emit(bias)
+  return _pointwise('Add')(graph, eqn, x, y)
+
+
+def _sub(graph, eqn, x, y):
+  bias = _bias(x, y)
+  if bias is not None:
+    return x.emit(Const(-bias.array))
+  return _pointwise('Sub')(graph, eqn, x, y)
+
+
+def _is_total(value: Value) -> bool:
+  return isinstance(value, Deferred) and value.kind == 'total'
+
+
+def _mul(graph, eqn, x, y):
+  for total, other in ((x, y), (y, x)):
+    factor = scalar(other)
+    if _is_total(total) and factor is not None:
+      if factor == np.float32(1 / total.detail):
+        return total.emit(True)
+  return _pointwise('Mul')(graph, eqn, x, y)
+
+
+def _div(graph, eqn, x, y):
+  if _is_total(x) and scalar(y) == x.detail:
+    return x.emit(True)
+  return _pointwise('Div')(graph, eqn, x, y)
+
+
+def _max(graph, eqn, x, y):
+  for value, other in ((x, y), (y, x)):
+    low = scalar(other)
+    if low is not None and np.isneginf(low):
+      return value
+    if low is not None and low == 0 and isinstance(low, np.floating):
+      return _pointwise('Relu')(graph, eqn, value)
+    if low is not None:
+      return _clip(graph, value, low, None)
+  return _pointwise('Max')(graph, eqn, x, y)
+
+
+def _min(graph, eqn, x, y):
+  for value, other in ((x, y), (y, x)):
+    high = scalar(other)
+    if high is not None:
+      return _clip(graph, value, None, high)
+  return _pointwise('Min')(graph, eqn, x, y)
+
+
+def _clip(graph, value, low, high):
+  (name,), shape, perm = _operands(graph, [value])
+  limits = ['' if v is None else graph.constant(v) for v in (low, high)]
+  return Tensor(graph.node('Clip', name, *limits), shape, perm)
+
+
+def _clamp(graph, eqn, low, x, high):
+  limits = [scalar(low), scalar(high)]
+  if None in limits or isinstance(x, (Const, Codes)):
+    raise unsupported(eqn, 'limits that are computed')
+  return _clip(graph, x, *limits)
+
+
+def _select(graph, eqn, which, *cases):
+  if eqn.invars[0].aval.dtype != np.bool_ or len(cases) != 2:
+    raise unsupported(eqn, 'an integer selector')
+  return _pointwise('Where')(graph, eqn, which, cases[1], cases[0])
+
+
+def _integer_pow(graph, eqn, x):
+  exponent = Const(np.asarray(eqn.params['y'], eqn.invars[0].aval.dtype))
+  return _pointwise('Pow')(graph, eqn, x, exponent)
+
+
+def _square(graph, eqn, x):
+  return _pointwise('Mul')(graph, eqn, x, x)
+
+
+def _erfc(graph, eqn, x):
+  (name,), shape, perm = _operands(graph, [x])
+  one = graph.constant(np.ones((), eqn.invars[0].aval.dtype))
+  return Tensor(graph.node('Sub', one, graph.node('Erf', name)), shape, perm)
+
+
+def _round(graph, eqn, x):
+  if eqn.params['rounding_method'] != jax.lax.RoundingMethod.TO_NEAREST_EVEN:
+    raise unsupported(eqn, 'rounding away from zero')
+  return _pointwise('Round')(graph, eqn, x)
+
+
+def _convert(graph, eqn, x):
+  new = np.dtype(eqn.params['new_dtype'])
+  if new == eqn.invars[0].aval.dtype:
+    return x
+  (name,), shape, perm = _operands(graph, [x])
+  to = helper.np_dtype_to_tensor_dtype(new)
+  return Tensor(graph.node('Cast', name, to=to), shape, perm)
+
+
+def _same(graph, eqn, x):
+  return x
+
+
+# --- Views ------------------------------------------------------------------
+
+
+def _reshape(graph, eqn, x):
+  if eqn.params.get('dimensions') is not None:
+    raise unsupported(eqn, 'a dimension order')
+  old, new = eqn.invars[0].aval.shape, eqn.params['new_sizes']
+  if isinstance(x, Codes):
+    kept = [i for i, size in enumerate(x.shape) if size != 1]
+    if [x.shape[i] for i in kept] == [size for size in new if size != 1]:
+      # Only axes of size 1 come and go, so the scale can follow.
+      sizes = iter(kept)
+      scale = [1 if s == 1 else x.scale.shape[next(sizes)] for s in new]
+      return Codes(x.code.reshape(new), x.scale.reshape(scale))
+    x = Const(x.array)
+  if isinstance(x, Const):
+    if all(isinstance(size, int) for size in (*old, *new)):
+      return Const(np.broadcast_to(x.array, old).reshape(new))
+    if x.array.size == 1:
+      return Const(x.array.reshape((1,) * len(new)))
+  return graph.reshape(graph.full(graph.tensor(x), old), new)
+
+
+def _squeeze(graph, eqn, x):
+  axes = tuple(eqn.params['dimensions'])
+  if isinstance(x, (Const, Codes)):
+    return x.view(lambda a: a.squeeze(axes))
+  x = graph.tensor(x)
+  places = sorted(x.perm.index(a) for a in axes)
+  name = graph.node('Squeeze', x.name, graph.constant(np.array(places)))
+  return Tensor(name, *x.without(axes), x.grid)
+
+
+def _transpose(graph, eqn, x):
+  order = tuple(eqn.params['permutation'])
+  if isinstance(x, (Const, Codes)):
+    return x.view(lambda a: a.transpose(order))
+  x = graph.tensor(x)
+  shape = tuple(x.shape[p] for p in order)
+  return Tensor(x.name, shape, tuple(order.index(p) for p in x.perm), x.grid)
+
+
+def _broadcast(graph, eqn, x):
+  axes = tuple(eqn.params['broadcast_dimensions'])
+  rank = len(eqn.params['shape'])
+  new = [i for i in range(rank) if i not in axes]
+  if isinstance(x, (Const, Codes)):
+    return x.view(lambda a: np.expand_dims(a, tuple(new)))
+  x = graph.tensor(x)
+  if not new:
+    return x
+  shape = [1] * rank
+  for axis, size in zip(axes, x.shape):
+    shape[axis] = size
+  if x.perm == identity(len(x.perm)):
+    places, perm = new, identity(rank)
+  else:
+    places = list(range(len(axes), rank))
+    perm = (*(axes[p] for p in x.perm), *new)
+  name = graph.node('Unsqueeze', x.name, graph.constant(np.array(places)))
+  return Tensor(name, tuple(shape), perm, x.grid)
+
+
+def _concatenate(graph, eqn, *values):
+  axis = eqn.params['dimension']
+  parts = [
+    graph.full(graph.real(v), atom.aval.shape)
+    for v, atom in zip(values, eqn.invars)
+  ]
+  # Constants come in the traced order; a computed part decides the layout.
+  perm = next(
+    part.perm
+    for part, v in zip(parts, values)
+    if not isinstance(v, (Const, Codes))
+  )
+  names = [graph.align(part, perm).name for part in parts]
+  name = graph.node('Concat', *names, axis=perm.index(axis))
+  return Tensor(name, tuple(eqn.outvars[0].aval.shape), perm)
+
+
+# --- Quantization -----------------------------------------------------------
+
+
+def _quantize(graph, eqn, x, scale, zero_point):
+  grid = scalar(scale), scalar(zero_point)
+  if None in grid or isinstance(x, (Const, Codes)):
+    return None
+  # x86 multiplies uint8 by int8; the same codes, 128 higher.
+  return graph.quantize(graph.real(x), float(grid[0]), int(grid[1]) + 128)
+
+
+def _dequantize(graph, eqn, code, scale, zero_point):
+  if isinstance(code, Const):
+    if not isinstance(scale, Const) or scalar(zero_point) != 0:
+      return None
+    missing = code.array.ndim - scale.array.ndim
+    scale = scale.array.reshape((1,) * missing + scale.shape)
+    return Codes(code.array, scale)
+  grid = scalar(scale), scalar(zero_point)
+  code = graph.tensor(code)
+  if None in grid or code.grid is None:
+    return None
+  return graph.dequantize(code, float(grid[0]), int(grid[1]) + 128)
+
+
+# --- Tables -----------------------------------------------------------------
+
+_POINTWISE = {
+  'abs': ('Abs',),
+  'and': ('And',),
+  'ceil': ('Ceil',),
+  'cos': ('Cos',),
+  'eq': ('Equal',),
+  'erf': ('Erf',),
+  'exp': ('Exp',),
+  'floor': ('Floor',),
+  'ge': ('GreaterOrEqual',),
+  'gt': ('Greater',),
+  'le': ('LessOrEqual',),
+  'log': ('Log',),
+  'logistic': ('Sigmoid',),
+  'lt': ('Less',),
+  'ne': ('Equal', 'Not'),
+  'neg': ('Neg',),
+  'not': ('Not',),
+  'or': ('Or',),
+  'pow': ('Pow',),
+  'rsqrt': ('Sqrt', 'Reciprocal'),
+  'sign': ('Sign',),
+  'sin': ('Sin',),
+  'sqrt': ('Sqrt',),
+  'tanh': ('Tanh',),
+}
+
+_ELEMENTWISE: dict[str, Callable[..., Value]] = {
+  **{name: _pointwise(*nodes) for name, nodes in _POINTWISE.items()},
+  'add': _add,
+  'clamp': _clamp,
+  'convert_element_type': _convert,
+  'div': _div,
+  'erfc': _erfc,
+  'integer_pow': _integer_pow,
+  'max': _max,
+  'min': _min,
+  'mul': _mul,
+  'round': _round,
+  'select_n': _select,
+  'square': _square,
+  'sub': _sub,
+}
+
+_VIEWS: dict[str, Callable[..., Value]] = {
+  'broadcast_in_dim': _broadcast,
+  'copy': _same,
+  'name': _same,
+  'reshape': _reshape,
+  'squeeze': _squeeze,
+  'stop_gradient': _same,
+  'transpose': _transpose,
+}
+
+ELEMENTWISE = frozenset(_ELEMENTWISE)
+VIEWS = frozenset(_VIEWS)
+PRIMITIVES: dict[str, Callable[..., Value]] = {
+  **_ELEMENTWISE,
+  **_VIEWS,
+  'concatenate': _concatenate,
+  'conv_general_dilated': onnx_layers.conv,
+  'dot_general': onnx_layers.dot,
+  'pad': onnx_layers.pad,
+  'reduce_max': onnx_layers.reduce('ReduceMax'),
+  'reduce_min': onnx_layers.reduce('ReduceMin'),
+  'reduce_sum': onnx_layers.reduce_sum,
+  'reduce_window_max': onnx_layers.max_pool,
+  'reduce_window_sum': onnx_layers.sum_pool,
+}
+
+FUNCTIONS: dict[str, Callable[..., Value | None]] = {
+  'dequantize_linear': _dequantize,
+  'quantize_linear': _quantize,
+}

@@ -1,0 +1,102 @@
+"""Messages and exit codes of the command line."""
+
+import pathlib
+
+import pytest
+
+from kd_jax import cli
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = str(ROOT / 'configs' / 'digits.py') + ':tiny'
+
+BAD = {
+  'unknown command': (['rnu'], 'the commands are run, evaluate, report'),
+  'no config': (['run', '--workdir=x'], 'needs --config=FILE'),
+  'no workdir': (['run', f'--config={TINY}'], 'needs --workdir=DIR'),
+  'missing config': (
+    ['run', '--config=nope.py', '--workdir=x'],
+    "no configuration file 'nope.py'",
+  ),
+  'unknown variant': (
+    ['run', f'--config={TINY}y', '--workdir=x'],
+    "no variant 'tinyy'",
+  ),
+  'unknown key': (
+    ['run', f'--config={TINY}', '--workdir=x', '--config.sed=1'],
+    'did you mean seed?',
+  ),
+  'unknown nested key': (
+    [
+      'run',
+      f'--config={TINY}',
+      '--workdir=x',
+      '--config.teacher.train.learning_rat=1',
+    ],
+    'did you mean teacher.train.learning_rate',
+  ),
+  'bad value': (
+    ['run', f'--config={TINY}', '--workdir=x', '--config.seed=abc'],
+    'config.seed=abc',
+  ),
+  'unknown flag': (
+    ['run', f'--config={TINY}', '--workdir=x', '--stges=a'],
+    'Did you mean: stages',
+  ),
+  'stray word': (
+    ['run', f'--config={TINY}', '--workdir=x', 'digits'],
+    "takes no argument 'digits'",
+  ),
+  'no run there': (
+    ['evaluate', '--workdir=nowhere'],
+    'no work directory of kd-jax run',
+  ),
+  'foreign directory': (
+    ['run', f'--config={TINY}', f'--workdir={ROOT}'],
+    'holds files but no config.json',
+  ),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_gets_one_sentence(case, capsys, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  words, expected = BAD[case]
+  assert cli.main(words) == 2
+  error = capsys.readouterr().err
+  assert expected in error
+  assert error.startswith('kd-jax: ') and error.count('\n') == 1
+  assert not list(tmp_path.iterdir())
+
+
+CHANGES = {
+  'stage': ('--stages=distil', "Unknown stage 'distil': did you mean distill"),
+  'data set': ('--config.data.name=digts', "Unknown data set 'digts'"),
+  'model': ('--config.teacher.model.name=resnt', "Unknown model 'resnt'"),
+  'depth': ('--config.teacher.model.depth=9', 'depth=9 is not 6n + 2'),
+  'optimizer': (
+    '--config.teacher.train.optimizer.name=adamv',
+    "Unknown optimizer 'adamv': did you mean adamw",
+  ),
+  'schedule': (
+    '--config.teacher.train.schedule=cosin',
+    "Unknown schedule 'cosin'",
+  ),
+  'compiler': ('--config.compiler=jot', "Unknown compiler 'jot'"),
+  'order': ('--stages=distill', "Stage 'teacher' is not finished"),
+}
+
+
+@pytest.mark.parametrize('case', CHANGES)
+def test_a_bad_field_gets_one_sentence(case, capsys, tmp_path, data_dir):
+  flag, expected = CHANGES[case]
+  words = ['run', f'--config={TINY}', f'--workdir={tmp_path / "run"}']
+  words += [f'--config.data.data_dir={data_dir}', flag]
+  assert cli.main(words) == 2
+  assert expected in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+  assert cli.main(['--help']) == 0
+  printed = capsys.readouterr().out
+  for command in cli.COMMANDS:
+    assert f'kd-jax {command}' in printed

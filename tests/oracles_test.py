@@ -1,0 +1,218 @@
+"""Reference values made with other implementations, case by case.
+
+They are read from tests/data/oracles, or from the directory that the
+environment variable KD_JAX_ORACLES names: the same cases, perhaps with other
+seeds and shapes. Hyper-parameters come from the files as well.
+"""
+
+import json
+import os
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from kd_jax import adapters, losses, prune, quantize
+
+DIRECTORY = pathlib.Path(
+  os.environ.get('KD_JAX_ORACLES')
+  or pathlib.Path(__file__).parent / 'data' / 'oracles'
+)
+# The cases that some function of this library computes, as whole names.
+LOSSES = {
+  r'kd_T[\d.]+': losses.kl_divergence,
+  r'logit_mse': losses.squared_error,
+}
+FAKE_QUANT = r'weight_sym_.*|activation_asym_.*'
+MASKS = r'magnitude_(global|layer)_.*'
+OTHERS = ('int8_matmul', 'cubic_schedule')
+# Known cases: one that vanishes from the files must not pass in silence.
+REQUIRED = {
+  'kd_losses': ('kd_T1', 'kd_T4', 'kd_T20', 'logit_mse'),
+  'compression': (
+    'weight_sym_tensor_int8_narrow',
+    'weight_sym_tensor_int8',
+    'weight_sym_channel_int8_narrow',
+    'weight_sym_tensor_int4_narrow',
+    'weight_sym_tensor_int4',
+    'weight_sym_channel_int4_narrow',
+    'activation_asym_tensor_int8_clipped',
+    'activation_asym_tensor_int4_clipped',
+    'int8_matmul',
+    'magnitude_global_0.5',
+    'magnitude_global_0.9',
+    'magnitude_layer_0.5',
+    'magnitude_layer_0.9',
+    'cubic_schedule',
+  ),
+}
+
+
+def _read(name):
+  cases = json.loads((DIRECTORY / f'{name}.json').read_text())
+  return cases, np.load(DIRECTORY / f'{name}.npz')
+
+
+LOSS_CASES, LOSS_ARRAYS = _read('kd_losses')
+COMPRESSION_CASES, ARRAYS = _read('compression')
+
+
+def _matching(pattern, cases):
+  return [name for name in cases if re.fullmatch(pattern, name)]
+
+
+def _close(got, want, tolerance):
+  """To a tolerance relative to the largest value, as gradients cancel."""
+  want = np.asarray(want)
+  np.testing.assert_allclose(
+    got, want, rtol=tolerance, atol=tolerance * np.abs(want).max()
+  )
+
+
+def test_every_implemented_case_is_in_the_files_and_checked():
+  checked = {
+    'kd_losses': {n for p in LOSSES for n in _matching(p, LOSS_CASES)},
+    'compression': {
+      *_matching(f'{FAKE_QUANT}|{MASKS}', COMPRESSION_CASES),
+      *(name for name in OTHERS if name in COMPRESSION_CASES),
+    },
+  }
+  for name, required in REQUIRED.items():
+    missing = set(required) - checked[name]
+    assert not missing, f'{DIRECTORY / name}.json lacks {sorted(missing)}'
+
+
+@pytest.mark.parametrize('name', _matching('|'.join(LOSSES), LOSS_CASES))
+def test_loss(name):
+  case = LOSS_CASES[name]
+  [loss] = [f for p, f in LOSSES.items() if re.fullmatch(p, name)]
+  student, *others = [
+    jnp.asarray(LOSS_ARRAYS[f'input/{key}'], jnp.float32)
+    for key in case['inputs']
+  ]
+  assert case['grad_wrt'] == case['inputs'][0]
+
+  def mean(student):
+    return jnp.mean(loss(student, *others, **case['hyperparameters']))
+
+  value, gradient = jax.value_and_grad(mean)(student)
+  np.testing.assert_allclose(value, LOSS_ARRAYS[f'{name}/value'], rtol=1e-5)
+  _close(gradient, LOSS_ARRAYS[f'{name}/grad'], 1e-4)
+
+
+def _spec(case):
+  """The QuantSpec of a case, checked against the case's own codes."""
+  qmin, qmax = case['qmin'], case['qmax']
+  spec = quantize.QuantSpec(
+    bits=case['bits'],
+    symmetric='range' not in case,
+    narrow=qmin == -qmax,
+    axis=-1 if case['granularity'].startswith('channel') else None,
+  )
+  assert (spec.qmin, spec.qmax) == (qmin, qmax)
+  return spec
+
+
+def _case_scale(case, x, spec):
+  """The scale by the case's own words, in NumPy and float32."""
+  if 'range' in case:
+    return np.float32(case['scale']), np.float32(case['zero_point'])
+  axes = tuple(range(x.ndim if spec.axis is None else x.ndim - 1))
+  scale = np.abs(x).max(axis=axes, keepdims=True) / np.float32(spec.qmax)
+  return scale.astype(np.float32), np.float32(0)
+
+
+@pytest.mark.parametrize('name', _matching(FAKE_QUANT, COMPRESSION_CASES))
+def test_fake_quant(name):
+  case = COMPRESSION_CASES[name]
+  spec = _spec(case)
+  x = ARRAYS[f'input/{case["input"]}']
+  if 'range' in case:
+    scale, zero_point = quantize.scale_and_zero_point(*case['range'], spec)
+
+    def apply(x):
+      return quantize.fake_quant(x, scale, zero_point, spec.qmin, spec.qmax)
+  else:
+
+    def apply(x):
+      return quantize.fake_quant_params({'w': x}, [('w', spec)])['w']
+
+  value, vjp = jax.vjp(apply, jnp.asarray(x))
+  [gradient] = vjp(jnp.asarray(ARRAYS[f'input/{case["cotangent"]}']))
+  want = ARRAYS[f'{name}/value']
+  _close(value, want, 1e-5)
+  _close(gradient, ARRAYS[f'{name}/grad'], 1e-4)
+  scale, zero_point = _case_scale(case, x, spec)
+  codes = quantize.quantize(jnp.asarray(x), scale, zero_point, spec)
+  np.testing.assert_array_equal(codes, np.rint(want / scale) + zero_point)
+
+
+@pytest.mark.parametrize(
+  'name', _matching('activation_asym_.*', COMPRESSION_CASES)
+)
+def test_affine_scale_and_zero_point(name):
+  case = COMPRESSION_CASES[name]
+  got = quantize.scale_and_zero_point(*case['range'], _spec(case))
+  np.testing.assert_allclose(got[0], case['scale'], rtol=1e-6)
+  assert int(got[1]) == case['zero_point']
+
+
+def test_int8_matmul():
+  case = COMPRESSION_CASES['int8_matmul']
+  codes, kernel = (jnp.asarray(ARRAYS[f'input/{k}']) for k in case['input'])
+  # The library's integer Dense layer with all scales 1 is the bare product.
+  size = kernel.shape[-1]
+  layer = {
+    'kernel': kernel,
+    'kernel_scale': jnp.ones(size),
+    'bias': jnp.zeros(size, jnp.int32),
+    'input0': {'scale': jnp.float32(1), 'zero_point': jnp.int8(0)},
+  }
+  forward = adapters.from_linen(
+    nn.Dense(size, use_bias=False),
+    interceptors=(quantize.execute_integers(),),
+    train_argument=None,
+  )
+  product = forward({'int8': layer}, {'image': codes.astype(jnp.float32)})
+  want = ARRAYS['int8_matmul/value']
+  np.testing.assert_array_equal(product.output, want.astype(np.float32))
+
+
+@pytest.mark.parametrize('name', _matching(MASKS, COMPRESSION_CASES))
+def test_magnitude_masks(name):
+  case = COMPRESSION_CASES[name]
+  masks = {
+    key.split('/')[1]: ARRAYS[key]
+    for key in ARRAYS.files
+    if re.fullmatch(re.escape(name) + '/.*/mask', key)
+  }
+  params = {key: ARRAYS[f'input/{key}'] for key in sorted(masks)}
+  assert params
+  got = prune.magnitude_masks(
+    params, case['sparsity'], [('.*', True)], scope=case['scope']
+  )
+  assert set(got) == set(masks)
+  for key, mask in masks.items():
+    np.testing.assert_array_equal(got[key], mask)
+
+
+def test_cubic_schedule():
+  case = COMPRESSION_CASES['cubic_schedule']
+  schedule = prune.cubic(
+    case['final'],
+    initial=case['initial'],
+    begin=case['begin_step'],
+    end=case['end_step'],
+    power=case['power'],
+  )
+  steps = ARRAYS['input/schedule_steps']
+  np.testing.assert_allclose(
+    jax.vmap(schedule)(steps.astype(np.int32)),
+    ARRAYS['cubic_schedule/value'],
+    rtol=1e-5,
+    atol=1e-5,
+  )
