@@ -68,9 +68,10 @@ def applies(run: Run) -> dict[str, Callable[[Mapping], Any]]:
   return found
 
 
-def scores(run: Run, split: str) -> dict[str, dict[str, float]]:
-  """name -> metrics on a split, compared with the teacher."""
-  found = applies(run)
+def scores(
+  run: Run, found: Mapping[str, Callable[[Mapping], Any]], split: str
+) -> dict[str, dict[str, float]]:
+  """name -> metrics of everything found, compared with the teacher."""
   if 'teacher' not in found:
     raise ValueError(
       f'{run.workdir.path} has no finished teacher: run kd-jax run first.'
@@ -110,7 +111,8 @@ def assemble(run: Run) -> dict[str, Any]:
 
 
 def _models(run: Run) -> list[dict[str, Any]]:
-  found, numbers = applies(run), scores(run, 'test')
+  found = applies(run)
+  numbers = scores(run, found, 'test')
   jax_networks = {n.name: (s, n) for s, n in networks(run).items()}
   export = run.workdir.stage('export')
   files = {

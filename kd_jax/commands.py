@@ -36,7 +36,7 @@ def evaluate(values: Any) -> int:
   splits = ('train', 'validation', 'test')
   if values.split not in splits:
     raise ValueError(f'--split={values.split}: use one of {", ".join(splits)}.')
-  scores = assess.scores(stored, values.split)
+  scores = assess.scores(stored, assess.applies(stored), values.split)
   size = len(stored.splits[values.split])
   table = Table(title=f'{values.split} split, {size} images, last step')
   columns = list(next(iter(scores.values())))

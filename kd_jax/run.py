@@ -197,16 +197,7 @@ class Run:
       split: 'train', 'validation' or 'test'.
       teacher: the same for the teacher; adds agreement and KL.
     """
-    measured = metrics.classification(with_teacher=teacher is not None)
-    eval_step = jax.jit(
-      make_eval_step(
-        lambda variables, batch, rng, *, train: Forward(batch['output']),
-        measured,
-        teacher_fn=teacher
-        and (lambda variables, batch: Forward(batch['teacher'])),
-        params_fn=lambda params: params,
-      )
-    )
+    measured, eval_step = _measurement(with_teacher=teacher is not None)
 
     def run(batch):
       outputs = {'output': apply(batch)}
@@ -216,3 +207,16 @@ class Run:
       return eval_step({'params': {}}, None, labels | outputs)
 
     return metrics.evaluate(run, self.batches(split), measured)
+
+
+@functools.cache
+def _measurement(*, with_teacher: bool):
+  """The metrics, and the compiled step that takes outputs as its batch."""
+  measured = metrics.classification(with_teacher=with_teacher)
+  teacher_fn = lambda variables, batch: Forward(batch['teacher'])
+  eval_step = make_eval_step(
+    lambda variables, batch, rng, *, train: Forward(batch['output']),
+    measured,
+    teacher_fn=teacher_fn if with_teacher else None,
+  )
+  return measured, jax.jit(eval_step)

@@ -24,30 +24,43 @@ def _equal(a, b):
 
 def test_the_output_is_the_modules_own():
   model, variables = _cnn()
-  out = adapters.from_linen(model)(variables, BATCH)
-  want = model.apply(variables, BATCH['image'])
+  forward = adapters.from_linen(model)
+  out, want = jax.jit(lambda v, b: (forward(v, b), model.apply(v, b['image'])))(
+    variables, BATCH
+  )
   np.testing.assert_array_equal(out.output, want)
   assert out.features == {}
 
 
 @pytest.mark.parametrize('train', [True, False])
-def test_taps_are_the_outputs_of_submodules_by_path(train):
-  model = models.CifarResNet(3, depth=8, width=2)
-  variables = adapters.init_linen(model, jax.random.key(0), BATCH)
-  taps = ('stem', 'stage2_block1', 'stage2_block1/conv2', 'head')
-  forward = jax.jit(
-    adapters.from_linen(model, taps=taps), static_argnames='train'
-  )
-  out = forward(variables, BATCH, jax.random.key(0), train=train)
-  assert set(out.features) == set(taps)
-  assert out.features['stem'].shape == (4, 8, 8, 2)
-  assert out.features['stage2_block1'].shape == (4, 4, 4, 4)
+def test_taps_are_the_outputs_of_submodules(train):
+  model, variables = _cnn()
+  forward = adapters.from_linen(model, taps=['conv1', 'norm2', 'head'])
+  plain = adapters.from_linen(model)
+  out, want = jax.jit(
+    lambda v, b, rng: (
+      forward(v, b, rng, train=train),
+      plain(v, b, rng, train=train),
+    )
+  )(variables, BATCH, jax.random.key(0))
+  assert set(out.features) == {'conv1', 'norm2', 'head'}
+  assert out.features['conv1'].shape == (4, 8, 8, 4)
+  assert out.features['norm2'].shape == (4, 4, 4, 5)
   np.testing.assert_array_equal(out.features['head'], out.output)
   # Taps change nothing, and do not end up in the model's state.
-  plain = jax.jit(adapters.from_linen(model), static_argnames='train')
-  want = plain(variables, BATCH, jax.random.key(0), train=train)
   np.testing.assert_allclose(out.output, want.output, rtol=1e-5, atol=1e-6)
   assert set(out.model_state) == {'batch_stats'}
+
+
+def test_taps_reach_into_blocks():
+  model = models.CifarResNet(3, depth=8, width=2)
+  variables = jax.eval_shape(
+    lambda: adapters.init_linen(model, jax.random.key(0), BATCH)
+  )
+  taps = ['stage2_block1', 'stage2_block1/conv2']
+  forward = adapters.from_linen(model, taps=taps)
+  features = jax.eval_shape(forward, variables, BATCH).features
+  assert [features[t].shape for t in taps] == [(4, 4, 4, 4)] * 2
 
 
 @pytest.mark.parametrize('train', [True, False])

@@ -449,11 +449,12 @@ def test_crop_differs_with_id_epoch_and_seed(change):
   crops = augmented(same, crop_padding=2)
   assert len({c.tobytes() for c in crops}) == 1
   if change == 'seed':
-    others = [augmented(same, crop_padding=2, seed=s)[0] for s in range(8)]
+    one = {name: value[:1] for name, value in same.items()}
+    others = [augmented(one, crop_padding=2, seed=s) for s in range(3)]
   else:
     varied = same | {change: np.arange(32, dtype=np.int32)}
     others = augmented(varied, crop_padding=2)
-  assert len({c.tobytes() for c in others}) > 4
+  assert len({c.tobytes() for c in others}) > 2
 
 
 def test_crops_are_windows_of_the_padded_image_and_all_occur():

@@ -209,18 +209,30 @@ def test_grids_that_differ_by_rounding_are_one(folder):
   assert quantizers([scale, scale * np.float32(1.01)]) == 2
 
 
-def test_layouts_cost_one_transpose(folder):
+def test_padding_belongs_to_the_convolutions(integer_file):
+  nodes = onnx.load(integer_file('cnn')).graph.node
+  assert 'Pad' not in [node.op_type for node in nodes]
+  convolutions = [node for node in nodes if node.op_type == 'Conv']
+  assert len(convolutions) == 3
+  for node in convolutions:
+    attributes = {a.name: list(a.ints) for a in node.attribute}
+    assert attributes['pads'] == [1, 1, 1, 1]
+
+
+def test_layouts_cost_one_transpose_of_the_image(folder):
   model = models.make_model('resnet', num_classes=10, depth=8, width=4)
   batch = {'image': jnp.zeros((1, 8, 8, 3))}
   shapes = jax.eval_shape(model.init, jax.random.key(0), batch['image'])
   variables = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
   path = onnx_lib.export_onnx(
-    lambda x: _forward(model)(variables, {'image': x}).output,
-    jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32),
+    lambda x: _forward(model)(variables, {'image': _preprocess(x)}).output,
+    jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8),
     folder / 'transpose.onnx',
   )
-  operators = [node.op_type for node in onnx.load(path).graph.node]
-  assert operators.count('Transpose') == 1
+  nodes = onnx.load(path).graph.node
+  transposes = [n for n in nodes if n.op_type == 'Transpose']
+  # Of its bytes, before they become floats.
+  assert [list(n.input) for n in transposes] == [['image']]
 
 
 class Depthwise(nn.Module):

@@ -68,16 +68,16 @@ def make_preprocess(
     image: jax.Array, example: jax.Array, epoch: jax.Array
   ) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(seed), example)
-    crop_key, flip_key = jax.random.split(jax.random.fold_in(key, epoch))
+    # One draw for all, as every further one makes compilation longer.
+    top, left, mirror = jax.random.uniform(jax.random.fold_in(key, epoch), (3,))
     if crop_padding:
       p = crop_padding
-      top, left = jax.random.randint(crop_key, (2,), 0, 2 * p + 1)
       padded = jnp.pad(image, ((p, p), (p, p), (0, 0)))
-      start = (top, left, jnp.zeros_like(top))
+      start = [(x * (2 * p + 1)).astype(jnp.int32) for x in (top, left)]
+      start.append(jnp.zeros_like(start[0]))
       image = jax.lax.dynamic_slice(padded, start, image.shape)
     if flip:
-      mirrored = jax.random.bernoulli(flip_key)
-      image = jnp.where(mirrored, image[:, ::-1], image)
+      image = jnp.where(mirror < 0.5, image[:, ::-1], image)
     return image
 
   def preprocess(batch: Batch, *, train: bool) -> dict[str, jax.Array]:
