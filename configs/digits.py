@@ -57,7 +57,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.teacher = ml_collections.ConfigDict(
     {
       'model': {'name': 'resnet', 'depth': 8, 'width': 8 if tiny else 48},
-      'train': training(1 if tiny else 30, 3e-3),
+      'train': training(1 if tiny else 20, 3e-3),
     }
   )
   config.student = ml_collections.ConfigDict(

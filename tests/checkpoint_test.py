@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import checkpoint, types
+from kd_jax import checkpoint, checkpoint_format, types
 from kd_jax.checkpoint import CheckpointError, Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -461,7 +461,7 @@ def test_newer_format_is_refused(tmp_path):
   save_steps(tmp_path, 1)
   path = tmp_path / '1/manifest/metadata'
   manifest = {**json.loads(path.read_text()), 'format': 99}
-  path.write_text(json.dumps(checkpoint._seal(manifest)))
+  path.write_text(json.dumps(checkpoint_format.seal(manifest)))
   with pytest.raises(CheckpointError, match='format 99'):
     Checkpoints(tmp_path).restore(small())
 

@@ -442,6 +442,14 @@ def test_crop_is_keyed_by_id_and_not_by_position():
   np.testing.assert_array_equal(augmented(alone, **kw), whole[3:4])
 
 
+def test_crops_do_not_depend_on_the_default_generator():
+  batch = batch_of(tiny(8).image)
+  expected = augmented(batch, crop_padding=2)
+  with jax.default_prng_impl('rbg'):
+    got = augmented(batch, crop_padding=2)
+  np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize('change', ['id', 'epoch', 'seed'])
 def test_crop_differs_with_id_epoch_and_seed(change):
   images = np.repeat(tiny(1).image, 32, axis=0)

@@ -67,9 +67,12 @@ def make_preprocess(
   def augment(
     image: jax.Array, example: jax.Array, epoch: jax.Array
   ) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(seed), example)
+    # Not the default generator, which may be rbg: its draws under vmap depend
+    # on the whole batch.
+    key = jax.random.key(seed, impl='threefry2x32')
+    key = jax.random.fold_in(jax.random.fold_in(key, example), epoch)
     # One draw for all, as every further one makes compilation longer.
-    top, left, mirror = jax.random.uniform(jax.random.fold_in(key, epoch), (3,))
+    top, left, mirror = jax.random.uniform(key, (3,))
     if crop_padding:
       p = crop_padding
       padded = jnp.pad(image, ((p, p), (p, p), (0, 0)))
