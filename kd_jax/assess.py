@@ -199,8 +199,8 @@ def _curve(history: list[dict[str, float]]) -> dict[str, list[float]]:
     'eval_step': [row['step'] for row in evaluated],
     'eval_accuracy': [row['eval/accuracy'] for row in evaluated],
   }
-  if evaluated and 'eval/sparsity' in evaluated[0]:
-    curve['sparsity'] = [row['eval/sparsity'] for row in evaluated]
+  if 'sparsity' in history[0]:
+    curve['sparsity'] = [row['sparsity'] for row in history]
   return curve
 
 

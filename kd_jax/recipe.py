@@ -155,7 +155,11 @@ def _fit(
   )
 
   def augmented_step(state, batch, rng):
-    return step(state, run.preprocess(batch, train=True), rng)
+    state, metrics = step(state, run.preprocess(batch, train=True), rng)
+    pruning = prune.find_state(state.opt_state)
+    if pruning is not None:
+      metrics['sparsity'] = pruning.sparsity
+    return state, metrics
 
   if distils:
     with_teacher['teacher'] = teacher.variables

@@ -75,7 +75,7 @@ CHANGES = {
   'depth': ('--config.teacher.model.depth=9', 'depth=9 is not 6n + 2'),
   'optimizer': (
     '--config.teacher.train.optimizer.name=adamv',
-    "Unknown optimizer 'adamv': did you mean adamw",
+    "Unknown optimizer 'adamv': did you mean adam or adamw",
   ),
   'schedule': (
     '--config.teacher.train.schedule=cosin',

@@ -9,5 +9,6 @@ from kd_jax.prune.report import sparsity_report as sparsity_report
 from kd_jax.prune.schedules import constant as constant
 from kd_jax.prune.schedules import cubic as cubic
 from kd_jax.prune.transform import PruneState as PruneState
+from kd_jax.prune.transform import find_state as find_state
 from kd_jax.prune.transform import masks_of as masks_of
 from kd_jax.prune.transform import prune as prune

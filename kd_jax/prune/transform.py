@@ -116,6 +116,19 @@ def _erase(updates, params, masks):
   )
 
 
+def find_state(opt_state: Any) -> PruneState | None:
+  """The state of `prune` inside any optimizer state; None without it.
+
+  Args:
+    opt_state: the state of an optax chain.
+  """
+  is_prune = lambda x: isinstance(x, PruneState)
+  for leaf in jax.tree.leaves(opt_state, is_leaf=is_prune):
+    if is_prune(leaf):
+      return leaf
+  return None
+
+
 def masks_of(opt_state: Any) -> dict[str, jax.Array]:
   """The pruning masks inside any optimizer state; empty without `prune`.
 
@@ -125,8 +138,5 @@ def masks_of(opt_state: Any) -> dict[str, jax.Array]:
   Returns:
     parameter path -> boolean mask.
   """
-  is_prune = lambda x: isinstance(x, PruneState)
-  for leaf in jax.tree.leaves(opt_state, is_leaf=is_prune):
-    if is_prune(leaf):
-      return leaf.masks
-  return {}
+  state = find_state(opt_state)
+  return {} if state is None else state.masks
