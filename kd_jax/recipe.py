@@ -198,7 +198,7 @@ def _train(run, stage, step, state, evaluate) -> train_lib.Trained:
       checkpoints=checkpoints,
       evaluate=evaluate,
       evaluate_every=c.evaluate_every_epochs * per_epoch,
-      log_every=per_epoch,
+      log_every=min(per_epoch, 50),
       title=stage,
     )
 
