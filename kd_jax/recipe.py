@@ -7,6 +7,7 @@ together.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -301,7 +302,10 @@ def _parities(run: Run, directory) -> list[dict[str, Any]]:
       parity.require(
         compared, name=name, agreement=run.config.aims.export_agreement
       )
-    found.append({'name': name, 'against': against} | compared._asdict())
+    numbers = compared._asdict()
+    if math.isinf(compared.sqnr_db):  # equal outputs; JSON has no infinity
+      numbers['sqnr_db'] = None
+    found.append({'name': name, 'against': against} | numbers)
   return found
 
 

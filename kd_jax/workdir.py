@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
   """Writes a JSON file, whole or not at all."""
   half = path.with_name(path.name + '.tmp')
-  half.write_text(json.dumps(value, indent=1) + '\n')
+  half.write_text(json.dumps(value, indent=1, allow_nan=False) + '\n')
   os.replace(half, path)
 
 

@@ -135,10 +135,25 @@ def test_preparing_tolerates_another_process(monkeypatch, tmp_path):
   assert [p.name for p in (tmp_path / 'digits').iterdir()] == ['1.0.0']
 
 
-def test_reading_is_silent(tmp_path, capfd, caplog):
-  data.load_images('digits', 'test', data_dir=tmp_path)
-  assert capfd.readouterr() == ('', '')
-  assert not caplog.records
+def run_python(code, *arguments):
+  """What a fresh interpreter prints to stdout and stderr."""
+  out = subprocess.run(
+    [sys.executable, '-c', code, *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return out.stdout, out.stderr
+
+
+def test_preparing_and_reading_are_silent(tmp_path):
+  # TFDS warns once in a process, hence a fresh one.
+  code = (
+    'import sys\n'
+    'from kd_jax import data\n'
+    "data.load_images('digits', 'test', data_dir=sys.argv[1])\n"
+  )
+  assert run_python(code, tmp_path) == ('', '')
 
 
 @pytest.fixture(scope='module')
@@ -279,10 +294,7 @@ def test_import_is_light():
     "heavy = {'tensorflow_datasets', 'tensorflow', 'sklearn', 'PIL'}\n"
     'print(sorted(heavy & set(sys.modules)))\n'
   )
-  out = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, check=True
-  )
-  assert out.stdout.strip() == '[]'
+  assert run_python(code)[0].strip() == '[]'
 
 
 # Batches

@@ -116,8 +116,8 @@ def test_an_int8_artefact_stores_integers_once(original):
   weights = safetensors.flax.load_file(original / WEIGHTS)
   kernels = {k: v for k, v in weights.items() if k.endswith('/kernel')}
   assert kernels and {str(v.dtype) for v in kernels.values()} == {'int8'}
-  # Random bytes in a closed-over array would not fit into the programs.
-  largest = max(v.tobytes() for v in map(np.asarray, kernels.values()))
+  # The programs take the weights as arguments and hold no copy of them.
+  largest = max((np.asarray(v).tobytes() for v in kernels.values()), key=len)
   for name in (SYMBOLIC, FIXED):
     assert largest not in (original / name).read_bytes()
 
@@ -510,6 +510,7 @@ def test_arguments_that_do_not_fit_are_an_error(tmp_path, options, message):
   [
     (lambda v, x: (linear(v, x),) * 2, LINEAR, r'returns \[batch, 10\], \['),
     (lambda v, x: linear(v, x).sum(0), LINEAR, r'but returns \[10\]'),
+    (lambda v, x: linear(v, x) @ linear(v, x).T, LINEAR, 'batch, batch'),
     (lambda v, x: linear(v, x) / 0, LINEAR, 'not finite'),
     (linear, LINEAR | {'key': jax.random.key(0)}, 'key is array of key<fry>'),
     (linear, LINEAR | {'name': 'x'}, 'name is str, which'),

@@ -419,7 +419,12 @@ def _check_output(
 ) -> int:
   """The number of classes."""
   shapes = [tuple(output.shape) for output in outputs]
-  if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][0] != batch:
+  if (
+    len(shapes) != 1
+    or len(shapes[0]) != 2
+    or shapes[0][0] != batch
+    or not isinstance(shapes[0][1], int)
+  ):
     shown = ', '.join(_text('', shape) for shape in shapes) or 'nothing'
     raise ValueError(
       f'export_stablehlo: fn must return one array [batch, C] but returns '

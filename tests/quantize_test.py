@@ -1,0 +1,662 @@
+"""Quantization: grids, gradients, observers, folding, integer execution."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from kd_jax import adapters, models, quantize
+from kd_jax.quantize import QuantSpec
+
+WEIGHTS = [('.*/kernel', quantize.INT8_WEIGHTS)]
+INPUTS = [('.*', quantize.INT8_ACTIVATIONS)]
+
+
+def _rng():
+  return np.random.default_rng(0)
+
+
+# --- the quantizer
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+@pytest.mark.parametrize('narrow', [True, False])
+def test_codes_span_the_bits(bits, narrow):
+  spec = QuantSpec(bits=bits, narrow=narrow)
+  assert spec.qmax == 2 ** (bits - 1) - 1
+  assert spec.qmin == -spec.qmax - (not narrow)
+  with pytest.raises(ValueError, match='bits=3'):
+    QuantSpec(bits=3)
+
+
+def test_rounding_is_half_to_even():
+  x = jnp.array([-1.5, -0.5, 0.5, 1.5, 2.5])
+  got = quantize.fake_quant(x, jnp.float32(1), jnp.float32(0), -128, 127)
+  np.testing.assert_array_equal(got, [-2, 0, 0, 2, 2])
+
+
+def test_gradient_is_one_inside_the_rounded_range_and_zero_outside():
+  """Both ends are inside, as the mask is on the rounded code."""
+  x = jnp.array([-129, -128.51, -128.49, -128, 0.3, 127, 127.49, 127.51, 300.0])
+
+  def total(x, scale, zero_point):
+    return quantize.fake_quant(x, scale, zero_point, -128, 127).sum()
+
+  one, zero = jnp.float32(1), jnp.float32(0)
+  gradients = jax.grad(total, argnums=(0, 1, 2))(x, one, zero)
+  np.testing.assert_array_equal(gradients[0], [0, 0, 1, 1, 1, 1, 1, 0, 0])
+  # Nothing leaks into scale and zero point.
+  assert gradients[1] == 0 and gradients[2] == 0
+
+
+def test_the_element_that_sets_the_scale_gets_its_whole_gradient():
+  w = jnp.array([[1.0, -2.0], [-0.5, 0.1]])
+  rules = [('w', quantize.INT8_WEIGHTS)]
+  gradient = jax.grad(
+    lambda w: quantize.fake_quant_params({'w': w}, rules)['w'].sum()
+  )(w)
+  np.testing.assert_array_equal(gradient, 1.0)
+
+
+def test_fake_quant_keeps_dtype_and_computes_in_float32():
+  x = jnp.asarray(_rng().normal(size=100), jnp.bfloat16)
+  scale = jnp.float32(0.013)
+  args = (scale, jnp.float32(0), -127, 127)
+  got = quantize.fake_quant(x, *args)
+  assert got.dtype == jnp.bfloat16
+  want = quantize.fake_quant(x.astype(jnp.float32), *args)
+  np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+  gradient = jax.grad(lambda x: quantize.fake_quant(x, *args).sum())(x)
+  assert gradient.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize(
+  'low, high', [(-1.0, 2.0), (0.5, 2.0), (-3.0, -0.5), (-5.0, 5.0)]
+)
+def test_ranges_contain_zero_exactly_and_both_ends(low, high, symmetric):
+  spec = QuantSpec(symmetric=symmetric, narrow=symmetric)
+  scale, zero_point = quantize.scale_and_zero_point(low, high, spec)
+  ends = jnp.array([min(low, 0), 0.0, max(high, 0)])
+  got = quantize.fake_quant(ends, scale, zero_point, spec.qmin, spec.qmax)
+  assert got[1] == 0
+  np.testing.assert_allclose(got, ends, atol=float(scale) * 0.501)
+  assert int(zero_point) == float(zero_point)
+  if symmetric:
+    assert zero_point == 0
+
+
+@pytest.mark.parametrize(
+  'spec', [quantize.INT8_WEIGHTS, quantize.INT8_ACTIVATIONS]
+)
+def test_an_empty_range_has_scale_one(spec):
+  scale, zero_point = quantize.scale_and_zero_point(0.0, 0.0, spec)
+  assert scale == 1
+  got = quantize.fake_quant(
+    jnp.zeros(3), scale, zero_point, spec.qmin, spec.qmax
+  )
+  np.testing.assert_array_equal(got, 0.0)
+
+
+@pytest.mark.parametrize('value', [3.7, -3.7, 1e-30, 1e30])
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_a_single_value_is_kept(value, symmetric):
+  spec = QuantSpec(symmetric=symmetric, narrow=symmetric)
+  x = jnp.full(3, value, jnp.float32)
+  scale, zero_point = quantize.scale_and_zero_point(value, value, spec)
+  got = quantize.fake_quant(x, scale, zero_point, spec.qmin, spec.qmax)
+  np.testing.assert_allclose(got, x, rtol=1e-6)
+
+
+def test_nan_stays_visible_and_reaches_no_other_channel():
+  w = jnp.array([[jnp.nan, 1.0], [0.5, -0.25]])
+  got = quantize.fake_quant_params({'w': w}, [('w', quantize.INT8_WEIGHTS)])
+  assert jnp.isnan(got['w'][0, 0])
+  clean = quantize.fake_quant_params(
+    {'w': w.at[0, 0].set(0)}, [('w', quantize.INT8_WEIGHTS)]
+  )
+  np.testing.assert_array_equal(got['w'][:, 1], clean['w'][:, 1])
+
+
+def test_pruned_weights_stay_zero_and_a_dead_channel_too():
+  w = jnp.asarray(_rng().normal(size=(3, 3, 4, 5)), jnp.float32)
+  w = w.at[..., 2].set(0).at[0].set(0)
+  got = quantize.fake_quant_params({'w': w}, [('w', quantize.INT8_WEIGHTS)])
+  np.testing.assert_array_equal(np.asarray(got['w'])[np.asarray(w) == 0], 0.0)
+
+
+def test_fake_quant_is_idempotent():
+  w = jnp.asarray(_rng().normal(size=(8, 5)), jnp.float32)
+  once = quantize.fake_quant_params({'w': w}, [('w', quantize.INT8_WEIGHTS)])
+  twice = quantize.fake_quant_params(once, [('w', quantize.INT8_WEIGHTS)])
+  np.testing.assert_allclose(twice['w'], once['w'], rtol=1e-6)
+
+
+def test_codes_dequantize_to_what_fake_quant_gives():
+  x = jnp.asarray(_rng().normal(size=200), jnp.float32)
+  spec = quantize.INT8_ACTIVATIONS
+  scale, zero_point = quantize.scale_and_zero_point(-1.0, 1.5, spec)
+  codes = quantize.quantize(x, scale, zero_point, spec)
+  assert codes.dtype == jnp.int8
+  assert codes.min() == -128 and codes.max() == 127
+  np.testing.assert_array_equal(
+    quantize.dequantize(codes, scale, zero_point),
+    quantize.fake_quant(x, scale, zero_point, spec.qmin, spec.qmax),
+  )
+
+
+def test_rules_choose_parameters_and_name_mistakes():
+  params = {'a': {'kernel': jnp.array([[0.3, 1.0]])}, 'b': jnp.array([0.3])}
+  rules = [('a/kernel', QuantSpec(bits=4)), ('b', None)]
+  got = quantize.fake_quant_params(params, rules)
+  np.testing.assert_allclose(got['a']['kernel'], [[2 / 7, 1.0]], rtol=1e-6)
+  assert got['b'] is params['b']
+  with pytest.raises(ValueError, match="weight rule 'a/kernl'.*mean a/kernel"):
+    quantize.fake_quant_params(params, [('a/kernl', QuantSpec())])
+
+
+# --- observers
+
+
+def test_observer_takes_the_first_batch_then_averages():
+  observer = quantize.ema_min_max(decay=0.9)
+  rng = _rng()
+  batches = [rng.normal(size=50).astype('f') * s for s in (1, 3, 2)]
+  stats = observer.init()
+  low, high = batches[0].min(), batches[0].max()
+  for i, x in enumerate(batches):
+    stats = observer.update(stats, jnp.asarray(x), None)
+    if i:
+      low, high = low + 0.1 * (x.min() - low), high + 0.1 * (x.max() - high)
+    np.testing.assert_allclose(observer.range(stats), (low, high), rtol=1e-5)
+  assert int(stats['count']) == 3
+  with pytest.raises(ValueError, match=r'in \[0, 1\)'):
+    quantize.ema_min_max(decay=1.0)
+
+
+def test_observer_learns_no_gradient():
+  observer = quantize.ema_min_max()
+
+  def high(x):
+    return observer.range(observer.update(observer.init(), x, None))[1]
+
+  np.testing.assert_array_equal(jax.grad(high)(jnp.arange(3.0)), 0.0)
+
+
+def _cnn():
+  batch = {'image': _rng().normal(size=(8, 6, 6, 1)).astype('f')}
+  model = models.CNN(3, widths=(4, 5))
+  return model, adapters.init_linen(model, jax.random.key(0), batch), batch
+
+
+def _watching(model, rules=INPUTS, **options):
+  return adapters.from_linen(
+    model, interceptors=[quantize.quantize_activations(rules, **options)]
+  )
+
+
+def test_quant_stats_are_created_from_shapes_alone():
+  model, variables, batch = _cnn()
+  forward = _watching(model)
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (variables, batch)
+  )
+  stats = quantize.init_quant_stats(forward, *shapes, INPUTS)
+  assert set(stats) == {'conv1', 'conv2', 'pool', 'head'}
+  assert all(leaf == 0 for leaf in jax.tree.leaves(stats))
+  # The first training step has the same structure: no retrace after it.
+  out = forward({**variables, 'quant_stats': stats}, batch, train=True)
+  assert jax.tree.structure(
+    out.model_state['quant_stats']
+  ) == jax.tree.structure(stats)
+
+
+def test_quant_stats_update_in_training_only():
+  model, variables, batch = _cnn()
+  forward = _watching(model)
+  variables['quant_stats'] = quantize.init_quant_stats(
+    forward, variables, batch
+  )
+  run = jax.jit(forward, static_argnames='train')
+  plain = jax.jit(adapters.from_linen(model))
+  # Before any batch nothing is rounded.
+  before = run(variables, batch, train=False)
+  np.testing.assert_allclose(
+    before.output, plain(variables, batch).output, rtol=1e-5, atol=1e-6
+  )
+  trained = run(variables, batch, jax.random.key(0), train=True)
+  stats = trained.model_state['quant_stats']
+  seen = stats['conv1']['input0']
+  np.testing.assert_allclose(seen['low'], batch['image'].min())
+  np.testing.assert_allclose(seen['high'], batch['image'].max())
+  after = run({**variables, 'quant_stats': stats}, batch, train=False)
+  jax.tree.map(
+    np.testing.assert_array_equal, after.model_state['quant_stats'], stats
+  )
+  assert jnp.abs(after.output - before.output).max() > 1e-5
+
+
+def test_activation_rules_choose_layers_and_name_mistakes():
+  model, variables, batch = _cnn()
+  spec = quantize.INT8_ACTIVATIONS
+  rules = [('conv1', None), ('conv.*|head', spec)]
+  stats = quantize.init_quant_stats(
+    _watching(model, rules), variables, batch, rules
+  )
+  assert set(stats) == {'conv2', 'head'}
+  rules = [('conv.*', spec), ('haed', spec)]
+  with pytest.raises(ValueError, match="activation rule 'haed'.*mean"):
+    quantize.init_quant_stats(_watching(model, rules), variables, batch, rules)
+  with pytest.raises(ValueError, match='No layer of the model is quantized'):
+    quantize.init_quant_stats(
+      _watching(model, [('norm1', spec)]), variables, batch
+    )
+
+
+def test_both_inputs_of_a_residual_sum_are_observed():
+  model = models.CifarResNet(3, depth=8, width=2)
+  batch = {'image': jnp.zeros((2, 8, 8, 1))}
+  variables = jax.eval_shape(
+    lambda: adapters.init_linen(model, jax.random.key(0), batch)
+  )
+  stats = quantize.init_quant_stats(_watching(model), variables, batch, INPUTS)
+  assert set(stats['stage1_block1']['add']) == {'input0', 'input1'}
+  assert set(stats['pool']) == {'input0'}
+
+
+# --- folding
+
+
+class _Biased(nn.Module):
+  """Layers with biases of their own before BatchNorm; Dense as well."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Conv(4, (3, 3), name='conv')(x)
+    x = nn.BatchNorm(not train, use_scale=False, name='norm1')(x)
+    x = nn.relu(x).reshape(x.shape[0], -1)
+    x = nn.Dense(6, use_bias=False, name='dense')(x)
+    x = nn.BatchNorm(not train, use_bias=False, epsilon=0.1, name='norm2')(x)
+    # Not foldable: something lies between.
+    x = nn.BatchNorm(not train, name='norm3')(nn.relu(x))
+    return nn.Dense(3, name='head')(x)
+
+
+MODELS = {
+  'cnn': models.CNN(3, widths=(4, 5)),
+  'resnet': models.CifarResNet(3, depth=8, width=2),
+  'mlp': models.MLP(3, hidden=(12, 7)),
+  'biased': _Biased(),
+}
+FOLDABLE = {'cnn': 2, 'resnet': 9, 'biased': 2}
+
+
+def _trained(name, size=6):
+  """Variables with statistics and norms that are not those of a new model."""
+  model = MODELS[name]
+  batch = {'image': _rng().normal(size=(8, size, size, 1)).astype('f') + 0.3}
+  variables = adapters.init_linen(model, jax.random.key(0), batch)
+  rng = np.random.default_rng(7)
+
+  def disturb(path, x):
+    key = path[-1].key
+    noise = rng.normal(size=x.shape).astype('f')
+    if key == 'var':
+      return jnp.exp(0.5 * noise)
+    if key == 'scale':
+      return 1 + 0.5 * noise
+    if key in ('bias', 'mean'):
+      return 0.3 * noise
+    return x
+
+  return model, jax.tree_util.tree_map_with_path(disturb, variables), batch
+
+
+def _fold(model, variables, batch):
+  norms = quantize.foldable_batch_norms(
+    lambda i: adapters.from_linen(model, interceptors=[i]), variables, batch
+  )
+  return quantize.fold_batch_norm(variables, norms), norms
+
+
+@pytest.mark.parametrize('name', FOLDABLE)
+def test_a_folded_model_computes_the_same(name):
+  model, variables, batch = _trained(name)
+  folded, norms = _fold(model, variables, batch)
+  assert len(norms) == FOLDABLE[name]
+  names = ' '.join(norm for norm, _ in norms.values())
+  left = ' '.join(folded.get('batch_stats', {}))
+  assert ('norm3' in left) == (name == 'biased') and 'norm3' not in names
+  plain = adapters.from_linen(model)
+  skipping = adapters.from_linen(
+    model, interceptors=[quantize.skip_folded_batch_norms]
+  )
+  want, got = jax.jit(
+    lambda v, f, b: (plain(v, b).output, skipping(f, b).output)
+  )(variables, folded, batch)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+  assert jnp.abs(want).max() > 0.1
+
+
+def test_layers_and_norms_that_are_used_twice_are_not_folded():
+  class Shared(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      conv = nn.Conv(2, (1, 1), name='conv')
+      norm = nn.BatchNorm(not train, name='norm')
+      other = nn.Conv(2, (1, 1), name='other')
+      last = nn.BatchNorm(not train, name='last')
+      return norm(other(norm(conv(x)))) + last(conv(x))
+
+  x = {'image': jnp.ones((1, 2, 2, 2))}
+  variables = Shared().init(jax.random.key(0), x['image'])
+  folded, norms = _fold(Shared(), variables, x)
+  assert norms == {}
+  assert jax.tree.structure(folded) == jax.tree.structure(dict(variables))
+
+
+# --- integers
+
+
+@functools.cache
+def _calibrated(name):
+  """A folded model, its converted variables, and both forwards' inputs."""
+  model, variables, batch = _trained(name)
+  variables, _ = _fold(model, variables, batch)
+  skip = quantize.skip_folded_batch_norms
+  watching = adapters.from_linen(
+    model, interceptors=[skip, quantize.quantize_activations(INPUTS)]
+  )
+  state = jax.jit(lambda v, b: watching(v, b, train=True).model_state)
+  variables = {**variables, **state(variables, batch)}
+  integers = quantize.convert(variables, WEIGHTS, INPUTS)
+  rounded = quantize.fake_quant_params(variables['params'], WEIGHTS)
+  rounded = _round_biases(rounded, integers['int8'])
+  return model, watching, {**variables, 'params': rounded}, integers, batch
+
+
+def _round_biases(params, int8):
+  """Biases on their int32 grid: the one rounding that training has not."""
+
+  def walk(params, int8):
+    out = {}
+    for key, value in params.items():
+      grid = int8.get(key, {})
+      if isinstance(value, dict):
+        value = walk(value, grid)
+        if 'bias' in grid:
+          scale = grid['input0']['scale'] * grid['kernel_scale']
+          assert 'bias' in value or not grid['bias'].any()
+          if 'bias' in value:
+            np.testing.assert_allclose(
+              grid['bias'] * scale, value['bias'], atol=scale.max() / 2
+            )
+            value['bias'] = grid['bias'] * scale
+      out[key] = value
+    return out
+
+  return walk(params, int8)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_integers_compute_what_fake_quant_computed(name):
+  """In eight images a code on the edge may flip: then by one step of it."""
+  model, watching, rounded, integers, batch = _calibrated(name)
+
+  def executing(simulate):
+    return adapters.from_linen(
+      model,
+      interceptors=[
+        quantize.skip_folded_batch_norms,
+        quantize.execute_integers(simulate=simulate),
+      ],
+    )
+
+  want, got, simulated = jax.jit(
+    lambda r, i, b: (
+      watching(r, b).output,
+      executing(False)(i, b).output,
+      executing(True)(i, b).output,
+    )
+  )(rounded, integers, batch)
+  spread = np.ptp(want)
+  for other in (got, simulated):
+    error = np.abs(np.asarray(other - want)) / spread
+    assert np.median(error) < 1e-5
+    assert error.max() < 0.02
+
+
+@pytest.mark.parametrize('name', ['cnn', 'mlp'])
+def test_every_product_is_int8_by_int8_into_int32(name):
+  model, _, _, integers, batch = _calibrated(name)
+  forward = adapters.from_linen(
+    model,
+    interceptors=[
+      quantize.skip_folded_batch_norms,
+      quantize.execute_integers(),
+    ],
+  )
+  text = str(jax.make_jaxpr(lambda v, b: forward(v, b).output)(integers, batch))
+  products = [
+    line
+    for line in re.split(r'\n\s+(?=[a-z]+:)', text)
+    if re.search(r'= (dot_general|conv_general_dilated)\[', line)
+  ]
+  kernels = [k for k in _leaves(integers['int8'], 'kernel')]
+  assert len(products) == len(kernels) > 0
+  for product in products:
+    assert re.match(r'\s*[a-z]+:i32\[', product), product
+    assert 'preferred_element_type=int32' in product
+  assert {k.dtype for k in kernels} == {jnp.dtype('int8')}
+  # No float kernel is left beside them.
+  assert not list(_leaves(integers['params'], 'kernel'))
+  assert 'quant_stats' not in integers
+
+
+def _leaves(tree, name):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if path[-1].key == name:
+      yield leaf
+
+
+CONVOLUTIONS = {
+  'same': {'padding': 'SAME'},
+  'same_lower_strided': {'padding': 'SAME_LOWER', 'strides': 2},
+  'same_strided': {'padding': 'SAME', 'strides': (2, 3)},
+  'valid': {'padding': 'VALID'},
+  'one_number': {'padding': 2},
+  'one_a_side': {'padding': (1, 2)},
+  'explicit': {'padding': ((0, 2), (3, 1)), 'strides': 2},
+  'dilated': {'kernel_dilation': 2, 'padding': 'SAME'},
+  'dilated_strided': {'kernel_dilation': (2, 1), 'padding': 1, 'strides': 2},
+  'grouped': {'feature_group_count': 2},
+  'depthwise': {'feature_group_count': 4, 'padding': 'SAME', 'strides': 2},
+  'even_kernel': {'kernel_size': (2, 4), 'padding': 'SAME'},
+  'one_dimension': {'kernel_size': (3,), 'strides': (2,)},
+}
+
+
+def _layer(kernel, bias, scale, zero_point, kernel_scale):
+  """Converted variables of one layer, as `convert` makes them."""
+  return {
+    'int8': {
+      'layer': {
+        'kernel': jnp.asarray(kernel, jnp.int8),
+        'bias': jnp.asarray(bias, jnp.int32),
+        'kernel_scale': jnp.asarray(kernel_scale, jnp.float32),
+        'input0': {
+          'scale': jnp.float32(scale),
+          'zero_point': jnp.int8(zero_point),
+        },
+      }
+    }
+  }
+
+
+class _One(nn.Module):
+  """One layer with a path."""
+
+  layer: nn.Module
+
+  def __call__(self, x):
+    return self.layer(x)
+
+
+def _execute(layer, variables, x, **options):
+  forward = adapters.from_linen(
+    _One(layer),
+    interceptors=[quantize.execute_integers(**options)],
+    train_argument=None,
+  )
+  return forward(variables, {'image': x}).output
+
+
+@pytest.mark.parametrize('zero_point', [0, -37])
+@pytest.mark.parametrize('name', CONVOLUTIONS)
+def test_integer_convolution_is_exactly_linens_on_the_quantized_values(
+  name, zero_point
+):
+  """Scales are powers of two: float arithmetic is exact, equality too."""
+  options = {'kernel_size': (3, 3)} | CONVOLUTIONS[name]
+  rank = len(options['kernel_size'])
+  layer = nn.Conv(8, **options)
+  groups = options.get('feature_group_count', 1)
+  rng = np.random.default_rng(0)
+  shape = (2, 7, 6, 4) if rank == 2 else (2, 9, 4)
+  x = rng.integers(-128, 128, shape)
+  kernel = rng.integers(-127, 128, (*options['kernel_size'], 4 // groups, 8))
+  bias = rng.integers(-1000, 1000, 8)
+  kernel_scale = 2.0 ** -np.arange(3, 11)
+  variables = _layer(kernel, bias, 0.25, zero_point, kernel_scale)
+  real = ((x - zero_point) * 0.25).astype('f')
+  params = {
+    'kernel': (kernel * kernel_scale).astype('f'),
+    'bias': (bias * kernel_scale * 0.25).astype('f'),
+  }
+  want = layer.apply({'params': params}, real)
+  assert zero_point == 0 or np.asarray(want).any()
+  np.testing.assert_array_equal(_execute(layer, variables, real), want)
+  np.testing.assert_array_equal(
+    _execute(layer, variables, real, simulate=True), want
+  )
+
+
+@pytest.mark.parametrize('shape', [(5, 6), (2, 3, 6), (6,)])
+def test_integer_dense_is_exact_on_any_leading_axes(shape):
+  rng = np.random.default_rng(0)
+  x, kernel = rng.integers(-128, 128, shape), rng.integers(-127, 128, (6, 4))
+  bias = rng.integers(-1000, 1000, 4)
+  variables = _layer(kernel, bias, 0.5, 11, np.full(4, 0.125))
+  got = _execute(nn.Dense(4), variables, ((x - 11) * 0.5).astype('f'))
+  want = ((x - 11) @ kernel + bias) * 0.0625
+  np.testing.assert_array_equal(got, want)
+
+
+def test_the_accumulator_does_not_overflow_int8_or_int16():
+  kernel = np.full((600, 1), 127)
+  variables = _layer(kernel, [0], 1.0, -128, [1.0])
+  got = _execute(nn.Dense(1), variables, np.full((1, 600), 255.0, 'f'))
+  assert float(got[0, 0]) == 600 * 127 * 255
+
+
+@pytest.mark.parametrize(
+  'layer, message',
+  [
+    (nn.Conv(2, (3, 3), padding='CIRCULAR'), "'CIRCULAR' has no integer"),
+    (nn.Conv(2, (3, 3), input_dilation=2), 'transposed'),
+    (nn.Conv(2, (3, 3), mask=jnp.ones((3, 3, 4, 2))), 'kernel mask'),
+  ],
+)
+def test_unsupported_convolutions_are_named(layer, message):
+  kernel = np.ones((3, 3, 4, 2))
+  variables = _layer(kernel, np.zeros(2), 1.0, 0, np.ones(2))
+  with pytest.raises(ValueError, match=f'layer: .*{message}|{message}'):
+    _execute(layer, variables, np.ones((1, 5, 5, 4), 'f'))
+
+
+def test_unusual_batch_axes_are_named():
+  variables = _layer(np.ones((3, 3, 4, 2)), np.zeros(2), 1.0, 0, np.ones(2))
+  with pytest.raises(ValueError, match=r'one batch axis.*\(5, 5, 4\)'):
+    _execute(nn.Conv(2, (3, 3)), variables, np.ones((5, 5, 4), 'f'))
+
+
+def _dense_variables(kernel, bias, low=-1.0, high=3.0, count=1.0):
+  stats = {'low': low, 'high': high, 'count': count}
+  return {
+    'params': {'layer': {'kernel': jnp.asarray(kernel), 'bias': bias}},
+    'quant_stats': {'layer': {'input0': jax.tree.map(jnp.float32, stats)}},
+  }
+
+
+def test_what_has_no_integer_execution_is_named():
+  variables = _dense_variables(jnp.ones((4, 2)), jnp.zeros(2))
+  affine = QuantSpec(symmetric=False, narrow=False)
+  wide = {'symmetric': False, 'narrow': False}
+  for spec in (affine, QuantSpec(axis=0)):
+    with pytest.raises(ValueError, match='layer/kernel.*symmetric weights'):
+      quantize.convert(variables, [('.*/kernel', spec)], INPUTS)
+  for spec in (
+    QuantSpec(bits=4, **wide),
+    QuantSpec(axis=-1, **wide),
+    QuantSpec(),
+  ):
+    with pytest.raises(ValueError, match='layer/input0: .*8-bit activations'):
+      quantize.convert(variables, WEIGHTS, [('.*', spec)])
+  for options in ({'count': 0.0}, {'high': jnp.nan}, {'high': jnp.inf}):
+    unseen = _dense_variables(jnp.ones((4, 2)), jnp.zeros(2), **options)
+    with pytest.raises(ValueError, match='layer/input0: its observer'):
+      quantize.convert(unseen, WEIGHTS, INPUTS)
+  with pytest.raises(ValueError, match='no layer has quantized inputs'):
+    quantize.convert({'params': variables['params']}, WEIGHTS, INPUTS)
+
+
+@pytest.mark.parametrize(
+  'spec', [quantize.INT8_WEIGHTS, QuantSpec(), QuantSpec(bits=4, axis=-1)]
+)
+def test_conversion_is_of_the_rounded_weights(spec):
+  kernel = jnp.asarray(_rng().normal(size=(6, 3)), jnp.float32)
+  variables = _dense_variables(kernel, jnp.zeros(3))
+  rules = [('.*/kernel', spec)]
+  layer = quantize.convert(variables, rules, INPUTS)['int8']['layer']
+  want = quantize.fake_quant_params(variables['params'], rules)
+  np.testing.assert_allclose(
+    layer['kernel'] * layer['kernel_scale'][None],
+    want['layer']['kernel'],
+    rtol=1e-6,
+    atol=1e-7,
+  )
+  assert layer['kernel_scale'].shape == (3,)
+
+
+@pytest.mark.parametrize('factor', [0.0, 1e-12, 1e-30])
+def test_the_bias_of_a_channel_without_weight_survives(factor):
+  """Pruned away, or made tiny by a folded norm: its bias is its output."""
+  kernel = jnp.asarray(_rng().normal(size=(6, 3)), jnp.float32)
+  kernel = kernel.at[:, 1].multiply(factor)
+  bias = jnp.array([0.1, 0.0123, -0.2])
+  variables = _dense_variables(kernel, bias)
+  integers = quantize.convert(variables, WEIGHTS, INPUTS)
+  x = _rng().uniform(-1, 3, size=(5, 6)).astype('f')
+  got = _execute(nn.Dense(3), integers, x)
+  np.testing.assert_allclose(got[:, 1], bias[1], rtol=1e-4)
+  exact = x @ kernel + bias[None]
+  np.testing.assert_allclose(got, exact, atol=0.1)
+
+
+def test_a_layer_whose_weights_are_not_quantized_stays_float():
+  kernel = jnp.asarray(_rng().normal(size=(6, 3)), jnp.float32)
+  variables = _dense_variables(kernel, jnp.zeros(3))
+  integers = quantize.convert(variables, [('.*/kernel', None)], INPUTS)
+  assert set(integers['int8']['layer']) == {'input0'}
+  x = _rng().uniform(-1, 3, size=(5, 6)).astype('f')
+  grid = integers['int8']['layer']['input0']
+  rounded = quantize.fake_quant(
+    jnp.asarray(x), grid['scale'], grid['zero_point'].astype('f'), -128, 127
+  )
+  np.testing.assert_allclose(
+    _execute(nn.Dense(3), integers, x), rounded @ kernel, rtol=1e-5, atol=1e-5
+  )
