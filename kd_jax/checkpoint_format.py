@@ -83,6 +83,7 @@ def load(
   fingerprint: Mapping[str, Any] | None,
   part: bool,
 ) -> Restored:
+  """Reads one step; see `Checkpoints.restore` for what it refuses."""
   manifest = step_manifest(directory, step)
   saved, wanted = manifest['leaves'], flatten(like)
   where = f'Step {step} of {directory}'
@@ -154,6 +155,7 @@ def damage(directory: epath.Path, step: int) -> str | None:
 
 
 def step_manifest(directory: epath.Path, step: int) -> dict[str, Any]:
+  """The manifest of a step, verified against its own digest."""
   path = directory / str(step) / 'manifest'
   if not path.exists():
     raise Damaged('it has no manifest')
@@ -172,6 +174,7 @@ def step_manifest(directory: epath.Path, step: int) -> dict[str, Any]:
 
 
 def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+  """A manifest with its own SHA-256 in it."""
   body = {key: x for key, x in manifest.items() if key != 'sha256'}
   text = json.dumps(body, sort_keys=True)
   return {**body, 'sha256': hashlib.sha256(text.encode()).hexdigest()}
@@ -193,6 +196,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def describe(leaf: Any) -> dict[str, Any]:
+  """A leaf's shape and dtype, and the implementation of a typed key."""
   described = {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)}
   if is_key(leaf) and isinstance(leaf, jax.Array):
     described['impl'] = str(jax.random.key_impl(leaf))
@@ -200,10 +204,12 @@ def describe(leaf: Any) -> dict[str, Any]:
 
 
 def text(described: Mapping[str, Any]) -> str:
+  """A described leaf as 'float32[3,3]'."""
   return f'{described["dtype"]}[{",".join(map(str, described["shape"]))}]'
 
 
 def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+  """Phrases that name the entries in which two dicts differ."""
   return [
     f'{k} is {there.get(k, "absent")} there and {here.get(k, "absent")} here'
     for k in {**there, **here}
@@ -212,16 +218,20 @@ def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
 
 
 def is_key(leaf: Any) -> bool:
+  """Whether a leaf is a typed key."""
   return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def stored(leaf: Any) -> Any:
+  """The array that is written for a leaf: typed keys as their bits."""
   if is_key(leaf):
     return jax.random.key_data(leaf)
   return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def digests(arrays: Mapping[str, Any]) -> dict[str, str | None]:
+  """The SHA-256 of every array; None for one spread over hosts."""
+
   def digest(x: Any) -> str | None:
     # No process has the whole of an array that is sharded over hosts: digests
     # by shard come with multi-host support.
@@ -267,6 +277,7 @@ def saved_steps(directory: epath.Path) -> list[int]:
 
 
 def check_ours(directory: epath.Path) -> None:
+  """Raises CheckpointError if a directory holds foreign files."""
   if not directory.exists():
     return
   if not directory.is_dir():
@@ -292,6 +303,7 @@ def check_ours(directory: epath.Path) -> None:
 def nothing(
   directory: epath.Path, step: int | None, reasons: Sequence[str]
 ) -> CheckpointError:
+  """The error for a directory in which nothing can be read."""
   what = 'checkpoint' if step is None else f'step {step}'
   steps = ', '.join(map(str, saved_steps(directory)))
   why = '; '.join(reasons) or f'there is {f"step {steps}" if steps else "none"}'
@@ -299,6 +311,7 @@ def nothing(
 
 
 def absolute(directory: epath.PathLike) -> epath.Path:
+  """An absolute path, which Orbax requires."""
   name = os.path.expanduser(os.fspath(directory))
   return epath.Path(name if '://' in name else os.path.abspath(name))
 
@@ -312,6 +325,7 @@ def as_json(value: Any, what: str) -> Any:
 
 
 def version(name: str) -> str | None:
+  """The installed version of a package, or None."""
   with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     return importlib.metadata.version(name)
   return None

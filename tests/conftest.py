@@ -1,5 +1,7 @@
 """Shared by all tests: eight simulated devices and strict numerics."""
 
+import os
+
 import jax
 import pytest
 
@@ -17,8 +19,10 @@ def rng():
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
   """A directory in which the digits are prepared, once for all workers."""
-  # With xdist every worker has a base of its own; the parent is shared.
-  shared = tmp_path_factory.getbasetemp().parent / 'kd_jax_data'
+  base = tmp_path_factory.getbasetemp()
+  # With xdist every worker has a base of its own, in one of the session.
+  shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+  shared = shared / 'kd_jax_data'
   from kd_jax import data  # noqa: PLC0415
 
   data.load_images('digits', 'test', data_dir=str(shared))

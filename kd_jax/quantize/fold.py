@@ -124,7 +124,9 @@ def fold_batch_norm(
   }
 
 
-def skip_folded_batch_norms(next_fun, args, kwargs, context):
+def skip_folded_batch_norms(
+  next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any
+) -> Any:
   """Interceptor: a BatchNorm without running statistics was folded away.
 
   It also adds the bias that folding gave to a layer built without one.
