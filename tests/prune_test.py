@@ -225,20 +225,19 @@ def test_the_average_is_masked_by_its_reader():
   np.testing.assert_array_equal(params['kernel'] == 0, ~masks['kernel'])
 
 
-def test_a_weight_that_happens_to_be_zero_is_not_confused_with_a_pruned_one():
-  """It may be kept; a pruned one must not come back in its place."""
-  params = {'w': jnp.array([0.0, 1.0, 0.0, 2.0, 0.0, 0.0, 3.0, 0.0])}
-  grads = {'w': jnp.zeros(8)}
-  schedule = prune.cubic(0.5, begin=0, end=4)
-  tx = prune.prune(optax.sgd(0.1), schedule, ALL)
-  state, previous = tx.init(params), np.ones(8, bool)
-  for _ in range(6):
-    updates, state = tx.update(grads, state, params)
+def test_a_pruned_weight_does_not_come_back_for_one_that_became_zero():
+  """Both have magnitude 0, and the pruned one has the lower index."""
+  params = {'w': jnp.array([0.1, 5.0, 4.0, 3.0])}
+  schedule = lambda step: jnp.where(step < 2, 0.25, 0.5)
+  tx = prune.prune(optax.sgd(1.0), schedule, ALL)
+  state, masks = tx.init(params), []
+  for grads in ([0, 0, 0, 0], [0, 0, 4.0, 3.0], [0, 0, 0, 0]):
+    updates, state = tx.update({'w': jnp.array(grads)}, state, params)
     params = optax.apply_updates(params, updates)
-    mask = np.asarray(prune.masks_of(state)['w'])
-    assert not np.any(mask & ~previous)
-    previous = mask
-  assert mask.sum() == 4 and mask[[1, 3, 6]].all()
+    masks.append(prune.masks_of(state)['w'].tolist())
+  assert params['w'].tolist() == [0, 5, 0, 0]
+  assert masks[1] == [False, True, True, True]
+  assert masks[2] == [False, True, True, False]
 
 
 def test_update_without_parameters_is_named():

@@ -249,7 +249,9 @@ def test_activation_rules_choose_layers_and_name_mistakes():
   )
   assert set(stats) == {'conv2', 'head'}
   rules = [('conv.*', spec), ('haed', spec)]
-  with pytest.raises(ValueError, match="activation rule 'haed' matches nothing"):
+  with pytest.raises(
+    ValueError, match="activation rule 'haed' matches nothing"
+  ):
     quantize.init_quant_stats(_watching(model, rules), variables, batch, rules)
   with pytest.raises(ValueError, match='No layer of the model is quantized'):
     quantize.init_quant_stats(
@@ -342,15 +344,16 @@ def test_a_folded_model_computes_the_same(name):
   assert jnp.abs(want).max() > 0.1
 
 
-def test_layers_and_norms_that_are_used_twice_are_not_folded():
+@pytest.mark.parametrize('shared', ['conv', 'norm'])
+def test_layers_and_norms_that_are_used_twice_are_not_folded(shared):
   class Shared(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
-      conv = nn.Conv(2, (1, 1), name='conv')
-      norm = nn.BatchNorm(not train, name='norm')
-      other = nn.Conv(2, (1, 1), name='other')
-      last = nn.BatchNorm(not train, name='last')
-      return norm(other(norm(conv(x)))) + last(conv(x))
+      convs = [nn.Conv(2, (1, 1), name=f'conv{i}') for i in range(2)]
+      norms = [nn.BatchNorm(not train, name=f'norm{i}') for i in range(2)]
+      if shared == 'conv':
+        return norms[0](convs[0](x)) + norms[1](convs[0](x))
+      return norms[0](convs[0](x)) + norms[0](convs[1](x))
 
   x = {'image': jnp.ones((1, 2, 2, 2))}
   variables = Shared().init(jax.random.key(0), x['image'])

@@ -148,7 +148,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, data_dir):
     f'--config={TINY}',
     '--stages=teacher',
     f'--config.data.data_dir={data_dir}',
-    '--config.teacher.train.epochs=200',
+    '--config.teacher.train.epochs=20',
     '--config.teacher.train.evaluate_every_epochs=1',
   ]
   straight, killed = tmp_path / 'straight', tmp_path / 'killed'

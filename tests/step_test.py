@@ -182,26 +182,34 @@ def test_the_teacher_stays_as_it_was_and_is_not_donated(donate):
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(inside))
 
 
-def test_the_callers_variables_survive_a_donating_step():
+@pytest.mark.parametrize('with_mesh', [True, False])
+def test_the_callers_variables_survive_a_donating_step(with_mesh):
   """One initialisation trains two students: alone and distilled."""
-  student = _linen_norm()
-  before = jax.device_get(student[1])
-  for _ in range(2):
+  student, teacher = _linen(), _teacher()
+  before = jax.device_get((student[1], teacher[1]))
+  for taught in (True, False):
     train_step, state = _setup(
-      student, objectives.hard_labels(), optax.sgd(0.1)
+      student,
+      _distillation() if taught else objectives.hard_labels(),
+      optax.sgd(0.1),
+      teacher=teacher if taught else None,
     )
-    compiled = sharding.compile_step(
-      train_step, sharding.make_mesh(jax.devices()[:1])
-    )
+    if with_mesh:
+      mesh = sharding.make_mesh(jax.devices()[:1])
+      compiled = sharding.compile_step(train_step, mesh)
+      state = sharding.replicate(state, mesh)
+    else:
+      compiled = jax.jit(train_step, donate_argnums=0)
     compiled(state, _batch(), jax.random.key(0))
-    _equal(student[1], before)
+    _equal((student[1], teacher[1]), before)
 
 
 def test_no_gradient_reaches_the_teacher():
-  objective, tx = _distillation(), optax.sgd(1.0)
+  """Even for a term that does not think of it."""
+  objective = objectives.term(lambda i: i.student.output * i.teacher.output)
   teacher_fn, teacher = _teacher()
   train_step, state = _setup(
-    _plain(), objective, tx, teacher=(teacher_fn, teacher)
+    _plain(), objective, optax.sgd(1.0), teacher=(teacher_fn, teacher)
   )
 
   def sum_of_new_params(variables):
