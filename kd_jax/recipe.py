@@ -279,7 +279,12 @@ def export(run: Run) -> Result:
       metadata=metadata,
     )
     kernels = onnx.integer_kernels(directory / 'student.int8.onnx')
-  return {'parity': _parities(run, directory), 'onnx_kernels': kernels}
+  note = '' if kernels else ', without ONNX: pip install "kd_jax[onnx]"'
+  return {
+    'parity': _parities(run, directory),
+    'onnx_kernels': kernels,
+    'note': note,
+  }
 
 
 def _parities(run: Run, directory) -> list[dict[str, Any]]:
@@ -360,7 +365,7 @@ def run_stages(
       continue
     result = STAGES[name](run)
     run.workdir.finish(name, result)
-    say(f'{name}: done' + _spent(result))
+    say(f'{name}: done{_spent(result)}{result.get("note", "")}')
 
 
 def _spent(result: Mapping[str, Any]) -> str:

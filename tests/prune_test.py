@@ -210,6 +210,17 @@ def test_kept_weights_move_as_without_pruning():
   np.testing.assert_array_equal(pruned['bias'], dense['bias'])
 
 
+def test_the_wrapped_optimizer_sees_no_gradient_of_pruned_weights():
+  """They would else count in norms for clipping, and gather momentum."""
+  tx = prune.prune(
+    optax.sgd(0.1, momentum=0.9), prune.constant(0.5), [('kernel', True)]
+  )
+  [*_, (_, state)] = _train(tx)
+  trace = optax.tree.get(state.inner, 'trace')['kernel']
+  mask = prune.masks_of(state)['kernel']
+  np.testing.assert_array_equal(trace != 0, mask)
+
+
 def test_the_average_is_masked_by_its_reader():
   """The average remembers weights from before they were pruned."""
   tx = prune.prune(
