@@ -4,9 +4,9 @@
 
 Data: TFDS `fashion_mnist`; `--config.data.data_dir=DIR` names a directory
 that holds it prepared, otherwise TFDS downloads it (`kd_jax[tfds]`). The
-schedules are short, so that the recipe ends within the hour on two CPU cores; the README gives the result and the wall time. On an
-accelerator raise the four `epochs`. `configs/fashion_mnist.py:tiny` takes
-seconds.
+schedules are short, so that the recipe ends within the hour on two CPU cores;
+the README gives the result and the wall time. On an accelerator raise the
+four `epochs`. `configs/fashion_mnist.py:tiny` takes seconds.
 """
 
 import importlib.util
