@@ -98,7 +98,9 @@ def main() -> None:
   )
   print(text)
   if args.out:
-    pathlib.Path(args.out).write_text(text + '\n')
+    out = pathlib.Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + '\n')
 
 
 if __name__ == '__main__':

@@ -187,12 +187,6 @@ def test_observer_learns_no_gradient():
   np.testing.assert_array_equal(jax.grad(high)(jnp.arange(3.0)), 0.0)
 
 
-def _cnn():
-  batch = {'image': _rng().normal(size=(8, 6, 6, 1)).astype('f')}
-  model = models.CNN(3, widths=(4, 5))
-  return model, adapters.init_linen(model, jax.random.key(0), batch), batch
-
-
 def _watching(model, rules=INPUTS, **options):
   return adapters.from_linen(
     model, interceptors=[quantize.quantize_activations(rules, **options)]
@@ -200,7 +194,7 @@ def _watching(model, rules=INPUTS, **options):
 
 
 def test_quant_stats_are_created_from_shapes_alone():
-  model, variables, batch = _cnn()
+  model, variables, batch = _trained('cnn')
   forward = _watching(model)
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (variables, batch)
@@ -209,14 +203,17 @@ def test_quant_stats_are_created_from_shapes_alone():
   assert set(stats) == {'conv1', 'conv2', 'pool', 'head'}
   assert all(leaf == 0 for leaf in jax.tree.leaves(stats))
   # The first training step has the same structure: no retrace after it.
-  out = forward({**variables, 'quant_stats': stats}, batch, train=True)
+  out = jax.eval_shape(
+    lambda v: forward(v, batch, train=True),
+    {**variables, 'quant_stats': stats},
+  )
   assert jax.tree.structure(
     out.model_state['quant_stats']
   ) == jax.tree.structure(stats)
 
 
 def test_quant_stats_update_in_training_only():
-  model, variables, batch = _cnn()
+  model, variables, batch = _trained('cnn')
   forward = _watching(model)
   variables['quant_stats'] = quantize.init_quant_stats(
     forward, variables, batch
@@ -241,7 +238,7 @@ def test_quant_stats_update_in_training_only():
 
 
 def test_activation_rules_choose_layers_and_name_mistakes():
-  model, variables, batch = _cnn()
+  model, variables, batch = _trained('cnn')
   spec = quantize.INT8_ACTIVATIONS
   rules = [('conv1', None), ('conv.*|head', spec)]
   stats = quantize.init_quant_stats(
@@ -299,30 +296,29 @@ FOLDABLE = {'cnn': 2, 'resnet': 9, 'biased': 2}
 
 def _trained(name, size=6):
   """Variables with statistics and norms that are not those of a new model."""
-  model = MODELS[name]
-  batch = {'image': _rng().normal(size=(8, size, size, 1)).astype('f') + 0.3}
-  variables = adapters.init_linen(model, jax.random.key(0), batch)
-  rng = np.random.default_rng(7)
+  model, rng = MODELS[name], _rng()
+  batch = {'image': rng.normal(size=(8, size, size, 1)).astype('f') + 0.3}
+  shapes = jax.eval_shape(
+    lambda: adapters.init_linen(model, jax.random.key(0), batch)
+  )
 
-  def disturb(path, x):
-    key = path[-1].key
+  def fill(path, x):
     noise = rng.normal(size=x.shape).astype('f')
-    if key == 'var':
-      return jnp.exp(0.5 * noise)
-    if key == 'scale':
-      return 1 + 0.5 * noise
-    if key in ('bias', 'mean'):
-      return 0.3 * noise
-    return x
+    if path[-1].key == 'kernel':
+      return noise / np.sqrt(np.prod(x.shape[:-1]), dtype='f')
+    if path[-1].key == 'var':
+      return np.exp(0.5 * noise)
+    return 0.3 * noise + (path[-1].key == 'scale')
 
-  return model, jax.tree_util.tree_map_with_path(disturb, variables), batch
+  return model, jax.tree_util.tree_map_with_path(fill, shapes), batch
 
 
 def _fold(model, variables, batch):
   norms = quantize.foldable_batch_norms(
     lambda i: adapters.from_linen(model, interceptors=[i]), variables, batch
   )
-  return quantize.fold_batch_norm(variables, norms), norms
+  fold = jax.jit(lambda v: quantize.fold_batch_norm(v, norms))
+  return fold(variables), norms
 
 
 @pytest.mark.parametrize('name', FOLDABLE)
@@ -377,8 +373,10 @@ def _calibrated(name):
   state = jax.jit(lambda v, b: watching(v, b, train=True).model_state)
   variables = {**variables, **state(variables, batch)}
   integers = quantize.convert(variables, WEIGHTS, INPUTS)
-  rounded = quantize.fake_quant_params(variables['params'], WEIGHTS)
-  rounded = _round_biases(rounded, integers['int8'])
+  rounded = jax.jit(lambda p: quantize.fake_quant_params(p, WEIGHTS))(
+    variables['params']
+  )
+  rounded = _round_biases(*jax.device_get((rounded, integers['int8'])))
   return model, watching, {**variables, 'params': rounded}, integers, batch
 
 

@@ -1,5 +1,7 @@
 """The train step: what it trains, what it leaves alone, how often it traces."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +24,14 @@ def _batch():
   }
 
 
+@functools.cache
 def _linen():
   model = models.MLP(CLASSES, hidden=(32,), dropout=0.1)
   variables = adapters.init_linen(model, jax.random.key(0), _batch())
   return adapters.from_linen(model), variables
 
 
+@functools.cache
 def _linen_norm():
   model = models.CNN(CLASSES, widths=(8, 8))
   variables = adapters.init_linen(model, jax.random.key(0), _batch())
@@ -73,6 +77,7 @@ STUDENTS = {
 }
 
 
+@functools.cache
 def _teacher(classes=CLASSES):
   model = models.MLP(classes, hidden=(8,))
   variables = adapters.init_linen(model, jax.random.key(9), _batch())
@@ -126,7 +131,7 @@ def test_every_kind_of_student_overfits_sixteen_examples(name):
   assert int(state.step) == 100
   # And it has learned in evaluation mode too.
   variables = {'params': state.params, **state.model_state}
-  out = student[0](variables, _batch())
+  out = jax.jit(student[0])(variables, _batch())
   assert np.mean(out.output.argmax(-1) == _batch()['label']) == 1.0
 
 
@@ -255,11 +260,11 @@ def test_many_steps_trace_once():
 
 
 def test_runs_with_the_same_key_are_equal_and_with_another_differ():
+  train_step, start = _setup(_linen(), objectives.hard_labels(), optax.sgd(0.1))
+  train_step = jax.jit(train_step)
+
   def run(seed):
-    train_step, state = _setup(
-      _linen(), objectives.hard_labels(), optax.sgd(0.1)
-    )
-    train_step = jax.jit(train_step)
+    state = start
     for _ in range(3):
       state, metrics = train_step(state, _batch(), jax.random.key(seed))
     return state.params, metrics
@@ -314,7 +319,7 @@ def test_params_fn_is_differentiated_through_and_its_input_is_trained():
 
 def test_metrics_hold_the_loss_and_the_gradients_norm():
   train_step, state = _setup(_plain(), objectives.hard_labels(), optax.sgd(1.0))
-  new, metrics = train_step(state, _batch(), jax.random.key(0))
+  new, metrics = jax.jit(train_step)(state, _batch(), jax.random.key(0))
   assert set(metrics) == {'loss/total', 'accuracy', 'grad_norm'}
   moved = jax.tree.map(lambda a, b: a - b, state.params, new.params)
   np.testing.assert_allclose(
@@ -355,10 +360,9 @@ def test_batch_statistics_update_in_training_only():
   train_step, state = _setup(
     (student_fn, variables), objectives.hard_labels(), optax.sgd(0.1)
   )
-  new, _ = train_step(state, _batch(), jax.random.key(0))
+  new, _ = jax.jit(train_step)(state, _batch(), jax.random.key(0))
   mean = new.model_state['batch_stats']['norm1']['mean']
   assert jnp.abs(mean).max() > 0
-  out = student_fn(
-    {'params': new.params, **new.model_state}, _batch(), train=False
-  )
+  evaluate = jax.jit(lambda v: student_fn(v, _batch(), train=False))
+  out = evaluate({'params': new.params, **new.model_state})
   _equal(out.model_state, new.model_state)
