@@ -31,7 +31,7 @@ from kd_jax import train as train_lib
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.export import export_stablehlo, onnx
 from kd_jax.report import write_report
-from kd_jax.run import Run
+from kd_jax.run import Network, Run
 from kd_jax.step import init_state, make_train_step
 from kd_jax.types import StudentFn, TrainState, Variables
 from kd_jax.weights import load_weights, save_weights
@@ -74,7 +74,9 @@ def distill(run: Run) -> Result:
     run.model('student'), run.rng('distill'), run.example
   )
   objective = _distillation(run.config.distill)
-  return _fit(run, 'distill', 'student', objective, variables)
+  return _fit(
+    run, 'distill', 'student', objective, variables, teacher=run.teacher()
+  )
 
 
 def compress(run: Run) -> Result:
@@ -104,6 +106,7 @@ def compress(run: Run) -> Result:
     'student',
     _distillation(c),
     variables,
+    teacher=run.teacher(),
     forward=run.fake_quant_forward,
     params_fn=run.fake_quant,
     wrap=wrap,
@@ -134,25 +137,22 @@ def _fit(
   objective: objectives.Objective,
   variables: Variables,
   *,
+  teacher: Network | None = None,
   forward: Callable[..., StudentFn] | None = None,
   params_fn: Callable[[Any], Any] = lambda params: params,
   wrap: Callable[[Any], Any] = lambda tx: tx,
 ) -> Result:
   """Trains one network from the given variables and saves its weights."""
   forward = forward or functools.partial(run.forward, part)
-  teacher = None if part == 'teacher' else run.teacher()
-  distils = 'temperature' in run.config[stage]
-  with_teacher: dict[str, Any] = {}
-  if distils:
-    with_teacher = {'teacher_fn': teacher.forward}
+  teacher_fn = None if teacher is None else teacher.forward
   tx = wrap(_optimizer(run, stage))
   step = make_train_step(
     forward(axis_name=run.axis_name),
     objective,
     tx,
+    teacher_fn=teacher_fn,
     params_fn=params_fn,
     axis_name=run.axis_name,
-    **with_teacher,
   )
 
   def augmented_step(state, batch, rng):
@@ -162,10 +162,14 @@ def _fit(
       metrics['sparsity'] = pruning.sparsity
     return state, metrics
 
-  if distils:
-    with_teacher['teacher'] = teacher.variables
   state = init_state(
-    forward(), objective, tx, variables, run.example, **with_teacher
+    forward(),
+    objective,
+    tx,
+    variables,
+    run.example,
+    teacher_fn=teacher_fn,
+    teacher=None if teacher is None else teacher.variables,
   )
   trained = _train(
     run, stage, augmented_step, state, _evaluator(run, forward(), params_fn)
@@ -192,7 +196,13 @@ def _train(run, stage, step, state, evaluate) -> train_lib.Trained:
     return train_lib.train(
       sharding.compile_step(step, run.mesh, run.config.compiler),
       sharding.replicate(state, run.mesh),
-      data.train_batches(images, batch_size=c.batch_size, seed=run.config.seed),
+      data.train_batches(
+        images,
+        batch_size=c.batch_size,
+        seed=run.config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+      ),
       rng=run.rng(stage),
       total_steps=_total_steps(run, stage),
       put=functools.partial(sharding.shard_batch, mesh=run.mesh),
