@@ -16,6 +16,8 @@ from kd_jax import rules
 from kd_jax.types import Batch, Forward, StudentFn, Variables
 
 Interceptor = Callable[..., Any]
+# For annotations elsewhere, which do not import linen.
+LinenModule = nn.Module
 
 
 def from_linen(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from flax import linen as nn
 
 from kd_jax import adapters, quantize
 from kd_jax.types import Batch, StudentFn, Variables
@@ -16,7 +15,9 @@ from kd_jax.types import Batch, StudentFn, Variables
 Preprocess = Callable[..., Batch]
 
 
-def integer_forward(model: nn.Module, *, simulate: bool = False) -> StudentFn:
+def integer_forward(
+  model: adapters.LinenModule, *, simulate: bool = False
+) -> StudentFn:
   """The forward of a linen model whose layers `quantize.convert` replaced.
 
   Args:
@@ -33,7 +34,7 @@ def integer_forward(model: nn.Module, *, simulate: bool = False) -> StudentFn:
 
 
 def fold(
-  model: nn.Module, variables: Variables, batch: Batch
+  model: adapters.LinenModule, variables: Variables, batch: Batch
 ) -> dict[str, Any]:
   """Folds every BatchNorm that directly follows a layer of a linen model.
 

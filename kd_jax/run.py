@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import ml_collections
-from flax import linen as nn
 
 from kd_jax import (
   adapters,
@@ -108,7 +107,7 @@ class Run:
     """The key of a stage; student alone and distilled start alike."""
     return jax.random.fold_in(jax.random.key(self.config.seed), _RNG[stage])
 
-  def model(self, part: str) -> nn.Module:
+  def model(self, part: str) -> adapters.LinenModule:
     """The linen module of 'teacher' or 'student'."""
     options = self.config[part].model.to_dict()
     return models.make_model(
