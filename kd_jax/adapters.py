@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import errors, nnx, traverse_util
 from flax import linen as nn
-from flax import nnx, traverse_util
 
 from kd_jax import rules
 from kd_jax.types import Batch, Forward, StudentFn, Variables
@@ -78,24 +78,39 @@ def from_linen(
     if wanted:
       mutable = [*mutable, 'intermediates']
       options['capture_intermediates'] = tapped
-    with _intercept(interceptors):
-      out = model.apply(
-        dict(variables),
-        batch[image],
-        rngs=None if rng is None else {'dropout': rng},
-        mutable=mutable or False,
-        **options,
-      )
+    x = _entry(batch, image)
+    try:
+      with _intercept(interceptors):
+        out = model.apply(
+          dict(variables),
+          x,
+          rngs=None if rng is None else {'dropout': rng},
+          mutable=mutable or False,
+          **options,
+        )
+    except errors.ScopeParamShapeError as e:
+      raise ValueError(
+        f'batch[{image!r}] of shape {x.shape} does not fit the parameters of '
+        f'{type(model).__name__}: {str(e).split(" (https:")[0]}'
+      ) from e
     output, updated = out if mutable else (out, {})
     updated = dict(updated)
     features = _features(updated.pop('intermediates', {}))
     missing = wanted - set(features)
     if missing:
       with _intercept(interceptors):
-        _raise_unknown_tap(model, variables, batch[image], options, missing)
+        _raise_unknown_tap(model, variables, x, options, missing)
     return Forward(output, features, {**state, **updated} if train else state)
 
   return forward
+
+
+def _entry(batch: Batch, key: str) -> jax.Array:
+  if key not in batch:
+    raise ValueError(
+      f'The batch has no {key!r}; it has {", ".join(map(repr, batch))}.'
+    )
+  return batch[key]
 
 
 class _intercept:
@@ -226,7 +241,7 @@ def from_nnx(
       _filled(params_like, variables['params']),
       _filled(rest_like, variables.get('model_state', {})),
     )
-    output = module(batch[image])
+    output = module(_entry(batch, image))
     state = {k: v for k, v in variables.items() if k != 'params'}
     if train and state:
       rest = nnx.split(module, nnx.Param, ...)[2]
@@ -261,6 +276,6 @@ def from_apply(
 
   def forward(variables, batch, rng=None, *, train=False):
     state = {k: v for k, v in variables.items() if k != 'params'}
-    return Forward(apply(variables['params'], batch[image]), {}, state)
+    return Forward(apply(variables['params'], _entry(batch, image)), {}, state)
 
   return forward

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import losses
-from kd_jax.types import Batch, Forward
+from kd_jax.types import Batch, Forward, check_same_shape
 
 
 class Metric(NamedTuple):
@@ -31,6 +31,11 @@ class Metric(NamedTuple):
 def _mean(value: Callable[[Forward, Forward, Batch], jax.Array]) -> Metric:
   def update(student, teacher, batch, mask):
     per_example = value(student, teacher, batch)
+    check_same_shape(
+      'a metric needs one mask entry per prediction',
+      mask=mask,
+      prediction=per_example,
+    )
     # where, not a product: padding may hold NaN.
     total = jnp.sum(jnp.where(mask > 0, per_example, 0.0))
     return {'sum': total, 'count': jnp.sum(mask > 0).astype(jnp.float32)}

@@ -75,6 +75,8 @@ def make_schedule(
     [0.1, 0.05, 0.0]
   """
   make = rules.choose('schedule', name, SCHEDULES)
+  if peak <= 0:
+    raise ValueError(f'The peak of a schedule must be > 0, not {peak}.')
   if not 0 <= warmup_steps < max(total_steps, 1):
     raise ValueError(
       f'warmup_steps={warmup_steps} does not fit into {total_steps} steps.'
@@ -156,6 +158,14 @@ def make_optimizer(
   scale = rules.choose('optimizer', name, OPTIMIZERS)
   if accumulate < 1:
     raise ValueError(f'accumulate={accumulate} must be at least 1.')
+  for option, value in {
+    'clip_norm': clip_norm,
+    'clip_value': clip_value,
+    'l1': l1,
+    'l2': l2,
+  }.items():
+    if value is not None and value < 0:
+      raise ValueError(f'{option}={value} must not be negative.')
   if decoupled is None:
     decoupled = name in _DECOUPLED
 
@@ -205,7 +215,8 @@ def average_params(
   the initial parameters on. Read it with `averaged_params(opt_state)`.
 
   Args:
-    tx: the optimizer to wrap; apply `prune` outside of this.
+    tx: the optimizer to wrap. Apply `prune` outside of this; the average
+      itself is not pruned, `prune.apply_masks` does that.
     decay: in (0, 1), such as 0.999.
 
   Example:

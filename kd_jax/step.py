@@ -48,7 +48,8 @@ def make_train_step(
     params_fn: map from the trained parameters to those the student runs with,
       such as `fake_quant_params`; differentiated through.
     axis_name: the mapped axis under `shard_map` or `pmap`, None under `jit`.
-    objective_tx: optimizer of the objective's own parameters; `tx` when None.
+    objective_tx: optimizer of the objective's own parameters; needed only if
+      it has any. Usually the student's, without pruning.
 
   Returns:
     `train_step(state, batch, rng) -> (state, metrics)`. `rng` is the run's
@@ -68,7 +69,6 @@ def make_train_step(
     >>> state.params.tolist()
     [0.25, 0.25]
   """
-  objective_tx = objective_tx or tx
 
   def train_step(state, batch, rng):
     rng = jax.random.fold_in(rng, state.step)
@@ -165,7 +165,8 @@ def init_state(
     A `TrainState` at step 0.
 
   Raises:
-    ValueError: if only one of `teacher_fn` and `teacher` is given.
+    ValueError: if only one of `teacher_fn` and `teacher` is given, or the
+      objective has parameters and there is no `objective_tx`.
   """
   if (teacher_fn is None) != (teacher is None):
     raise ValueError('teacher_fn and teacher variables come together.')
@@ -185,6 +186,11 @@ def init_state(
     variables, teacher, dict(batch), rng
   )
   trains = bool(jax.tree.leaves(objective_params))
+  if trains and objective_tx is None:
+    raise ValueError(
+      'The objective has parameters of its own: give make_train_step and '
+      'init_state an objective_tx that trains them.'
+    )
   return TrainState(
     step=jnp.int32(0),
     params=params,
@@ -193,7 +199,7 @@ def init_state(
     objective=ObjectiveState(
       objective_params,
       objective_state,
-      (objective_tx or tx).init(objective_params) if trains else (),
+      objective_tx.init(objective_params) if trains else (),
     ),
     teacher=jax.tree.map(jnp.array, teacher),
   )

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from flax.errors import ScopeParamShapeError
 
 from kd_jax import adapters, models
 
@@ -128,7 +127,7 @@ def test_interceptors_are_gone_after_an_error():
 
   model, variables = _cnn()
   forward = adapters.from_linen(model, interceptors=[interceptor])
-  with pytest.raises(ScopeParamShapeError):
+  with pytest.raises(ValueError, match='does not fit the parameters of CNN'):
     forward(variables, {'image': jnp.ones((1, 8, 8, 7))})
   calls.clear()
   jax.eval_shape(lambda: model.apply(variables, BATCH['image']))
@@ -243,3 +242,13 @@ def test_a_plain_function_passes_its_state_through():
   out = forward(variables, {'x': jnp.ones(3)}, jax.random.key(0), train=True)
   np.testing.assert_array_equal(out.output, 2.0)
   assert out.model_state == {'memory': {'m': 5.0}}
+
+
+def test_a_batch_that_does_not_fit_gets_one_sentence():
+  model = nn.Dense(3)
+  variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
+  forward = adapters.from_linen(model, train_argument=None)
+  with pytest.raises(ValueError, match="The batch has no 'image'; it has 'x'"):
+    forward(variables, {'x': jnp.ones((1, 4))})
+  with pytest.raises(ValueError, match=r'of shape \(1, 5\) does not fit'):
+    forward(variables, {'image': jnp.ones((1, 5))})

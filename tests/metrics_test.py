@@ -154,3 +154,10 @@ def test_without_a_teacher_nothing_compares_with_it():
 def test_an_empty_data_set_is_named():
   with pytest.raises(ValueError, match='nothing to evaluate'):
     metrics.evaluate(lambda batch: {}, [], {})
+
+
+def test_a_mask_of_another_shape_is_refused():
+  tokens = Forward(jnp.zeros((4, 4, 3)))
+  batch = {'label': jnp.zeros((4, 4), jnp.int32)}
+  with pytest.raises(ValueError, match='one mask entry per prediction'):
+    metrics.accuracy().update(tokens, None, batch, jnp.ones(4))

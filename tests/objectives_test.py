@@ -221,18 +221,3 @@ def test_a_terms_parameters_train_beside_the_student_and_its_state_updates():
   # The term's optimizer is its own: Adam's state, not that of SGD.
   assert len(jax.tree.leaves(state.objective.opt_state)) == 3
   assert set(state.params) == {'first', 'last'}
-
-
-def test_the_objectives_parameters_use_the_students_optimizer_by_default():
-  objective = objectives.Objective(
-    lambda inputs: (jnp.float32(3.0), {}),
-    lambda p, s, inputs: (jnp.square(p) + inputs.student.output.sum(), s, {}),
-  )
-  apply = lambda v, batch, rng, *, train: Forward(v['params'] * batch['x'])
-  tx = optax.sgd(0.25)
-  variables, batch = {'params': jnp.float32(1)}, {'x': jnp.ones((1, 1))}
-  state = step.init_state(apply, objective, tx, variables, batch)
-  train_step = step.make_train_step(apply, objective, tx)
-  state, _ = train_step(state, batch, jax.random.key(0))
-  assert float(state.objective.params) == 1.5
-  assert float(state.params) == 0.75

@@ -270,3 +270,14 @@ def test_bad_arguments_are_named():
   tx = optim.make_optimizer('sgd', learning_rate=0.1, l2=0.1, decay='kernel')
   with pytest.raises(ValueError, match="decay rule 'kernel' matches nothing"):
     tx.init(_params())
+
+
+@pytest.mark.parametrize('option', ['clip_norm', 'clip_value', 'l1', 'l2'])
+def test_negative_options_are_refused(option):
+  with pytest.raises(ValueError, match=f'{option}=-1.0 must not be negative'):
+    optim.make_optimizer('sgd', learning_rate=0.1, **{option: -1.0})
+
+
+def test_a_schedule_needs_a_positive_peak():
+  with pytest.raises(ValueError, match='peak of a schedule must be > 0'):
+    optim.make_schedule('cosine', peak=0.0, total_steps=10)

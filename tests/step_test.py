@@ -366,3 +366,16 @@ def test_batch_statistics_update_in_training_only():
   evaluate = jax.jit(lambda v: student_fn(v, _batch(), train=False))
   out = evaluate({'params': new.params, **new.model_state})
   _equal(out.model_state, new.model_state)
+
+
+def test_an_objective_with_parameters_needs_its_own_optimizer():
+  regressor = objectives.Objective(
+    lambda inputs: ({'kernel': jnp.ones(2)}, {}),
+    lambda params, state, inputs: (jnp.sum(params['kernel']), state, {}),
+  )
+  student_fn = adapters.from_apply(lambda params, x: x @ params)
+  arguments = (student_fn, regressor, optax.sgd(0.1), {'params': jnp.ones(2)})
+  batch = {'image': jnp.ones((3, 2))}
+  with pytest.raises(ValueError, match='give make_train_step and init_state'):
+    step.init_state(*arguments, batch)
+  step.init_state(*arguments, batch, objective_tx=optax.sgd(0.1))

@@ -102,6 +102,10 @@ def convert(
 def _by_layer(stats: Mapping[str, jax.Array]) -> dict[str, Any]:
   layers: dict[str, Any] = {}
   for path, value in stats.items():
+    if path.count('/') < 2:
+      raise ValueError(
+        'convert: the model is a single layer; wrap it in a module.'
+      )
     layer, name, statistic = path.rsplit('/', 2)
     layers.setdefault(layer, {}).setdefault(name, {})[statistic] = value
   return layers
