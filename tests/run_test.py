@@ -15,6 +15,8 @@ import pytest
 from kd_jax import cli, weights
 from kd_jax.report import read_report
 
+# One worker runs the tiny job once, for all the tests that read it.
+pytestmark = pytest.mark.xdist_group('run')
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / 'configs' / 'digits.py') + ':tiny'
 
@@ -148,7 +150,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, data_dir):
     f'--config={TINY}',
     '--stages=teacher',
     f'--config.data.data_dir={data_dir}',
-    '--config.teacher.train.epochs=20',
+    '--config.teacher.train.epochs=8',
     '--config.teacher.train.evaluate_every_epochs=1',
   ]
   straight, killed = tmp_path / 'straight', tmp_path / 'killed'
