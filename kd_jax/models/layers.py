@@ -5,6 +5,8 @@ They compute what their names say. As modules they are places at which
 when both sides of the operation are quantized.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -24,3 +26,25 @@ class GlobalAveragePool(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     return jnp.mean(x, axis=(1, 2))
+
+
+class Taps(NamedTuple):
+  """Where a model's features are, as paths for `adapters.from_linen`.
+
+  Attributes:
+    stages: the output of each stage, after its last activation where it has
+      one, shallow to deep; `[B, H, W, D]`, or `[B, L, D]` of a transformer.
+    preactivations: the same places before that activation; equal to `stages`
+      where nothing follows.
+    norms: for each of `preactivations`, the BatchNorm whose scale and bias
+      give its distribution (the last one on its main branch); empty in models
+      without BatchNorm.
+    embedding: the pooled feature `[B, D]` that the head reads.
+    head: the linear classifier.
+  """
+
+  stages: tuple[str, ...]
+  preactivations: tuple[str, ...]
+  norms: tuple[str, ...]
+  embedding: str
+  head: str

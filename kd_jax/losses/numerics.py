@@ -1,0 +1,101 @@
+"""What the losses share: float32, safe norms, and pooling to a resolution.
+
+Nothing here is a loss. Gradients are finite where a norm is zero, and matrix
+products keep float32's precision on hardware whose default is lower.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def float32(x: ArrayLike) -> jax.Array:
+  """An array of any dtype as float32."""
+  return jnp.asarray(x, jnp.float32)
+
+
+def constant(x: ArrayLike) -> jax.Array:
+  """A teacher's array: float32, and no gradient flows into it."""
+  return jax.lax.stop_gradient(float32(x))
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+  """The square root, 0 with gradient 0 where `x` is not positive."""
+  positive = x > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def norm(
+  x: jax.Array, axis: int | Sequence[int] = -1, *, keepdims: bool = False
+) -> jax.Array:
+  """The Euclidean norm over axes, with gradient 0 where it is 0."""
+  return safe_sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=keepdims))
+
+
+def unit(
+  x: jax.Array, axis: int | Sequence[int] = -1, *, eps: float = 1e-12
+) -> jax.Array:
+  """`x / max(norm, eps)` over axes; a zero vector stays zero.
+
+  Example:
+    >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+  """
+  return x / jnp.maximum(norm(x, axis, keepdims=True), eps)
+
+
+def average_pool_to(x: jax.Array, size: Sequence[int]) -> jax.Array:
+  """Averages maps to a lower resolution, which need not divide theirs.
+
+  Bin i of n over a side of length m averages the pixels from floor(i m / n) to
+  ceil((i + 1) m / n): bins overlap where n does not divide m, the convention
+  of adaptive average pooling.
+
+  Args:
+    x: `[..., H, W, D]`.
+    size: `(h, w)`, positive and at most `(H, W)`.
+
+  Returns:
+    `[..., h, w, D]`; `x` itself if the size is its own.
+
+  Raises:
+    ValueError: if a side would grow.
+
+  Example:
+    >>> column = jnp.arange(3.0).reshape(3, 1, 1)
+    >>> average_pool_to(column, (2, 1)).ravel().tolist()
+    [0.5, 1.5]
+  """
+  height, width = x.shape[-3:-1]
+  h, w = size
+  if not (0 < h <= height and 0 < w <= width):
+    raise ValueError(
+      f'average_pool_to: maps of {height} x {width} cannot be averaged to '
+      f'{h} x {w}.'
+    )
+  if (h, w) == (height, width):
+    return x
+  if height % h == 0 and width % w == 0:
+    blocks = (*x.shape[:-3], h, height // h, w, width // w, x.shape[-1])
+    return jnp.mean(x.reshape(blocks), axis=(-4, -2))
+  rows, columns = _bins(height, h), _bins(width, w)
+  return jnp.einsum('hH,wW,...HWd->...hwd', rows, columns, x, precision=HIGHEST)
+
+
+def _bins(length: int, count: int) -> np.ndarray:
+  """The averaging matrix `[count, length]`."""
+  i = np.arange(count)[:, None]
+  start, end = i * length // count, -(-(i + 1) * length // count)
+  inside = (np.arange(length) >= start) & (np.arange(length) < end)
+  return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def to_smaller(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Two sets of maps, each averaged to the smaller height and width."""
+  size = tuple(min(m, n) for m, n in zip(a.shape[-3:-1], b.shape[-3:-1]))
+  return average_pool_to(a, size), average_pool_to(b, size)
