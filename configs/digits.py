@@ -19,6 +19,8 @@ def training(epochs: int, learning_rate: float) -> ml_collections.ConfigDict:
       'batch_size': 64,
       'learning_rate': learning_rate,
       'schedule': 'cosine',
+      # Of the schedule 'step': where the rate falls, in shares of the steps.
+      'boundaries': (0.6, 0.75, 0.9),
       # Share of the steps over which the rate rises from 0.
       'warmup': 0.1,
       'optimizer': {'name': 'adamw', 'l2': 1e-2},
@@ -27,6 +29,32 @@ def training(epochs: int, learning_rate: float) -> ml_collections.ConfigDict:
       'evaluate_every_epochs': 5,
     }
   )
+
+
+def kd() -> dict[str, dict]:
+  """The terms of plain KD; `kd_jax.methods` has those of other methods."""
+  return {
+    'kd': {'name': 'soft_targets', 'weight': 0.9, 'temperature': 4.0},
+    'ce': {'name': 'hard_labels', 'weight': 0.1},
+  }
+
+
+def scheme() -> dict:
+  """Who learns from whom: by default the student from the teacher."""
+  return {
+    # Networks between teacher and student, name -> model, in this order.
+    'assistants': {},
+    # Students in a row, each taught by the one before it.
+    'generations': 1,
+    # Students that also learn from each other, and how much.
+    'cohort': 1,
+    'mutual_weight': 1.0,
+    'mutual_temperature': 1.0,
+    # Decay of an average of the student that teaches instead; 0 for none.
+    'ema': 0.0,
+    # The teacher's classifier behind a trained projector (SimKD).
+    'reuse_head': False,
+  }
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
@@ -49,8 +77,18 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       # Random shifts by up to so many pixels, and mirroring, on the device.
       'crop_padding': 1,
       'flip': False,
+      # Mixes pairs of images by shares from Beta(mixup, mixup); 0 for none.
+      'mixup': 0.0,
+      # Of the normalisation, per channel; () for those of the train split.
+      'mean': (),
+      'std': (),
       # 0 for all.
       'max_examples': 256 if tiny else 0,
+      # Side of crops that are streamed from disk; 0 decodes all into memory.
+      'image_size': 0,
+      # A data set on whose images, without labels, students learn from their
+      # teacher; '' for the train split.
+      'transfer': {'name': '', 'max_examples': 0},
     }
   )
 
@@ -58,6 +96,18 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     {
       'model': {'name': 'resnet', 'depth': 8, 'width': 8 if tiny else 48},
       'train': training(1 if tiny else 20, 3e-3),
+      # A safetensors file to load instead of training.
+      'pretrained': '',
+      # How it runs while it teaches: float32, bfloat16 or int8.
+      'precision': 'float32',
+      # The normalisation and resolution that it sees; those of the student
+      # where they are empty.
+      'input': {'size': 0, 'mean': (), 'std': ()},
+      # Further teachers, name -> model, and how all of them are averaged:
+      # logits, probabilities or losses, by weights of 'teacher' and the names.
+      'others': {},
+      'space': 'logits',
+      'weights': {},
     }
   )
   config.student = ml_collections.ConfigDict(
@@ -74,16 +124,15 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.distill = ml_collections.ConfigDict(
     {
       'train': training(1 if tiny else 60, 5e-3),
-      'temperature': 4.0,
-      'weights': {'kd': 0.9, 'ce': 0.1},
+      'terms': kd(),
+      'scheme': scheme(),
     }
   )
 
   config.compress = ml_collections.ConfigDict(
     {
       'train': training(1 if tiny else 60, 3e-3),
-      'temperature': 4.0,
-      'weights': {'kd': 0.9, 'ce': 0.1},
+      'terms': kd(),
       'prune': {
         'sparsity': 0.8,
         'scope': 'global',

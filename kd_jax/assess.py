@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax import deploy, weights
+from kd_jax import deploy, methods, weights
 from kd_jax.export import artefact_bytes, load_stablehlo, onnx
 from kd_jax.prune import sparsity_report
 from kd_jax.report import measure
@@ -148,7 +148,8 @@ def _models(run: Run) -> list[dict[str, Any]]:
 
 
 def _latency(run, found):
-  images = run.splits['test'].image
+  test = run.splits['test']
+  images = test.read(np.arange(min(max(BATCHES), len(test))))['image']
   return {
     str(size): measure.latencies(
       {n: lambda x, f=f: f({'image': x}) for n, f in found.items()},
@@ -159,7 +160,7 @@ def _latency(run, found):
 
 
 def _multiply_accumulates(run: Run, network: Network) -> int:
-  image = run.splits['test'].image[:1]
+  image = np.zeros((1, *run.splits['test'].image_shape), np.uint8)
   return measure.multiply_accumulates(
     deploy.from_images(network.forward, run.preprocess),
     network.variables,
@@ -195,11 +196,12 @@ def _curve(history: list[dict[str, float]]) -> dict[str, list[float]]:
   curve = {
     'step': [row['step'] for row in history],
     'loss': [row['loss/total'] for row in history],
-    'accuracy': [row['accuracy'] for row in history],
+    # No term on the labels, no accuracy while training.
+    'accuracy': [row.get('accuracy') for row in history],
     'eval_step': [row['step'] for row in evaluated],
     'eval_accuracy': [row['eval/accuracy'] for row in evaluated],
   }
-  if 'sparsity' in history[0]:
+  if history and 'sparsity' in history[0]:
     curve['sparsity'] = [row['sparsity'] for row in history]
   return curve
 
@@ -226,19 +228,17 @@ def _parity(run: Run) -> list[dict[str, Any]]:
 
 def _protocol(run: Run) -> list[str]:
   c, test = run.config, len(run.splits['test'])
-  distilled = (
-    'mean over the batch of {kd} * KL(teacher || student) at T = {t}, times T '
-    'squared, summed over classes, + {ce} * cross-entropy'
-  )
-  fill = lambda part: distilled.format(t=part.temperature, **part.weights)
+  fill = lambda part: methods.describe(part.terms.to_dict())
   return [
     f'Accuracy, agreement, KL and calibration error: test split of {test} '
     f'images, last step, one seed ({c.seed}). The test split is used for '
     'nothing else; curves show the validation split.',
     'Agreement and KL compare with the teacher, at temperature 1; calibration '
     'error is the expected one with 15 bins.',
-    f'distilled: {fill(c.distill)}.',
+    f'distilled: {fill(c.distill)}{_scheme(c.distill.scheme)}.',
     f'pruned + int8: {fill(c.compress)}; from the distilled student.',
+    'Every term is a mean over the batch; soft targets are KL(teacher || '
+    'student), summed over classes, times T squared.',
     'student alone and distilled start from the same weights and see the same '
     'crops for the same number of steps.',
     'FLOPs: 2 x multiply-accumulates of convolutions and matrix products for '
@@ -250,6 +250,16 @@ def _protocol(run: Run) -> list[str]:
     'Training time: wall time of the training loop, compilation and '
     'evaluation included.',
   ]
+
+
+def _scheme(scheme) -> str:
+  default = ({}, 1, False, 0.0)
+  changed = {
+    key: value
+    for key, value in scheme.to_dict().items()
+    if value not in default and not key.startswith('mutual')
+  }
+  return f'; {changed}' if changed else ''
 
 
 def aims(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The command line: `kd-jax run | evaluate | report`.
+"""The command line: `kd-jax run | compare | evaluate | report`.
 
 Owns flags, messages and exit codes; everything else is a call.
 """
@@ -16,15 +16,19 @@ kd-jax: a large model into a small fast one, in JAX.
 
   kd-jax run      --config FILE --workdir DIR   train a teacher, distil a
                   student, prune and quantize it, export and report
+  kd-jax compare  --config FILE --workdir DIR   train one student with every
+                  method of distillation and several seeds, and tabulate
   kd-jax evaluate --workdir DIR [--split SPLIT] measure what a run made
   kd-jax report   --workdir DIR                 print the report of a run
 
-run:
+run and compare:
   --config FILE[:tiny]    a configuration such as configs/digits.py; ':tiny'
                           runs every stage in seconds and learns little
   --config.KEY=VALUE      changes one field, such as --config.seed=1
   --workdir DIR           where everything is written; the same command
                           continues a run that was stopped
+
+run:
   --stages A,B            only these of: teacher, alone, distill, compress,
                           convert, export, report
   --overwrite             runs the stages again; deletes what depends on them
@@ -35,7 +39,11 @@ evaluate:
 all:
   --debug                 shows the traceback of an error
 """
-COMMANDS = ('run', 'evaluate', 'report')
+EXAMPLES = {
+  'run': 'configs/digits.py',
+  'compare': 'configs/compare_digits.py',
+}
+COMMANDS = ('run', 'compare', 'evaluate', 'report')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +95,8 @@ def _parse(command: str, words: list[str]) -> flags.FlagValues:
   if command == 'run':
     flags.DEFINE_list('stages', [], 'stages to run', flag_values=values)
     flags.DEFINE_boolean('overwrite', False, 'run again', flag_values=values)
-    _define_config(words, values)
+  if command in ('run', 'compare'):
+    _define_config(command, words, values)
   if command == 'evaluate':
     flags.DEFINE_string('split', 'test', 'split', flag_values=values)
   program = f'kd-jax {command}'
@@ -106,13 +115,15 @@ def _parse(command: str, words: list[str]) -> flags.FlagValues:
   return values
 
 
-def _define_config(words: list[str], values: flags.FlagValues) -> None:
+def _define_config(
+  command: str, words: list[str], values: flags.FlagValues
+) -> None:
   from ml_collections import config_flags  # noqa: PLC0415
 
   path = _value_of('config', words)
   if path is None:
     raise ValueError(
-      'kd-jax run needs --config=FILE, such as configs/digits.py.'
+      f'kd-jax {command} needs --config=FILE, such as {EXAMPLES[command]}.'
     )
   file = path.split(':')[0]
   if not os.path.isfile(file):

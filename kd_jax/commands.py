@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_jax import assess, recipe
+from kd_jax import compare as compare_lib
 from kd_jax import report as report_lib
+from kd_jax.report import comparison
 from kd_jax.run import Run
 from kd_jax.train import Preempted
 from kd_jax.workdir import Workdir
@@ -27,6 +29,18 @@ def run(values: Any) -> int:
     return PREEMPTED
   if workdir.done('report'):
     _print_report(workdir)
+  return 0
+
+
+def compare(values: Any) -> int:
+  """`kd-jax compare`."""
+  try:
+    result = compare_lib.compare(values.config, values.workdir)
+  except Preempted as e:
+    print(f'kd-jax: {e} Run the same command to go on.', file=sys.stderr)
+    return PREEMPTED
+  comparison.print_table(result)
+  print(f'Table and plot: {values.workdir}/comparison.md, comparison.png')
   return 0
 
 

@@ -4,7 +4,7 @@ Owns the path from trained variables to a function of raw images; nothing
 about files, which is `export`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,24 +12,84 @@ import jax
 from kd_jax import adapters, quantize
 from kd_jax.types import Batch, StudentFn, Variables
 
+WEIGHTS = quantize.INT8_WEIGHTS
+ACTIVATIONS = quantize.INT8_ACTIVATIONS
 Preprocess = Callable[..., Batch]
 
 
 def integer_forward(
-  model: adapters.LinenModule, *, simulate: bool = False
+  model: adapters.LinenModule,
+  *,
+  simulate: bool = False,
+  taps: Sequence[str] = (),
+  axis_name: str | None = None,
 ) -> StudentFn:
   """The forward of a linen model whose layers `quantize.convert` replaced.
 
   Args:
     model: the module that was trained; it is not edited.
     simulate: see `quantize.execute_integers`.
+    taps: see `adapters.from_linen`, and so is `axis_name`.
   """
   return adapters.from_linen(
     model,
+    taps=taps,
     interceptors=(
       quantize.skip_folded_batch_norms,
       quantize.execute_integers(simulate=simulate),
     ),
+    axis_name=axis_name,
+  )
+
+
+def post_training_int8(
+  model: adapters.LinenModule,
+  variables: Variables,
+  batches: Iterable[Batch],
+) -> dict[str, Any]:
+  """A trained linen model on integers, without further training.
+
+  Weights become int8 per output channel; the range of every layer's input is
+  learned from the batches, in evaluation mode.
+
+  Args:
+    model: the module.
+    variables: its trained variables.
+    batches: pre-processed batches to calibrate with; a few are enough.
+
+  Returns:
+    What `integer_forward` runs with.
+
+  Raises:
+    ValueError: without any batch.
+  """
+  interceptor = quantize.quantize_activations([('.*', ACTIVATIONS)])
+  # Without its train argument the model stays in evaluation mode, whatever
+  # the observers, which learn in training only, are told.
+  forward = adapters.from_linen(
+    model, interceptors=(interceptor,), train_argument=None
+  )
+
+  @jax.jit
+  def observe(variables, batch):
+    state = forward(variables, batch, train=True).model_state
+    return state['quant_stats']
+
+  example = None
+  variables = dict(variables)
+  for batch in batches:
+    if example is None:
+      example = batch
+      variables['quant_stats'] = quantize.init_quant_stats(
+        forward, variables, batch
+      )
+    variables['quant_stats'] = observe(variables, batch)
+  if example is None:
+    raise ValueError('There is no batch to calibrate with.')
+  return quantize.convert(
+    fold(model, variables, example),
+    [('.*/kernel', WEIGHTS)],
+    [('.*', ACTIVATIONS)],
   )
 
 

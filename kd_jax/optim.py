@@ -4,6 +4,7 @@ The order of one update: clip the gradients, add coupled L1 and L2, scale as
 the optimizer does, add decoupled L1 and L2, multiply by the learning rate.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -204,6 +205,42 @@ class AverageState(NamedTuple):
 
   average: Any
   inner: Any
+
+
+def freeze(
+  tx: optax.GradientTransformation, pattern: str
+) -> optax.GradientTransformation:
+  """An optimizer that leaves some parameters as they are.
+
+  Args:
+    tx: any optimizer.
+    pattern: `re.fullmatch` pattern of the frozen parameters' paths.
+
+  Raises:
+    ValueError: in `init`, if the pattern matches nothing.
+
+  Example:
+    >>> tx = freeze(optax.sgd(1.0), 'head/.*')
+    >>> params = {'head': {'kernel': jnp.ones(2)}, 'body': jnp.ones(2)}
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> updates['head']['kernel'].tolist(), updates['body'].tolist()
+    ([0.0, 0.0], [-1.0, -1.0])
+  """
+
+  def init(params):
+    rules.match([(pattern, True)], rules.leaf_names(params), kind='frozen path')
+    return tx.init(params)
+
+  def update(updates, state, params=None, **extra):
+    updates, state = tx.update(updates, state, params, **extra)
+
+    def still(path, u):
+      frozen = re.fullmatch(pattern, rules.path_name(path))
+      return jnp.zeros_like(u) if frozen else u
+
+    return jax.tree_util.tree_map_with_path(still, updates), state
+
+  return optax.GradientTransformation(init, update)
 
 
 def average_params(

@@ -12,81 +12,52 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
+import numpy as np
 
 from kd_jax import (
   adapters,
   assess,
-  data,
   deploy,
-  objectives,
-  optim,
+  distillation,
   parity,
   prune,
   quantize,
   rules,
-  sharding,
 )
-from kd_jax import train as train_lib
-from kd_jax.checkpoint import Checkpoints
 from kd_jax.export import export_stablehlo, onnx
+from kd_jax.fit import Result, Student, fit, total_steps
 from kd_jax.report import write_report
-from kd_jax.run import Network, Run
-from kd_jax.step import init_state, make_train_step
-from kd_jax.types import StudentFn, TrainState, Variables
+from kd_jax.run import Run
 from kd_jax.weights import load_weights, save_weights
-
-Result = dict[str, Any]
-
-
-def _labels_only() -> objectives.Objective:
-  return objectives.weighted_sum({'ce': (1.0, objectives.hard_labels())})
-
-
-def _distillation(c: ml_collections.ConfigDict) -> objectives.Objective:
-  return objectives.weighted_sum(
-    {
-      'kd': (c.weights.kd, objectives.soft_targets(temperature=c.temperature)),
-      'ce': (c.weights.ce, objectives.hard_labels()),
-    }
-  )
 
 
 def train_teacher(run: Run) -> Result:
-  """Trains the teacher on the labels."""
-  variables = adapters.init_linen(
-    run.model('teacher'), run.rng('teacher'), run.example
-  )
-  return _fit(run, 'teacher', 'teacher', _labels_only(), variables)
+  """Trains the teacher, or the teachers, on the labels."""
+  return distillation.fit_teachers(run)
 
 
 def train_alone(run: Run) -> Result:
   """Trains the student on the labels, without the teacher."""
-  variables = adapters.init_linen(
-    run.model('student'), run.rng('alone'), run.example
-  )
-  return _fit(run, 'alone', 'student', _labels_only(), variables)
+  model = run.model('alone')
+  variables = adapters.init_linen(model, run.rng('alone'), run.example)
+  student = Student(functools.partial(adapters.from_linen, model), variables)
+  c = run.config.alone.train
+  return fit(run, 'alone', c, distillation.labels_only(), student)
 
 
 def distill(run: Run) -> Result:
   """Trains the same student, from the same start, on the teacher too."""
-  variables = adapters.init_linen(
-    run.model('student'), run.rng('distill'), run.example
-  )
-  objective = _distillation(run.config.distill)
-  return _fit(
-    run, 'distill', 'student', objective, variables, teacher=run.teacher()
-  )
+  return distillation.distill(run)
 
 
 def compress(run: Run) -> Result:
   """Prunes and fake-quantizes the distilled student while distilling on."""
-  c = run.config.compress
+  c, teacher = run.config.compress, run.teacher()
   variables = dict(run.student('distill').variables)
   variables['quant_stats'] = quantize.init_quant_stats(
     run.fake_quant_forward(), variables, run.example, run.rules('activations')
   )
-  steps = _total_steps(run, 'compress')
+  steps = total_steps(c.train, run.transfer)
   begin = round(c.prune.begin * steps)
   schedule = prune.cubic(
     c.prune.sparsity,
@@ -94,154 +65,19 @@ def compress(run: Run) -> Result:
     end=max(begin + 1, round(c.prune.end * steps)),
     every=c.prune.every,
   )
-  wrap = functools.partial(
-    prune.prune,
-    schedule=schedule,
-    rules=c.prune.rules,
-    scope=c.prune.scope,
-  )
-  return _fit(
-    run,
-    'compress',
-    'student',
-    _distillation(c),
+  student = Student(
+    run.fake_quant_forward,
     variables,
-    teacher=run.teacher(),
-    forward=run.fake_quant_forward,
     params_fn=run.fake_quant,
-    wrap=wrap,
+    wrap=functools.partial(
+      prune.prune,
+      schedule=schedule,
+      rules=c.prune.rules,
+      scope=c.prune.scope,
+    ),
   )
-
-
-def _total_steps(run: Run, stage: str) -> int:
-  c = run.config[stage].train
-  return c.epochs * data.batches_per_epoch(run.splits['train'], c.batch_size)
-
-
-def _optimizer(run: Run, stage: str):
-  c, total_steps = run.config[stage].train, _total_steps(run, stage)
-  schedule = optim.make_schedule(
-    c.schedule,
-    peak=c.learning_rate,
-    total_steps=total_steps,
-    warmup_steps=int(c.warmup * total_steps),
-  )
-  tx = optim.make_optimizer(learning_rate=schedule, **c.optimizer.to_dict())
-  return optim.average_params(tx, decay=c.average) if c.average else tx
-
-
-def _fit(
-  run: Run,
-  stage: str,
-  part: str,
-  objective: objectives.Objective,
-  variables: Variables,
-  *,
-  teacher: Network | None = None,
-  forward: Callable[..., StudentFn] | None = None,
-  params_fn: Callable[[Any], Any] = lambda params: params,
-  wrap: Callable[[Any], Any] = lambda tx: tx,
-) -> Result:
-  """Trains one network from the given variables and saves its weights."""
-  forward = forward or functools.partial(run.forward, part)
-  teacher_fn = None if teacher is None else teacher.forward
-  tx = wrap(_optimizer(run, stage))
-  step = make_train_step(
-    forward(axis_name=run.axis_name),
-    objective,
-    tx,
-    teacher_fn=teacher_fn,
-    params_fn=params_fn,
-    axis_name=run.axis_name,
-  )
-
-  def augmented_step(state, batch, rng):
-    state, metrics = step(state, run.preprocess(batch, train=True), rng)
-    pruning = prune.find_state(state.opt_state)
-    if pruning is not None:
-      metrics['sparsity'] = pruning.sparsity
-    return state, metrics
-
-  state = init_state(
-    forward(),
-    objective,
-    tx,
-    variables,
-    run.example,
-    teacher_fn=teacher_fn,
-    teacher=None if teacher is None else teacher.variables,
-  )
-  trained = _train(
-    run, stage, augmented_step, state, _evaluator(run, forward(), params_fn)
-  )
-  save_weights(
-    run.workdir.stage(stage) / 'weights.safetensors',
-    jax.device_get(_served(trained.state)),
-  )
-  return {
-    'history': trained.history,
-    'train_seconds': trained.seconds,
-    'steps': int(trained.state.step),
-  }
-
-
-def _train(run, stage, step, state, evaluate) -> train_lib.Trained:
-  c, images = run.config[stage].train, run.splits['train']
-  per_epoch = data.batches_per_epoch(images, c.batch_size)
-  with Checkpoints(
-    run.workdir.stage(stage) / 'checkpoints',
-    fingerprint={'stage': stage, 'config': run.workdir.fingerprint},
-    best='eval/accuracy',
-  ) as checkpoints:
-    return train_lib.train(
-      sharding.compile_step(step, run.mesh, run.config.compiler),
-      sharding.replicate(state, run.mesh),
-      data.train_batches(
-        images,
-        batch_size=c.batch_size,
-        seed=run.config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-      ),
-      rng=run.rng(stage),
-      total_steps=_total_steps(run, stage),
-      put=functools.partial(sharding.shard_batch, mesh=run.mesh),
-      checkpoints=checkpoints,
-      evaluate=evaluate,
-      evaluate_every=c.evaluate_every_epochs * per_epoch,
-      log_every=min(per_epoch, 50),
-      title=stage,
-    )
-
-
-def _evaluator(run: Run, forward: StudentFn, params_fn):
-  """`(state) -> numbers` on the validation split; compiled once."""
-  fn = jax.jit(deploy.from_images(forward, run.preprocess))
-
-  def evaluate(state: TrainState) -> dict[str, float]:
-    variables = _served(state)
-    variables['params'] = params_fn(variables['params'])
-    numbers = run.evaluate(lambda b: fn(variables, b['image']), 'validation')
-    masks = prune.masks_of(state.opt_state)
-    if masks:
-      layers = _pruned_layers(variables['params'], masks)
-      nonzero = sum(layer.nonzero for layer in layers)
-      numbers['sparsity'] = 1 - nonzero / sum(layer.size for layer in layers)
-    return {f'eval/{name}': value for name, value in numbers.items()}
-
-  return evaluate
-
-
-def _pruned_layers(params, masks) -> list[prune.LayerSparsity]:
-  return [r for r in prune.sparsity_report(params) if r.path in masks]
-
-
-def _served(state: TrainState) -> dict[str, Any]:
-  """The variables to evaluate with: averaged if asked for, and masked."""
-  params = optim.averaged_params(state.opt_state)
-  params = state.params if params is None else params
-  params = prune.apply_masks(params, prune.masks_of(state.opt_state))
-  return {'params': params, **state.model_state}
+  objective = distillation.compress_objective(run, teacher)
+  return fit(run, 'compress', c.train, objective, student, teacher=teacher)
 
 
 def convert(run: Run) -> Result:
@@ -261,7 +97,8 @@ def convert(run: Run) -> Result:
 def export(run: Run) -> Result:
   """Writes the integer student for servers, and compares each file with it."""
   directory = run.workdir.stage('export')
-  images = run.splits['test'].image
+  test = run.splits['test']
+  images = jax.ShapeDtypeStruct((1, *test.image_shape), np.uint8)
   network = run.integer()
   metadata = {
     'config': run.workdir.fingerprint,
@@ -270,10 +107,10 @@ def export(run: Run) -> Result:
   export_stablehlo(
     deploy.from_images(network.forward, run.preprocess),
     network.variables,
-    jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype),
+    images,
     directory / 'stablehlo',
-    class_names=run.splits['test'].class_names,
-    golden_images=images[:8],
+    class_names=test.class_names,
+    golden_images=test.read(np.arange(min(8, len(test))))['image'],
     metadata=metadata,
     overwrite=True,
   )
@@ -283,9 +120,9 @@ def export(run: Run) -> Result:
     apply = deploy.from_images(simulated.forward, run.preprocess)
     onnx.export_onnx(
       functools.partial(apply, simulated.variables),
-      jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype),
+      images,
       directory / 'student.int8.onnx',
-      class_names=run.splits['test'].class_names,
+      class_names=test.class_names,
       metadata=metadata,
     )
     kernels = onnx.integer_kernels(directory / 'student.int8.onnx')

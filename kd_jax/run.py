@@ -6,7 +6,8 @@ here. The stages that train and export are in `recipe`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from kd_jax import (
   deploy,
   metrics,
   models,
+  networks,
   quantize,
   rules,
   sharding,
@@ -37,6 +39,7 @@ SPECS = {
 }
 # Stages whose networks start from the same random weights share a number.
 _RNG = {'teacher': 0, 'alone': 1, 'distill': 1, 'compress': 2}
+TEACHER = 'teacher'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +48,20 @@ class Network:
 
   Attributes:
     name: as the report calls it.
-    forward: a student function that takes pre-processed batches.
+    make: `(taps=(), axis_name=None) -> forward`, of pre-processed batches.
     variables: what to run it with.
+    taps: where its features are; of an ensemble, name -> the member's.
   """
 
   name: str
-  forward: StudentFn
+  make: Callable[..., StudentFn]
   variables: Variables
+  taps: Any = None
+
+  @functools.cached_property
+  def forward(self) -> StudentFn:
+    """The function without taps."""
+    return self.make()
 
 
 class Run:
@@ -60,17 +70,26 @@ class Run:
   Args:
     config: see `configs/digits.py` for the fields.
     workdir: opened for that configuration.
+    like: a run of the same data, whose images in memory are used.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, workdir: Workdir):
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: Workdir,
+    *,
+    like: 'Run | None' = None,
+  ):
     self.config = config
     self.workdir = workdir
+    if like is not None:
+      self.splits, self.transfer = like.splits, like.transfer
     self.mesh = sharding.make_mesh()
     self.axis_name = sharding.axis_name(config.compiler)
 
   @functools.cached_property
-  def splits(self) -> dict[str, data.ImageData]:
-    """The images of the three splits, in memory."""
+  def splits(self) -> dict[str, data.Images]:
+    """The images of the three splits."""
     c = self.config.data
     return {
       split: data.load_images(
@@ -79,42 +98,109 @@ class Run:
         data_dir=c.data_dir or None,
         validation=c.validation,
         max_examples=c.max_examples or None,
+        image_size=c.image_size or None,
       )
       for split in ('train', 'validation', 'test')
     }
 
   @functools.cached_property
+  def transfer(self) -> data.Images:
+    """The images on which students learn from their teacher.
+
+    Those of the train split, or of another data set without its labels.
+    """
+    c = self.config.data
+    if not c.transfer.name:
+      return self.splits['train']
+    return data.load_images(
+      c.transfer.name,
+      'train',
+      data_dir=c.data_dir or None,
+      validation=0.0,
+      max_examples=c.transfer.max_examples or None,
+      image_size=c.image_size or None,
+      labelled=False,
+    )
+
+  @functools.cached_property
+  def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of every channel of the train split."""
+    c = self.config.data
+    if c.mean:
+      return tuple(c.mean), tuple(c.std)
+    return data.channel_statistics(self.splits['train'])
+
+  @functools.cached_property
   def preprocess(self) -> deploy.Preprocess:
     """Normalisation by the train split's statistics, and augmentation."""
     c = self.config.data
-    mean, std = data.channel_statistics(self.splits['train'])
+    mean, std = self.statistics
     return data.make_preprocess(
       mean=mean,
       std=std,
       crop_padding=c.crop_padding,
       flip=c.flip,
+      mixup=c.mixup,
       seed=self.config.seed,
     )
 
   @functools.cached_property
   def example(self) -> Batch:
     """A pre-processed batch of one image, for shapes."""
-    train = self.splits['train']
-    batch = {'image': train.image[:1], 'label': train.label[:1]}
-    return self.preprocess(batch, train=False)
+    return self.preprocess(self.splits['train'].read([0]), train=False)
 
   def rng(self, stage: str) -> jax.Array:
-    """The key of a stage; student alone and distilled start alike."""
-    return jax.random.fold_in(jax.random.key(self.config.seed), _RNG[stage])
+    """The key of a stage; student alone and distilled start alike.
 
-  def model(self, part: str) -> adapters.LinenModule:
-    """The linen module of 'teacher' or 'student'."""
-    options = self.config[part].model.to_dict()
+    Args:
+      stage: or 'stage/part', which starts otherwise than the stage itself.
+    """
+    stage, *part = stage.split('/')
+    key = jax.random.fold_in(jax.random.key(self.config.seed), _RNG[stage])
+    for name in part:
+      key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return key
+
+  def make_model(self, options: Mapping[str, Any]) -> adapters.LinenModule:
+    """A linen module from its name and options, for the classes at hand."""
+    options = dict(options)
     return models.make_model(
       options.pop('name'),
       num_classes=self.splits['train'].num_classes,
       **options,
     )
+
+  def model(self, part: str) -> adapters.LinenModule:
+    """The linen module of 'teacher', 'alone' or 'student'.
+
+    'alone' is the student of the configuration; 'student' is what distillation
+    makes of it, which with `reuse_head` also has a projector.
+    """
+    if part == 'teacher':
+      return self.make_model(self.config.teacher.model.to_dict())
+    options = self.config.student.model.to_dict()
+    if part == 'student' and self.config.distill.scheme.reuse_head:
+      return self._with_reused_head(options)
+    return self.make_model(options)
+
+  def _with_reused_head(self, options):
+    teacher = self.model('teacher')
+    width = self._channels(teacher, teacher.taps.stages[-1])
+    name = options.pop('name')
+    return models.ReusedHead(
+      models.make_model(name, num_classes=0, **options),
+      width=width,
+      num_classes=self.splits['train'].num_classes,
+    )
+
+  def _channels(self, model, tap):
+    forward = adapters.from_linen(model, taps=(tap,))
+    variables = jax.eval_shape(
+      lambda batch: adapters.init_linen(model, jax.random.key(0), batch),
+      self.example,
+    )
+    features = jax.eval_shape(forward, variables, self.example).features
+    return features[tap].shape[-1]
 
   def rules(self, kind: str) -> list[tuple[str, Any]]:
     """The quantization rules of 'weights' or 'activations'."""
@@ -132,43 +218,99 @@ class Run:
     """Weights rounded to their grids; the `params_fn` of compression."""
     return quantize.fake_quant_params(params, self.rules('weights'))
 
-  def forward(self, part: str, *, axis_name: str | None = None) -> StudentFn:
-    """The float forward of 'teacher' or 'student'."""
-    return adapters.from_linen(self.model(part), axis_name=axis_name)
-
-  def fake_quant_forward(self, *, axis_name: str | None = None) -> StudentFn:
+  def fake_quant_forward(
+    self, *, taps: Sequence[str] = (), axis_name: str | None = None
+  ) -> StudentFn:
     """The student with its activations rounded to their grids."""
     interceptor = quantize.quantize_activations(
       self.rules('activations'), observer=self.observer(), axis_name=axis_name
     )
     return adapters.from_linen(
-      self.model('student'), interceptors=(interceptor,), axis_name=axis_name
+      self.model('student'),
+      taps=taps,
+      interceptors=(interceptor,),
+      axis_name=axis_name,
     )
 
+  def network(
+    self, name: str, model: adapters.LinenModule, variables: Variables
+  ) -> Network:
+    """A float network of a linen module."""
+    make = functools.partial(adapters.from_linen, model)
+    return Network(name, make, variables, model.taps)
+
   def teacher(self) -> Network:
-    """The trained teacher."""
-    weights = load_weights(self.workdir.weights('teacher'))
-    return Network('teacher', self.forward('teacher'), weights)
+    """The trained teacher, or the ensemble of all teachers."""
+    c = self.config.teacher
+    members = {TEACHER: self._teacher('teacher', c.model.to_dict())}
+    for name, options in c.others.items():
+      where = f'teacher/{name}'
+      members[name] = self._teacher(where, options.to_dict())
+    if len(members) == 1:
+      return members[TEACHER]
+    make = functools.partial(_ensemble, members, c.space, c.weights.to_dict())
+    variables = {n: m.variables for n, m in members.items()}
+    taps = {n: m.taps for n, m in members.items()}
+    return Network(TEACHER, make, networks.combine_variables(variables), taps)
+
+  def _teacher(self, where: str, options: Mapping[str, Any]) -> Network:
+    c = self.config.teacher
+    model = self.make_model(options)
+    rules.choose('precision of the teacher', c.precision, _PRECISIONS)
+    integer = c.precision == 'int8'
+    if c.precision == 'bfloat16':
+      options = {**options, 'dtype': 'bfloat16'}
+    model = self.make_model(options)
+    weights = self.workdir.weights(where, 'int8' if integer else 'float32')
+    variables = load_weights(weights)
+    if c.precision == 'bfloat16':
+      variables = networks.cast_params(variables, 'bfloat16')
+    build = deploy.integer_forward if integer else adapters.from_linen
+
+    def make(taps=(), axis_name=None):
+      forward = build(model, taps=taps, axis_name=axis_name)
+      return self.teacher_input(forward)
+
+    return Network(TEACHER, make, variables, model.taps)
+
+  def teacher_input(self, forward: StudentFn) -> StudentFn:
+    """A teacher's function behind its own normalisation and resolution."""
+    c = self.config.teacher.input
+    mean, std = self.statistics
+    if c.mean:
+      forward = networks.with_input(
+        forward,
+        functools.partial(
+          data.renormalize, mean=mean, std=std, to_mean=c.mean, to_std=c.std
+        ),
+      )
+    if c.size:
+      resize = functools.partial(data.resize, size=c.size)
+      forward = networks.with_input(forward, resize)
+    return forward
 
   def student(self, stage: str) -> Network:
     """The float student that 'alone' or 'distill' trained."""
     name = {'alone': 'student alone', 'distill': 'distilled'}[stage]
+    part = {'alone': 'alone', 'distill': 'student'}[stage]
     weights = load_weights(self.workdir.weights(stage))
-    return Network(name, self.forward('student'), weights)
+    return self.network(name, self.model(part), weights)
 
   def compressed(self) -> Network:
     """The pruned student, fake-quantized."""
     variables = load_weights(self.workdir.weights('compress'))
     variables['params'] = self.fake_quant(variables['params'])
     return Network(
-      'pruned + int8 fake-quant', self.fake_quant_forward(), variables
+      'pruned + int8 fake-quant', self.fake_quant_forward, variables
     )
 
   def integer(self, *, simulate: bool = False) -> Network:
     """The pruned student on integers."""
-    forward = deploy.integer_forward(self.model('student'), simulate=simulate)
+    make = functools.partial(
+      deploy.integer_forward, self.model('student'), simulate=simulate
+    )
     weights = load_weights(self.workdir.weights('convert'))
-    return Network('integer (JAX)', forward, weights)
+    return Network('integer (JAX)', make, weights)
 
   def apply(self, network: Network) -> Callable[[Batch], jax.Array]:
     """`(raw batch) -> output` of a network, compiled."""
@@ -206,6 +348,26 @@ class Run:
       return eval_step({'params': {}}, None, labels | outputs)
 
     return metrics.evaluate(run, self.batches(split), measured)
+
+
+_PRECISIONS = dict.fromkeys(('float32', 'bfloat16', 'int8'))
+
+
+def _ensemble(members, space, weights, taps=(), axis_name=None):
+  """The ensemble's function; a tap is '<member>/<path>'."""
+
+  def own(name):
+    return [
+      t.removeprefix(f'{name}/') for t in taps if t.startswith(f'{name}/')
+    ]
+
+  made = {
+    name: member.make(taps=own(name), axis_name=axis_name)
+    for name, member in members.items()
+  }
+  # Losses are averaged by the objective; what is measured is the mean logits.
+  space = 'logits' if space == 'losses' else space
+  return networks.combine(made, space=space, weights=weights or None)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ and 'pmap' it runs per device on its part of the batch, and must have been
 made with that mesh axis as its `axis_name`.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from kd_jax import rules
 from kd_jax.types import Batch, Metrics, TrainState
 
 AXIS = 'data'
+SHARDED = r'objective/state/(.*/)?bank_\w+'
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -63,14 +65,53 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
   return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+  """Where each array of a train state lies: everywhere, or split by rows.
+
+  Memory banks of the objective (`SHARDED`), one row per training example, are
+  split over 'data' if their rows divide over it; all else is replicated.
+
+  Args:
+    state: a `TrainState`, of arrays or shapes.
+    mesh: from `make_mesh`.
+
+  Returns:
+    The tree of `state`, of `NamedSharding`.
+  """
+
+  def sharding(path, leaf):
+    name, devices = rules.path_name(path), mesh.devices.size
+    split = re.fullmatch(SHARDED, name) and leaf.shape[0] % devices == 0
+    return NamedSharding(mesh, P(AXIS) if split else P())
+
+  return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def place_state(state: TrainState, mesh: Mesh, how: str = 'jit') -> TrainState:
+  """Puts a train state on the devices as a step compiled `how` wants it."""
+  if how != 'jit':
+    return replicate(state, mesh)
+  return jax.device_put(state, state_shardings(state, mesh))
+
+
 def _jit(step, mesh, donate):
   replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-  return jax.jit(
-    step,
-    in_shardings=(replicated, replicated, split, replicated),
-    out_shardings=replicated,
-    donate_argnums=donate,
-  )
+  compiled = {}
+
+  def call(state, teacher, batch, rng):
+    # The shardings follow from the state, which is not known before.
+    structure = jax.tree.structure(state)
+    if structure not in compiled:
+      placed = state_shardings(state, mesh)
+      compiled[structure] = jax.jit(
+        step,
+        in_shardings=(placed, replicated, split, replicated),
+        out_shardings=(placed, replicated),
+        donate_argnums=donate,
+      )
+    return compiled[structure](state, teacher, batch, rng)
+
+  return call
 
 
 def _shard_map(step, mesh, donate):

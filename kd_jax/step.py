@@ -36,6 +36,7 @@ def make_train_step(
   teacher_fn: TeacherFn | None = None,
   params_fn: Callable[[Params], Params] = lambda params: params,
   axis_name: str | None = None,
+  num_shards: int = 1,
   objective_tx: optax.GradientTransformation | None = None,
 ) -> TrainStep:
   """Makes the step that trains a student; pure and not compiled.
@@ -48,6 +49,8 @@ def make_train_step(
     params_fn: map from the trained parameters to those the student runs with,
       such as `fake_quant_params`; differentiated through.
     axis_name: the mapped axis under `shard_map` or `pmap`, None under `jit`.
+    num_shards: under `jit`, the devices over which the batch is split: parts
+      of the batch for the terms with `scope='local'`.
     objective_tx: optimizer of the objective's own parameters; needed only if
       it has any. Usually the student's, without pruning.
 
@@ -85,7 +88,19 @@ def make_train_step(
       params, objective_params = trainable
       variables = {'params': params_fn(params), **state.model_state}
       student = student_fn(variables, batch, rng, train=True)
-      inputs = Inputs(student, teacher, batch, state.step, rng)
+      inputs = Inputs(
+        student,
+        teacher,
+        batch,
+        state.step,
+        rng,
+        student_fn=student_fn,
+        student_variables=variables,
+        teacher_fn=teacher_fn,
+        teacher_variables=jax.lax.stop_gradient(state.teacher),
+        axis_name=axis_name,
+        num_shards=num_shards,
+      )
       loss, objective_state, metrics = objective.apply(
         objective_params, state.objective.state, inputs
       )
@@ -178,7 +193,17 @@ def init_state(
   def init_objective(variables, teacher, batch, rng):
     student = student_fn(variables, batch, rng, train=True)
     forward = None if teacher_fn is None else teacher_fn(teacher, batch)
-    inputs = Inputs(student, forward, batch, jnp.int32(0), rng)
+    inputs = Inputs(
+      student,
+      forward,
+      batch,
+      jnp.int32(0),
+      rng,
+      student_fn=student_fn,
+      student_variables=variables,
+      teacher_fn=teacher_fn,
+      teacher_variables=teacher,
+    )
     return objective.init(inputs)
 
   # jit drops the forwards, of which the objective reads the shapes only.

@@ -88,16 +88,23 @@ class Workdir:
     """Marks a stage as finished; the last thing that it does."""
     write_json(self.stage(name) / 'result.json', result)
 
-  def weights(self, name: str) -> Path:
-    """The weights that a finished stage saved."""
+  def weights(self, name: str, precision: str = 'float32') -> Path:
+    """The weights that a finished stage saved.
+
+    Args:
+      name: of the stage.
+      precision: of the weights; a teacher may have some besides 'float32'.
+    """
     self._need(name)
-    return self.path / name / 'weights.safetensors'
+    kind = '' if precision == 'float32' else f'.{precision}'
+    return self.path / name / f'weights{kind}.safetensors'
 
   def _need(self, name: str) -> None:
     if not self.done(name):
+      stage = name.split('/')[0]
       raise ValueError(
         f'Stage {name!r} is not finished in {self.path}: run it first, with '
-        f'--stages={name}.'
+        f'--stages={stage}.'
       )
 
   def clear(self, name: str) -> None:

@@ -1,5 +1,6 @@
 """Splits, resumable batches and keyed augmentation."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,8 +8,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kd_jax import data
@@ -164,13 +166,16 @@ def tfds_builder(tmp_path_factory):
 
   from kd_jax.data.digits import Digits  # noqa: PLC0415
 
-  def make(name, images, splits=('train', 'test'), label='label'):
+  def make(
+    name, images, splits=('train', 'test'), label='label', image='image'
+  ):
     directory = tmp_path_factory.mktemp(name)
 
     def info(self):
-      image = tfds.features.Image(shape=(None, None, 1), encoding_format='png')
       features = {
-        'image': image,
+        image: tfds.features.Image(
+          shape=(None, None, 1), encoding_format='png'
+        ),
         label: tfds.features.ClassLabel(num_classes=3),
       }
       return tfds.core.DatasetInfo(
@@ -180,7 +185,7 @@ def tfds_builder(tmp_path_factory):
     def generate(self, positions):
       rows = Digits._generate_examples(self, images, [0, 1, 2] * 9, positions)
       for key, row in rows:
-        yield key, {'image': row['image'], label: row['label']}
+        yield key, {image: row['image'], label: row['label']}
 
     builder = type(
       name,
@@ -230,6 +235,27 @@ def test_set_without_labels_is_refused(tfds_builder):
   directory = tfds_builder('FakeTarget', list(tiny(5).image), label='target')
   with pytest.raises(ValueError, match="no feature 'label' of type ClassLabel"):
     data.load_images('fake_target', 'test', data_dir=directory)
+
+
+def test_set_without_labels_is_read_if_none_are_wanted(tfds_builder):
+  source = tiny(20)
+  directory = tfds_builder('FakeNameless', list(source.image), label='target')
+  load = lambda **kw: data.load_images(
+    'fake_nameless', 'train', data_dir=directory, labelled=False, **kw
+  )
+  images = load(validation=0.0)
+  assert images.label is None and not images.labelled
+  assert images.class_names == () and images.num_classes == 0
+  pixels = lambda x: sorted(i.tobytes() for i in x)
+  assert pixels(images.image) == pixels(source.image)
+  streamed = load(image_size=4, validation=0.5)
+  assert len(streamed) == 10 and not streamed.labelled
+
+
+def test_set_without_images_is_refused(tfds_builder):
+  directory = tfds_builder('FakeSound', list(tiny(5).image), image='sound')
+  with pytest.raises(ValueError, match="no image data set: .* feature 'image'"):
+    data.load_images('fake_sound', 'test', data_dir=directory, labelled=False)
 
 
 def test_set_without_test_split_is_refused(tfds_builder):
@@ -295,6 +321,19 @@ def test_import_is_light():
     'print(sorted(heavy & set(sys.modules)))\n'
   )
   assert run_python(code)[0].strip() == '[]'
+
+
+@pytest.mark.parametrize('field', ['image', 'id'])
+def test_image_data_without_labels_checks_its_arrays(field):
+  arrays = {
+    'image': np.zeros((2, 4, 4, 1), np.uint8),
+    'id': np.zeros(2, np.int32),
+  }
+  images = data.ImageData(**arrays, label=None, class_names=())
+  assert len(images) == 2 and not images.labelled
+  arrays[field] = arrays[field][:, None]
+  with pytest.raises(ValueError, match=f'ImageData.{field} must be'):
+    data.ImageData(**arrays, label=None, class_names=())
 
 
 # Batches
@@ -412,6 +451,14 @@ def test_eval_batches_hold_every_example_once(batch_size):
     np.testing.assert_array_equal(joined[name][real], getattr(images, name))
   assert (joined['id'][~real] == -1).all()
   assert not joined['image'][~real].any()
+
+
+def test_unlabelled_batches_have_no_label():
+  images = dataclasses.replace(tiny(), label=None, class_names=())
+  train = next(data.train_batches(images, batch_size=4, seed=0))
+  assert set(train) == {'image', 'id', 'epoch'}
+  for batch in data.eval_batches(images, batch_size=8):
+    assert set(batch) == {'image', 'id', 'epoch', 'mask'}
 
 
 def test_eval_batches_check_the_batch_size():
@@ -546,6 +593,7 @@ def test_any_compiler_sees_the_same_crops(how):
     ({'mean': (0.5,), 'std': (1.0, 1.0)}, 'mean has 1 channels but std has 2'),
     ({'mean': (0.5,), 'std': (0.0,)}, 'must be positive'),
     ({'mean': (0.5,), 'std': (1.0,), 'crop_padding': -1}, 'not be negative'),
+    ({'mean': (0.5,), 'std': (1.0,), 'mixup': -0.1}, 'mixup is -0.1'),
   ],
 )
 def test_make_preprocess_checks_its_arguments(arguments, match):
@@ -571,3 +619,215 @@ def test_augmentation_without_keys_is_refused():
   preprocess = data.make_preprocess(mean=MEAN, std=STD, flip=True)
   with pytest.raises(ValueError, match="no 'id' and no 'epoch'"):
     preprocess({'image': tiny(2).image}, train=True)
+
+
+# Mixup
+
+
+def mixed_batch(n=16, *, epoch=0, seed=0, ids=None, **augmentation):
+  """A labelled batch, and what mixup makes of it, as pixels in 0..1."""
+  images = tiny(n, channels=3)
+  ids = images.id if ids is None else ids
+  batch = batch_of(images.image, ids, epoch) | {'label': images.label}
+  preprocess = data.make_preprocess(
+    mean=(0.0,) * 3,
+    std=(1.0,) * 3,
+    seed=seed,
+    **({'mixup': 1.0} | augmentation),
+  )
+  return batch, jax.jit(lambda b: preprocess(b, train=True))(batch)
+
+
+def test_mixup_matches_numpy():
+  batch, out = mixed_batch(crop_padding=1, flip=True)
+  crops = augmented(batch, crop_padding=1, flip=True) / 255
+  swapped = np.arange(16) ^ 1
+  w = np.asarray(out['mix_weight'])
+  assert w.shape == (16,) and w.dtype == np.float32
+  np.testing.assert_array_equal(w, w[swapped])
+  share = w[:, None, None, None]
+  expected = share * crops + (1 - share) * crops[swapped]
+  np.testing.assert_allclose(out['image'], expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(out['mix_label'], batch['label'][swapped])
+  assert out['mix_label'].dtype == np.int32
+  np.testing.assert_array_equal(out['label'], batch['label'])
+
+
+@pytest.mark.parametrize(('alpha', 'deviation'), [(0.2, 0.4226), (1.0, 0.2887)])
+def test_shares_are_beta_distributed(alpha, deviation):
+  ids = np.arange(4000, dtype=np.int32)
+  _, out = mixed_batch(4000, ids=ids, mixup=alpha)
+  shares = np.asarray(out['mix_weight'])[::2]
+  assert shares.min() >= 0 and shares.max() <= 1
+  assert abs(shares.mean() - 0.5) < 0.025
+  assert abs(shares.std() - deviation) < 0.01
+  if alpha == 1.0:
+    histogram = np.histogram(shares, 10, (0, 1))[0]
+    assert histogram.min() > 150 and histogram.max() < 250
+
+
+@pytest.mark.parametrize('change', ['first', 'second', 'epoch', 'seed'])
+def test_share_is_keyed_by_both_ids_epoch_and_seed(change):
+  ids = np.tile(np.array([5, 9], np.int32), 8)
+  weights = lambda **kw: np.asarray(
+    mixed_batch(**{'ids': ids} | kw)[1]['mix_weight']
+  )
+  same = weights()
+  assert len(set(same)) == 1
+  other = ids.copy()
+  if change in ('first', 'second'):
+    other[change == 'second' :: 2] = np.arange(100, 108)
+    assert len(set(weights(ids=other)) | set(same)) == 9
+  else:
+    assert set(weights(**{change: 1})) != set(same)
+
+
+def test_share_is_no_draw_of_the_crop():
+  # Ids and epochs must not stand in for each other.
+  draws = [
+    float(
+      mixed_batch(2, ids=np.array(ids, np.int32), epoch=e)[1]['mix_weight'][0]
+    )
+    for *ids, e in ((1, 2, 3), (1, 3, 2), (2, 1, 3), (2, 3, 1), (3, 1, 2))
+  ]
+  assert len(set(draws)) == len(draws)
+
+
+def test_mixup_does_not_change_the_crops_and_is_for_training_only():
+  batch, out = mixed_batch(crop_padding=2, flip=True)
+  again = data.make_preprocess(
+    mean=(0.0,) * 3, std=(1.0,) * 3, crop_padding=2, flip=True, mixup=1.0
+  )
+  plain = again(batch, train=False)
+  assert set(plain) == set(batch)
+  np.testing.assert_allclose(plain['image'], batch['image'] / 255, rtol=1e-6)
+  # The sum of a pair has no share in it.
+  crops = augmented(batch, crop_padding=2, flip=True) / 255
+  sums = lambda x: np.asarray(x)[::2] + np.asarray(x)[1::2]
+  np.testing.assert_allclose(sums(out['image']), sums(crops), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('how', 'alpha'),
+  [
+    ('sharded', 1.0),
+    ('vmap', 1.0),
+    ('pmap', 1.0),
+    ('shard_map', 1.0),
+    ('shard_map', 0.4),
+  ],
+)
+def test_any_sharding_mixes_the_same(how, alpha):
+  keywords = {'crop_padding': 1, 'flip': True, 'mixup': alpha}
+  batch, expected = mixed_batch(epoch=3, **keywords)
+  preprocess = data.make_preprocess(mean=(0.0,) * 3, std=(1.0,) * 3, **keywords)
+  fn = lambda b: preprocess(b, train=True)
+  stacked = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
+  mesh = jax.make_mesh((8,), ('batch',), axis_types=(AxisType.Auto,))
+  sharding = NamedSharding(mesh, P('batch'))
+  got = {
+    'sharded': lambda: jax.jit(fn)(jax.device_put(batch, sharding)),
+    'vmap': lambda: jax.jit(jax.vmap(fn))(stacked),
+    'pmap': lambda: jax.pmap(fn)(stacked),
+    'shard_map': lambda: jax.jit(
+      jax.shard_map(fn, mesh=mesh, in_specs=P('batch'), out_specs=P('batch'))
+    )(batch),
+  }[how]()
+  assert set(got) == set(expected)
+  for name, value in expected.items():
+    np.testing.assert_allclose(
+      np.reshape(got[name], value.shape), value, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_mixup_without_labels():
+  batch, _ = mixed_batch()
+  del batch['label']
+  preprocess = data.make_preprocess(mean=(0.0,) * 3, std=(1.0,) * 3, mixup=1.0)
+  out = preprocess(batch, train=True)
+  assert set(out) == {'image', 'id', 'epoch', 'mix_weight'}
+
+
+def test_mixup_of_an_odd_batch_is_refused():
+  preprocess = data.make_preprocess(mean=MEAN, std=STD, mixup=1.0)
+  with pytest.raises(ValueError, match='mixes pairs .* has 5'):
+    preprocess(batch_of(tiny(5).image), train=True)
+  # Two images on a device each are fine, one is not.
+  batch = batch_of(tiny(8).image)
+  stacked = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), batch)
+  with pytest.raises(ValueError, match='this device has 1'):
+    jax.pmap(lambda b: preprocess(b, train=True))(stacked)
+
+
+def test_mixup_without_keys_is_refused():
+  preprocess = data.make_preprocess(mean=MEAN, std=STD, mixup=1.0)
+  with pytest.raises(ValueError, match="no 'id' and no 'epoch'"):
+    preprocess({'image': tiny(2).image}, train=True)
+
+
+# Another network's images
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_renormalized_images_are_as_if_normalised_directly(dtype):
+  images = tiny(3, channels=3).image
+  ours = {'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6)}
+  theirs = {'mean': (0.5, 0.4, 0.45), 'std': (0.2, 0.25, 1.0)}
+  normalise = lambda to: data.make_preprocess(**to)(
+    {'image': images}, train=False
+  )['image']
+  got = data.renormalize(
+    normalise(ours).astype(dtype),
+    **ours,
+    to_mean=theirs['mean'],
+    to_std=theirs['std'],
+  )
+  assert got.dtype == dtype
+  np.testing.assert_allclose(
+    got.astype('float32'),
+    normalise(theirs),
+    atol=1e-5 if dtype == 'float32' else 0.1,
+  )
+
+
+@pytest.mark.parametrize(
+  ('change', 'match'),
+  [
+    ({'to_mean': (0.5,) * 2}, 'to_mean has 2 channels but the image has 3'),
+    ({'to_std': (0.5, 0.0, 0.5)}, r'to_std is \(0.5, 0.0, 0.5\); it must be'),
+    ({'image': jnp.zeros((1, 3), jnp.uint8)}, 'must be float, not uint8'),
+  ],
+)
+def test_renormalize_checks_its_arguments(change, match):
+  names = ('mean', 'std', 'to_mean', 'to_std')
+  arguments = {name: (0.5,) * 3 for name in names}
+  arguments = {'image': jnp.zeros((1, 3))} | arguments | change
+  with pytest.raises(ValueError, match=match):
+    data.renormalize(arguments.pop('image'), **arguments)
+
+
+@pytest.mark.parametrize(('height', 'width', 'size'), [(8, 8, 4), (5, 7, 16)])
+def test_resize_matches_pillow(height, width, size):
+  rng = np.random.default_rng(0)
+  image = rng.normal(size=(2, height, width, 3)).astype(np.float32)
+  got = jax.jit(lambda x: data.resize(x, size))(image)
+  assert got.shape == (2, size, size, 3) and got.dtype == jnp.float32
+  for i in range(2):
+    for c in range(3):
+      expected = PIL.Image.fromarray(image[i, :, :, c]).resize(
+        (size, size), PIL.Image.Resampling.BILINEAR
+      )
+      np.testing.assert_allclose(got[i, :, :, c], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('image', 'size', 'match'),
+  [
+    (jnp.zeros((4, 4, 3)), 8, r'must be float \[B, H, W, C\]'),
+    (jnp.zeros((1, 4, 4, 3), jnp.uint8), 8, 'but it is uint8'),
+    (jnp.zeros((1, 4, 4, 3)), 0, 'size is 0'),
+  ],
+)
+def test_resize_checks_its_arguments(image, size, match):
+  with pytest.raises(ValueError, match=match):
+    data.resize(image, size)

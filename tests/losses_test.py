@@ -1,261 +1,585 @@
 """Every loss against NumPy in float64, through one common suite.
 
-A new loss is one row of CASES.
+A new loss is one row of the cases of its module in `loss_cases`.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from loss_cases import (
+  contrastive,
+  features,
+  gradients,
+  outputs,
+  relations,
+  tokens,
+)
 
-from kd_jax import losses
+from kd_jax import losses, sharding
 
-
-def _log_softmax(z):
-  z = np.asarray(z, np.float64)
-  z = z - z.max(axis=-1, keepdims=True)
-  return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
-
-
-def _kl(student, teacher, *, temperature):
-  log_s = _log_softmax(student / temperature)
-  log_t = _log_softmax(teacher / temperature)
-  return temperature**2 * np.sum(np.exp(log_t) * (log_t - log_s), axis=-1)
-
-
-def _kl_gradient(student, teacher, *, temperature):
-  """Of the sum over examples: Hinton et al., equation 2, times T**2."""
-  p = np.exp(_log_softmax(student / temperature))
-  q = np.exp(_log_softmax(teacher / temperature))
-  return temperature * (p - q)
+MODULES = contrastive, features, gradients, outputs, relations, tokens
+CASES = {name: case for m in MODULES for name, case in m.CASES.items()}
+PER_EXAMPLE = [name for name, case in CASES.items() if case.per_example]
+# Public, but no losses; those that use them are cases.
+HELPERS = ('batch_norm_margin', 'standardize_logits')
+B = 8
 
 
-def _target(label, classes, smoothing):
-  return (1 - smoothing) * np.eye(classes)[label] + smoothing / classes
+def _inputs(name, seed=0):
+  return dict(CASES[name].inputs(np.random.default_rng(seed)))
 
 
-def _cross_entropy(logits, label, *, label_smoothing=0.0):
-  target = _target(label, logits.shape[-1], label_smoothing)
-  return -np.sum(target * _log_softmax(logits), axis=-1)
+def _each(names):
+  """A test of every case; all of one case where it was compiled."""
+  return pytest.mark.parametrize(
+    'name',
+    [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names],
+    ids=str,
+  )
 
 
-def _squared_error(prediction, target):
-  return np.mean((prediction - target) ** 2, axis=-1)
+WITH_TEACHER = [name for name in CASES if 'teacher' in _inputs(name)]
+EQUAL = [name for name in WITH_TEACHER if CASES[name].minimum is not None]
 
 
-class Case(NamedTuple):
-  """One loss and how to check it.
+def _batch(name, inputs, change):
+  """The inputs with another batch axis; those without one as they are."""
+  shared = CASES[name].shared
+  return {
+    key: value if key in shared else jax.tree.map(change, value)
+    for key, value in inputs.items()
+  }
 
-  Attributes:
-    loss: `(student, target) -> [...]`.
-    value: the same in NumPy.
-    labels: whether the target holds integer labels, not a teacher's output.
-    softmax: whether the student's values only enter through a softmax.
+
+def _double(inputs):
+  def double(x):
+    x = np.asarray(x)
+    return x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x
+
+  return jax.tree.map(double, inputs)
+
+
+def _vector(tree):
+  return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def _plus(tree, step):
+  """A tree of arrays plus a vector of all its elements."""
+  leaves, structure = jax.tree.flatten(tree)
+  ends = np.cumsum([x.size for x in leaves])[:-1]
+  return structure.unflatten(
+    [x + s.reshape(x.shape) for x, s in zip(leaves, np.split(step, ends))]
+  )
+
+
+def _fill(tree, value):
+  """One value for all; scores that exclude something, -inf, go on to do so."""
+  return jax.tree.map(
+    lambda x: np.where(np.isinf(x), x, x.dtype.type(value)), tree
+  )
+
+
+def _scale(x):
+  return np.max(np.abs(x))
+
+
+def _signs(tree):
+  """A direction in which every element counts, and no two cancel by chance."""
+  return np.random.default_rng(1).choice([-1.0, 1.0], _vector(tree).size)
+
+
+@functools.cache
+def _compiled(name):
+  """inputs -> loss and gradients of its sum; and a list of its traces.
+
+  What most tests need is compiled together, and once.
   """
+  traces = []
 
-  loss: Callable
-  value: Callable
-  labels: bool = False
-  softmax: bool = True
+  def evaluate(trained, others, tangent):
+    traces.append(name)
 
+    def total(trained):
+      loss = CASES[name].loss(**trained, **others)
+      return jnp.sum(loss), loss
 
-def _case(loss, value, *, labels=False, softmax=True, **options):
-  bound = [functools.partial(f, **options) for f in (loss, value)]
-  return Case(*bound, labels, softmax)
+    (_, loss), gradient = jax.value_and_grad(total, has_aux=True)(trained)
+    _, slope = jax.jvp(
+      lambda s: total({**trained, 'student': s})[0],
+      [trained['student']],
+      [tangent],
+    )
+    return loss, gradient, slope
 
-
-CASES = {
-  'kl_T1': _case(losses.kl_divergence, _kl, temperature=1.0),
-  'kl_T4': _case(losses.kl_divergence, _kl, temperature=4.0),
-  'kl_T20': _case(losses.kl_divergence, _kl, temperature=20.0),
-  'cross_entropy': _case(losses.cross_entropy, _cross_entropy, labels=True),
-  'cross_entropy_smoothed': _case(
-    losses.cross_entropy, _cross_entropy, labels=True, label_smoothing=0.1
-  ),
-  'squared_error': _case(losses.squared_error, _squared_error, softmax=False),
-}
-SOFTMAX = [name for name, case in CASES.items() if case.softmax]
-WITH_TEACHER = [name for name, case in CASES.items() if not case.labels]
-SHAPES = {'classes': (6, 5), 'tokens': (2, 3, 5)}
+  return jax.jit(evaluate), traces
 
 
-def _inputs(case, shape=SHAPES['classes'], seed=0):
-  rng = np.random.default_rng(seed)
-  student = rng.normal(scale=3.0, size=shape).astype(np.float32)
-  if case.labels:
-    return student, rng.integers(0, shape[-1], shape[:-1])
-  return student, rng.normal(scale=3.0, size=shape).astype(np.float32)
-
-
-def _gradient(case, student, target):
-  return jax.grad(lambda s: case.loss(s, target).sum())(jnp.asarray(student))
+def _evaluate(name, inputs):
+  """The loss; vectors of its gradient; and its slope along `_signs`."""
+  trained = {k: v for k, v in inputs.items() if k in ('student', 'teacher')}
+  others = {k: v for k, v in inputs.items() if k not in trained}
+  student = jax.tree.map(np.asarray, trained['student'])
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape), student)
+  tangent = jax.tree.map(np.float32, _plus(zeros, _signs(student)))
+  loss, gradient, slope = _compiled(name)[0](trained, others, tangent)
+  return np.asarray(loss), {
+    'slope': np.asarray(slope),
+    **{k: _vector(v) for k, v in gradient.items()},
+  }
 
 
 def test_every_public_loss_has_a_case():
-  covered = {case.loss.func for case in CASES.values()}
-  public = {f for f in vars(losses).values() if callable(f)}
-  assert covered == public
+  public = {name for name, f in vars(losses).items() if callable(f)}
+  assert {name.split('/')[0] for name in CASES} | {*HELPERS} == public
+  assert len(CASES) == sum(len(m.CASES) for m in MODULES)
 
 
-@pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize('name', CASES)
-def test_value_is_the_papers_formula(name, shape):
-  case = CASES[name]
-  student, target = _inputs(case, shape)
-  value = case.loss(student, target)
-  assert value.shape == shape[:-1] and value.dtype == jnp.float32
-  np.testing.assert_allclose(
-    value, case.value(student.astype(np.float64), target), rtol=1e-5, atol=1e-5
-  )
+@_each(CASES)
+def test_value_is_the_papers_formula(name):
+  inputs = _inputs(name)
+  loss, _ = _evaluate(name, inputs)
+  want = CASES[name].value(**_double(inputs))
+  assert loss.dtype == np.float32
+  assert loss.shape == ((B,) if CASES[name].per_example else ())
+  np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-5 * _scale(want))
 
 
-def _differences(value, student, eps=1e-5):
-  """Central differences of the summed value, in float64."""
-  student = student.astype(np.float64)
-  gradient = np.zeros_like(student)
-  for index in np.ndindex(student.shape):
-    step = np.zeros_like(student)
-    step[index] = eps
-    rise = value(student + step).sum() - value(student - step).sum()
-    gradient[index] = rise / (2 * eps)
-  return gradient
-
-
-@pytest.mark.parametrize('name', CASES)
+@_each(CASES)
 def test_gradient_is_that_of_the_papers_formula(name):
-  case = CASES[name]
-  student, target = _inputs(case)
-  want = _differences(lambda s: case.value(s, target), student)
-  got = _gradient(case, student, target)
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+  """By central differences in float64, of some elements and of all at once."""
+  inputs = _inputs(name)
+  _, gradient = _evaluate(name, inputs)
+  gradient = gradient['student']
+  exact = _double(inputs)
 
+  def slope(direction, eps=1e-6):
+    ends = [
+      np.sum(
+        CASES[name].value(
+          **{**exact, 'student': _plus(exact['student'], step * direction)}
+        )
+      )
+      for step in (eps, -eps)
+    ]
+    return (ends[0] - ends[1]) / (2 * eps)
 
-@pytest.mark.parametrize('name', WITH_TEACHER)
-def test_minimum_is_zero_where_student_equals_teacher(name):
-  case = CASES[name]
-  student, other = _inputs(case)
-  np.testing.assert_array_equal(case.loss(student, student), 0.0)
-  gradient = _gradient(case, student, student)
-  np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
-  assert np.all(np.asarray(case.loss(student, other)) > 0)
-
-
-@pytest.mark.parametrize('name', CASES)
-def test_gradient_is_finite_at_equal_logits(name):
-  case = CASES[name]
-  student, target = _inputs(case)
-  for constant in (0.0, 7.0):
-    flat = np.full_like(student, constant)
-    assert np.isfinite(_gradient(case, flat, target)).all()
-    if not case.labels:
-      assert np.isfinite(_gradient(case, flat, flat)).all()
-
-
-@pytest.mark.parametrize('name', SOFTMAX)
-def test_extreme_logits_give_finite_values_and_gradients(name):
-  case = CASES[name]
-  student, target = _inputs(case)
-  extreme = 1e4 * np.sign(student)
-  targets = [target] if case.labels else [target, extreme, -extreme]
-  for target in targets:
-    value = case.loss(extreme, target)
+  rng = np.random.default_rng(2)
+  size = gradient.size
+  tolerance = 1e-4 * _scale(gradient)
+  for i in rng.permutation(size)[:40]:
     np.testing.assert_allclose(
-      value, case.value(extreme.astype(np.float64), target), rtol=1e-5
+      gradient[i], slope(np.eye(1, size, i)[0]), rtol=0, atol=tolerance
     )
-    assert np.isfinite(_gradient(case, extreme, target)).all()
+  for signs in rng.choice([-1.0, 1.0], (4, size)):
+    np.testing.assert_allclose(
+      gradient @ signs, slope(signs), rtol=0, atol=tolerance * size**0.5
+    )
 
 
-@pytest.mark.parametrize('temperature', [1.0, 4.0])
-def test_a_class_without_teacher_mass_contributes_nothing(temperature):
-  student, teacher = _inputs(CASES['kl_T1'])
-  teacher[:, 1] = -np.inf
-  loss = functools.partial(losses.kl_divergence, temperature=temperature)
-  # The limit of very negative logits, which NumPy computes without a NaN.
-  limit = np.where(np.isinf(teacher), -1e4, teacher)
-  want = _kl(student, limit, temperature=temperature)
-  np.testing.assert_allclose(loss(student, teacher), want, rtol=1e-5)
-  gradient = jax.grad(lambda s: loss(s, teacher).sum())(jnp.asarray(student))
-  want = _kl_gradient(student, limit, temperature=temperature)
-  np.testing.assert_allclose(gradient, want, rtol=1e-4, atol=1e-5)
-  # Both sides may exclude a class, as masked vocabularies do.
-  student[:, 1] = -np.inf
-  assert np.isfinite(loss(student, teacher)).all()
+@_each(CASES)
+def test_forward_mode_agrees_with_reverse_mode(name):
+  inputs = _inputs(name)
+  _, gradient = _evaluate(name, inputs)
+  np.testing.assert_allclose(
+    gradient['slope'],
+    gradient['student'] @ _signs(inputs['student']),
+    rtol=1e-4,
+    atol=1e-5 * np.abs(gradient['student']).sum(),
+  )
 
 
-@pytest.mark.parametrize('name', WITH_TEACHER)
+@_each(EQUAL)
+def test_minimum_is_where_student_equals_teacher(name):
+  case, inputs = CASES[name], _inputs(name)
+  loss, gradient = _evaluate(name, inputs)
+  equal = inputs | {'student': inputs['teacher']}
+  minimum = case.minimum
+  if callable(minimum):
+    minimum = minimum(_double(equal))
+  value, at_minimum = _evaluate(name, equal)
+  np.testing.assert_allclose(value, minimum, rtol=0, atol=2e-5 * _scale(loss))
+  tolerance = 1e-4 * _scale(gradient['student'])
+  np.testing.assert_allclose(at_minimum['student'], 0.0, atol=tolerance)
+  # And it is a minimum, not only a stationary point.
+  assert np.all(loss >= minimum) and np.any(loss > minimum)
+
+
+@_each(WITH_TEACHER)
 def test_no_gradient_reaches_the_teacher(name):
-  case = CASES[name]
-  student, teacher = _inputs(case)
-  gradient = jax.grad(lambda t: case.loss(student, t).sum())
-  np.testing.assert_array_equal(gradient(jnp.asarray(teacher)), 0.0)
+  _, gradient = _evaluate(name, _inputs(name))
+  np.testing.assert_array_equal(gradient['teacher'], 0.0)
+  assert np.any(gradient['student'] != 0)
 
 
-@pytest.mark.parametrize('name', CASES)
-def test_jit_equals_eager_and_one_example_at_a_time(name):
-  case = CASES[name]
-  student, target = _inputs(case)
-  value = case.loss(student, target)
-  np.testing.assert_allclose(
-    jax.jit(case.loss)(student, target), value, rtol=1e-6, atol=1e-6
-  )
-  np.testing.assert_allclose(
-    jax.vmap(case.loss)(student, target), value, rtol=1e-6, atol=1e-6
-  )
+@_each(CASES)
+def test_gradient_is_finite_where_inputs_are_degenerate(name):
+  inputs = _inputs(name)
+  student, teacher = inputs['student'], inputs.get('teacher')
+  if CASES[name].zero_ok:
+    students = [_fill(student, value) for value in (0.0, 7.0, 0.1)]
+  else:
+    students = [_fill(student, value) for value in (7.0, 0.1)]
+  # One example in place of all.
+  students.append(jax.tree.map(lambda x: x[:1].repeat(B, axis=0), student))
+  pairs = [(s, teacher) for s in students]
+  if teacher is not None:
+    pairs.append((student, _fill(teacher, 0.0)))
+  if name in EQUAL:
+    pairs.append((teacher, teacher))
+    pairs += [(_fill(teacher, v), _fill(teacher, v)) for v in (0.0, 7.0)]
+  for s, t in pairs:
+    changed = inputs | {'student': s} | ({} if t is None else {'teacher': t})
+    loss, gradient = _evaluate(name, changed)
+    assert np.isfinite(loss).all()
+    assert np.isfinite(gradient['student']).all()
 
 
-@pytest.mark.parametrize('name', CASES)
-def test_bfloat16_is_computed_in_float32(name):
-  case = CASES[name]
-  student, target = _inputs(case)
-  student = jnp.asarray(student, jnp.bfloat16)
-  if not case.labels:
-    target = jnp.asarray(target, jnp.bfloat16)
-  value = case.loss(student, target)
+@_each(CASES)
+def test_bfloat16_and_eager_equal_float32_and_compiled(name):
+  """To float32's precision: only the inputs were rounded."""
+
+  def rounded(dtype):
+    inputs = _inputs(name)
+    for key in {'student', 'teacher'} & inputs.keys():
+      inputs[key] = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16).astype(dtype), inputs[key]
+      )
+    return inputs
+
+  loss, inputs = CASES[name].loss, rounded(jnp.bfloat16)
+  value = loss(**inputs)
   assert value.dtype == jnp.float32
-  # Equal to the float32 loss of the rounded inputs: only they were rounded.
-  full = target if case.labels else target.astype(jnp.float32)
-  want = case.loss(student.astype(jnp.float32), full)
-  np.testing.assert_array_equal(value, want)
-  gradient = jax.grad(lambda s: case.loss(s, target).sum())(student)
-  assert gradient.dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize('name', CASES)
-def test_permuting_the_batch_permutes_the_loss(name):
-  case = CASES[name]
-  student, target = _inputs(case)
-  order = np.random.default_rng(1).permutation(len(student))
-  value = np.asarray(case.loss(student, target))
-  permuted = case.loss(student[order], target[order])
-  np.testing.assert_allclose(permuted, value[order], rtol=1e-6)
-
-
-@pytest.mark.parametrize('name', SOFTMAX)
-def test_the_loss_ignores_an_offset_of_the_logits(name):
-  case = CASES[name]
-  student, target = _inputs(case)
-  np.testing.assert_allclose(
-    case.loss(student + 5.0, target), case.loss(student, target), rtol=1e-4
+  want, _ = _evaluate(name, rounded(np.float32))
+  np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-5 * _scale(want))
+  student = inputs.pop('student')
+  gradient = jax.eval_shape(
+    jax.grad(lambda s: jnp.sum(loss(student=s, **inputs))), student
   )
+  assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(gradient))
+
+
+@_each(CASES)
+def test_permuting_the_batch_permutes_or_keeps_the_loss(name):
+  case, inputs = CASES[name], _inputs(name)
+  order = np.random.default_rng(1).permutation(B)
+  loss, _ = _evaluate(name, inputs)
+  permuted, _ = _evaluate(name, _batch(name, inputs, lambda x: x[order]))
+  tolerance = 1e-6 * _scale(loss)
+  if not case.permutation:
+    assert np.any(np.abs(permuted - loss) > tolerance)
+    return
+  want = loss[order] if case.per_example else loss
+  np.testing.assert_allclose(permuted, want, rtol=1e-5, atol=tolerance)
+
+
+@_each(CASES)
+def test_other_values_are_not_traced_again(name):
+  _evaluate(name, _inputs(name))
+  traces = _compiled(name)[1]
+  count = len(traces)
+  _evaluate(name, _inputs(name, seed=1))
+  assert len(traces) == count
+
+
+@_each(CASES)
+def test_eight_devices_equal_one(name):
+  inputs = _inputs(name)
+  loss, gradient = _evaluate(name, inputs)
+  mesh = sharding.make_mesh()
+  assert mesh.size == B
+  placed = {
+    key: jax.device_put(
+      value,
+      NamedSharding(mesh, P() if key in CASES[name].shared else P(*mesh.shape)),
+    )
+    for key, value in inputs.items()
+  }
+  on_eight, gradient_on_eight = _evaluate(name, placed)
+  for got, want in (
+    (on_eight, loss),
+    (gradient_on_eight['student'], gradient['student']),
+  ):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * _scale(want))
+
+
+@_each(PER_EXAMPLE)
+def test_vmap_equals_the_batch_at_once(name):
+  """Over two batches of four; a loss without a mask sees no other example."""
+  case, inputs = CASES[name], _inputs(name)
+  loss, _ = _evaluate(name, inputs)
+  halves = _batch(name, inputs, lambda x: x.reshape(2, 4, *x.shape[1:]))
+  axes = {key: None if key in case.shared else 0 for key in inputs}
+  loss_of = jax.vmap(lambda inputs: case.loss(**inputs), in_axes=(axes,))
+  value = jax.jit(loss_of)(halves)
+  np.testing.assert_allclose(
+    value.reshape(B), loss, rtol=1e-5, atol=1e-6 * _scale(loss)
+  )
+
+
+@_each(outputs.CASES)
+def test_losses_on_outputs_take_any_leading_axes(name):
+  case, inputs = CASES[name], _inputs(name)
+  loss, _ = _evaluate(name, inputs)
+  tokens = _batch(name, inputs, lambda x: x.reshape(2, 4, *x.shape[1:]))
+  one = _batch(name, inputs, lambda x: x[0])
+  of_tokens, of_one = jax.jit(
+    lambda tokens, one: (case.loss(**tokens), case.loss(**one))
+  )(tokens, one)
+  tolerance = {'rtol': 1e-5, 'atol': 1e-6 * _scale(loss)}
+  np.testing.assert_allclose(of_tokens, loss.reshape(2, 4), **tolerance)
+  np.testing.assert_allclose(of_one, loss[0], **tolerance)
+
+
+@_each(outputs.LOGITS)
+def test_extreme_logits_give_finite_values_and_gradients(name):
+  inputs = _inputs(name)
+  extreme = 1e4 * np.sign(inputs['student'])
+  teachers = [inputs.get('teacher')]
+  if 'teacher' in inputs:
+    teachers += [extreme, -extreme]
+  for teacher in teachers:
+    changed = inputs | {'student': extreme}
+    if teacher is not None:
+      changed['teacher'] = teacher
+    loss, gradient = _evaluate(name, changed)
+    want = CASES[name].value(**_double(changed))
+    np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-5)
+    assert np.isfinite(gradient['student']).all()
+
+
+@_each(outputs.LOGITS)
+def test_the_loss_ignores_an_offset_of_the_logits(name):
+  inputs = _inputs(name)
+  loss, _ = _evaluate(name, inputs)
+  moved, _ = _evaluate(name, inputs | {'student': inputs['student'] + 5.0})
+  np.testing.assert_allclose(moved, loss, rtol=1e-4)
+
+
+EXCLUDING = [
+  name
+  for name in outputs.LOGITS
+  if name.startswith(('kl_', 'jensen', 'skew', 'decoupled', 'normalized'))
+  and name != 'jensen_shannon/1'
+]
+
+
+@_each(EXCLUDING)
+def test_a_class_without_teacher_mass_is_the_limit_of_little_mass(name):
+  inputs = _inputs(name)
+  if 'label' in inputs:
+    inputs['label'] = np.where(inputs['label'] == 1, 2, inputs['label'])
+  # Numbers that NumPy computes without a NaN.
+  teacher = inputs['teacher'].copy()
+  teacher[:, 1] = -1e4
+  want = _evaluate(name, inputs | {'teacher': teacher})
+  teacher[:, 1] = -np.inf
+  got = _evaluate(name, inputs | {'teacher': teacher})
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+  np.testing.assert_allclose(
+    got[1]['student'], want[1]['student'], rtol=1e-4, atol=1e-6
+  )
+  # Both sides may exclude a class, as masked vocabularies do.
+  student = inputs['student'].copy()
+  student[:, 1] = -np.inf
+  loss, gradient = _evaluate(
+    name, inputs | {'student': student, 'teacher': teacher}
+  )
+  assert np.isfinite(loss).all()
+  assert np.isfinite(gradient['student']).all()
+
+
+def test_reverse_kl_is_infinite_only_for_mass_that_the_teacher_excludes():
+  inputs = _inputs('reverse_kl_divergence')
+  inputs['teacher'][:, 1] = -np.inf
+  loss, _ = _evaluate('reverse_kl_divergence', inputs)
+  np.testing.assert_array_equal(loss, np.inf)
+  inputs['student'][:, 1] = -np.inf
+  loss, gradient = _evaluate('reverse_kl_divergence', inputs)
+  assert np.isfinite(loss).all() and np.isfinite(gradient['student']).all()
 
 
 def test_temperature_may_be_traced():
-  student, teacher = _inputs(CASES['kl_T4'])
+  inputs = _inputs('kl_divergence/T4')
   loss = jax.jit(
-    lambda t: losses.kl_divergence(student, teacher, temperature=t)
+    lambda t: losses.kl_divergence(**_named(inputs), temperature=t)
   )
-  want = _kl(student, teacher, temperature=3.0)
+  want = outputs.kl_divergence(**_double(inputs), temperature=3.0)
   np.testing.assert_allclose(loss(3.0), want, rtol=1e-5, atol=1e-5)
 
 
+def _named(inputs):
+  return {f'{side}_logits': inputs[side] for side in ('student', 'teacher')}
+
+
+def test_skewing_bounds_the_divergence():
+  student = np.float32([[1e4, -1e4]])
+  loss = losses.skew_kl_divergence(student, -student, alpha=0.1)
+  np.testing.assert_allclose(loss, -np.log(0.1), rtol=1e-6)
+
+
+def test_equal_logits_are_standardized_to_zero_without_a_gradient():
+  logits = jnp.array([[0.1] * 5, [3.0, 1.0, 2.0, 1.0, 0.0]])
+  value = losses.standardize_logits(logits)
+  np.testing.assert_array_equal(value[0], 0.0)
+  np.testing.assert_allclose(np.std(value[1], ddof=1), 1.0, rtol=1e-5)
+  weights = np.arange(5.0, dtype=np.float32)
+  gradient = jax.grad(
+    lambda z: jnp.sum(losses.standardize_logits(z) @ weights)
+  )(logits)
+  np.testing.assert_array_equal(gradient[0], 0.0)
+  assert np.all(np.isfinite(gradient)) and np.any(gradient[1] != 0)
+
+
+def test_decoupled_kd_with_the_teachers_own_weights_is_kl_divergence():
+  inputs = _inputs('decoupled_kd')
+  p = np.exp(outputs.log_softmax(inputs['teacher'] / 4.0))
+  others = 1 - np.take_along_axis(p, inputs['label'][:, None], axis=1)[:, 0]
+  np.testing.assert_allclose(
+    losses.decoupled_kd(
+      **_named(inputs), label=inputs['label'], beta=others.astype(np.float32)
+    ),
+    losses.kl_divergence(**_named(inputs)),
+    rtol=1e-5,
+  )
+
+
+def test_a_student_that_is_the_virtual_teacher_has_nothing_to_learn():
+  p = np.full((2, 5), 0.01 / 4, np.float32)
+  p[[0, 1], [3, 0]] = 0.99
+  loss = losses.teacher_free_kd(np.log(p), np.array([3, 0]))
+  np.testing.assert_allclose(loss, 0.0, atol=1e-4)
+  assert np.all(losses.teacher_free_kd(np.log(p), np.array([0, 3])) > 1.0)
+
+
+@pytest.mark.parametrize('tail', ['renormalize', 'uniform'])
+def test_the_top_of_all_classes_is_kl_divergence(tail):
+  inputs = _inputs('kl_divergence/T4')
+  p = np.exp(outputs.log_softmax(inputs['teacher'] / 4.0)).astype(np.float32)
+  index = np.argsort(-p, axis=-1)
+  top = np.take_along_axis(p, index, axis=-1)
+  loss = functools.partial(
+    losses.top_k_kl_divergence, temperature=4.0, tail=tail
+  )
+  np.testing.assert_allclose(
+    loss(inputs['student'], top, index),
+    losses.kl_divergence(**_named(inputs)),
+    rtol=1e-5,
+  )
+  # A student that has the teacher's distribution, whatever k is.
+  if tail == 'renormalize':
+    value = loss(inputs['teacher'], top[:, :2], index[:, :2])
+  else:
+    student = np.float32([2.0, 1.0, 0.0, 0.0, 0.0])
+    p = np.exp(outputs.log_softmax(student / 4.0)).astype(np.float32)
+    value = loss(student, p[:2], np.arange(2))
+  np.testing.assert_allclose(value, 0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize('tail', ['renormalize', 'uniform'])
+def test_examples_without_stored_probabilities_give_no_nan(tail):
+  inputs = _inputs('top_k_kl_divergence')
+  top = inputs['teacher'] * np.float32([[0.0], [1.0]] * 4)
+  of_each = jax.vmap(
+    jax.value_and_grad(
+      lambda s, t, i: losses.top_k_kl_divergence(s, t, i, tail=tail)
+    )
+  )
+  loss, gradient = jax.jit(of_each)(inputs['student'], top, inputs['index'])
+  assert np.isfinite(loss).all() and np.isfinite(gradient).all()
+  if tail == 'renormalize':
+    np.testing.assert_array_equal(loss[::2], 0.0)
+    np.testing.assert_array_equal(gradient[::2], 0.0)
+
+
+def test_relations_of_rkd_ignore_what_they_should():
+  inputs = _inputs('relational_distance')
+  x, y = inputs['student'], inputs['teacher']
+  rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(6, 6)))[0]
+  moved = (3 * x @ rotation + 2).astype(np.float32)
+  for loss in (losses.relational_distance, losses.relational_angle):
+    np.testing.assert_allclose(loss(moved, y), loss(x, y), rtol=1e-4)
+
+
+def test_large_maps_are_compared_a_few_examples_at_a_time():
+  """More differences than are held at once, and not a whole number of times."""
+  rng = np.random.default_rng(0)
+  pair = rng.normal(size=(2, 17, 2**16)).astype(np.float32)
+  pair *= np.linspace(0.5, 2.0, 17, dtype=np.float32)[:, None]
+  got, gradient = jax.jit(jax.value_and_grad(losses.relational_distance))(*pair)
+  want = relations.relational_distance(*pair)
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+  assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize('loss', ['inter_class_relation', 'dist'])
+def test_correlations_of_tiny_probabilities_have_finite_gradients(loss):
+  """Softmaxes whose variances underflow in float32, beside ordinary ones."""
+  inputs = _inputs(loss)
+  for offset in (20.0, 40.0, 60.0, 80.0, 100.0):
+    student = inputs['student'] + np.eye(1, 5, dtype=np.float32) * offset
+    for teacher in (inputs['teacher'], student):
+      value, gradient = _evaluate(
+        loss, inputs | {'student': student, 'teacher': teacher}
+      )
+      assert np.isfinite(value).all()
+      assert _scale(gradient['student']) < 100
+
+
 def test_shapes_that_differ_are_named():
-  with pytest.raises(ValueError, match=r'same classes.*\(2, 3\).*\(2, 4\)'):
-    losses.kl_divergence(np.zeros((2, 3)), np.zeros((2, 4)))
-  with pytest.raises(ValueError, match=r'label has shape \(2, 1\)'):
-    losses.cross_entropy(np.zeros((2, 3)), np.zeros((2, 1), int))
-  with pytest.raises(ValueError, match=r'prediction has shape \(2, 1\)'):
-    losses.squared_error(np.zeros((2, 1)), np.zeros(2))
+  x = np.zeros
+  for f, arrays, message in (
+    (losses.kl_divergence, (x((2, 3)), x((2, 4))), r'same classes.*\(2, 4\)'),
+    (losses.cross_entropy, (x((2, 3)), x((2, 1), int)), r'label .*\(2, 1\)'),
+    (losses.squared_error, (x((2, 1)), x(2)), r'prediction has .*\(2, 1\)'),
+    (losses.huber, (x((2, 1)), x(2)), r'prediction has shape \(2, 1\)'),
+    (losses.decoupled_kd, (x((2, 3)), x((2, 4)), x(2, int)), 'same classes'),
+    (losses.decoupled_kd, (x((2, 3)), x((2, 3)), x(3, int)), 'label has shape'),
+    (losses.normalized_kd, (x((2, 1)), x((2, 1)), x(2, int)), 'two classes'),
+    (losses.teacher_free_kd, (x((2, 1)), x(2, int)), 'two classes'),
+    (losses.standardize_logits, (x((2, 1)),), 'one class'),
+    (
+      losses.top_k_kl_divergence,
+      (x((2, 5)), x((2, 3)), x((2, 2), int)),
+      r'top k: top_probabilities has shape \(2, 3\)',
+    ),
+    (
+      losses.top_k_kl_divergence,
+      (x((3, 5)), x((2, 3)), x((2, 3), int)),
+      r'top_index has shape \(2,\)',
+    ),
+    (
+      losses.top_k_kl_divergence,
+      (x((2, 5)), x((2, 6)), x((2, 6), int)),
+      'top 6 cannot be of 5 classes',
+    ),
+    (losses.dist, (x((2, 3)), x((2, 4))), 'same classes'),
+    (losses.dist, (x((2, 3, 4)), x((2, 3, 4))), r'need \[B, C\]'),
+    (losses.relational_angle, (x((2, 3)), x((3, 3))), r'\(3, 3\)'),
+    (losses.similarity_preserving, (x(2), x(2)), r'\[B, ...\]'),
+    (losses.correlation_congruence, (x((2, 3)), x((2, 4))), r'\(2, 4\)'),
+    (losses.correlation_congruence, (x((1, 3)), x((1, 3))), 'two examples'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      f(*arrays)
+
+
+def test_options_that_do_not_exist_are_named():
+  z = np.zeros((2, 3))
+  top = z, z.astype(int)
+  for f, options, message in (
+    (losses.kl_divergence, {'convention': 'mean'}, "'mean'.*canonical, elem"),
+    (losses.jensen_shannon, {'beta': 1.5}, r'beta must be in \[0, 1\]'),
+    (losses.skew_kl_divergence, {'alpha': 1.0}, r'alpha must be in \[0, 1\)'),
+    (losses.multi_level, {'temperatures': ()}, 'at least one temperature'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      f(z, z, **options)
+  with pytest.raises(ValueError, match="'none'.*renormalize, uniform"):
+    losses.top_k_kl_divergence(z, *top, tail='none')
+  with pytest.raises(ValueError, match=r'must be in \(0, 1\), not 1.0'):
+    losses.teacher_free_kd(z, np.zeros(2, int), correct_probability=1.0)

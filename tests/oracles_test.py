@@ -22,17 +22,94 @@ DIRECTORY = pathlib.Path(
   os.environ.get('KD_JAX_ORACLES')
   or pathlib.Path(__file__).parent / 'data' / 'oracles'
 )
-# The cases that some function of this library computes, as whole names.
+
+
+def _with_margin(student, teacher, *, margin):
+  return losses.overhaul(student, teacher, jnp.full(teacher.shape[-1], margin))
+
+
+def _relational(student, teacher, *, distance_weight, angle_weight):
+  distance = losses.relational_distance(student, teacher)
+  angle = losses.relational_angle(student, teacher)
+  return distance_weight * distance + angle_weight * angle
+
+
+def _vid(student, teacher, *, init_variance):
+  variance = jnp.full(teacher.shape[-1], init_variance)
+  return losses.variational_information(student, teacher, variance)
+
+
+def _flow(student1, teacher1, student2, teacher2):
+  student, teacher = (student1, student2), (teacher1, teacher2)
+  return losses.flow_of_solution(student, teacher)
+
+
+def _activation_boundary(student, teacher, *, margin):
+  loss = losses.activation_boundary(student, teacher, margin=margin)
+  return 3 * loss / 1000
+
+
+def _nce(scores, *, n_data):
+  return losses.contrastive_nce(scores, num_data=n_data)
+
+
+def _patient(student, teacher):
+  return losses.patient_kd(student[:, 0], teacher[:, 0])
+
+
+# Every case of the losses, as whole names: what computes it, and what the case
+# uses besides its inputs.
 LOSSES = {
-  r'kd_T[\d.]+': losses.kl_divergence,
-  r'logit_mse': losses.squared_error,
+  r'kd_T[\d.]+': (losses.kl_divergence, ()),
+  r'logit_mse': (losses.squared_error, ()),
+  r'dkd_.*': (losses.decoupled_kd, ('labels',)),
+  r'nkd_.*': (losses.normalized_kd, ('labels',)),
+  r'dist_.*': (losses.dist, ()),
+  r'kd_logit_standardized_.*': (losses.standardized_kl_divergence, ()),
+  r'gkd_jsd_.*': (losses.jensen_shannon, ()),
+  r'rkd_.*': (_relational, ()),
+  r'sp': (losses.similarity_preserving, ()),
+  r'pkt': (losses.probabilistic_transfer, ()),
+  r'cc': (losses.correlation_congruence, ()),
+  r'attention_transfer_.*': (losses.attention_transfer, ()),
+  r'nst.*': (losses.neuron_selectivity, ()),
+  r'factor_transfer_.*': (losses.factor_transfer, ()),
+  r'fitnet_hint': (losses.hint, ()),
+  r'fsp': (_flow, ()),
+  r'activation_boundary_.*': (_activation_boundary, ()),
+  r'ofd_.*': (_with_margin, ()),
+  r'reviewkd_hcl': (losses.hierarchical_context, ()),
+  r'vid_.*': (_vid, ()),
+  r'hidden_mse_masked': (losses.hidden_squared_error, ('mask',)),
+  r'hidden_cosine_masked': (losses.hidden_cosine, ('mask',)),
+  r'attention_mse_masked': (losses.attention_squared_error, ('mask',)),
+  r'attention_ce_masked': (losses.attention_cross_entropy, ('mask',)),
+  r'patient_kd_cls': (_patient, ()),
+  r'crd_nce_.*': (_nce, ()),
 }
+# Sums over the positions of a sequence, divided by the batch alone.
+SUMMED = r'gkd_jsd_.*'
 FAKE_QUANT = r'weight_sym_.*|activation_asym_.*'
 MASKS = r'magnitude_(global|layer)_.*'
 OTHERS = ('int8_matmul', 'cubic_schedule')
 # Known cases: one that vanishes from the files must not pass in silence.
 REQUIRED = {
-  'kd_losses': ('kd_T1', 'kd_T4', 'kd_T20', 'logit_mse'),
+  'kd_losses': (
+    *('kd_T1', 'kd_T4', 'kd_T20', 'logit_mse'),
+    *('dkd_a1_b8_T4', 'dkd_a1_b2_T4', 'dkd_a0.5_b0.5_T1'),
+    *('dist_b1_g1_tau1', 'dist_b2_g0.5_tau1', 'dist_b1_g1_tau4'),
+    *('kd_logit_standardized_T2', 'kd_logit_standardized_T4'),
+    *('nkd_T1_g1.5', 'nkd_T2_g1', 'rkd_d25_a50', 'rkd_d1_a0'),
+    *(f'gkd_jsd_b{b}_T1' for b in ('0', '0.1', '0.5', '0.9', '1')),
+    *('sp', 'pkt', 'cc', 'fitnet_hint', 'fsp', 'reviewkd_hcl'),
+    *('attention_transfer_p2', 'attention_transfer_p2_pooled'),
+    *('nst', 'nst_pooled'),
+    *('factor_transfer_p2_1', 'factor_transfer_p2_1_pooled'),
+    *('activation_boundary_m1', 'ofd_margin_-0.5', 'vid_identity_regressor'),
+    *('hidden_mse_masked', 'hidden_cosine_masked'),
+    *('attention_mse_masked', 'attention_ce_masked'),
+    *('patient_kd_cls', 'crd_nce_n1000'),
+  ),
   'compression': (
     'weight_sym_tensor_int8_narrow',
     'weight_sym_tensor_int8',
@@ -86,20 +163,24 @@ def test_every_implemented_case_is_in_the_files_and_checked():
     assert not missing, f'{DIRECTORY / name}.json lacks {sorted(missing)}'
 
 
-@pytest.mark.parametrize('name', _matching('|'.join(LOSSES), LOSS_CASES))
+@pytest.mark.parametrize('name', LOSS_CASES)
 def test_loss(name):
   case = LOSS_CASES[name]
-  [loss] = [f for p, f in LOSSES.items() if re.fullmatch(p, name)]
+  [(loss, extras)] = [v for p, v in LOSSES.items() if re.fullmatch(p, name)]
   student, *others = [
     jnp.asarray(LOSS_ARRAYS[f'input/{key}'], jnp.float32)
     for key in case['inputs']
   ]
+  others += [jnp.asarray(LOSS_ARRAYS[f'input/{key}']) for key in extras]
   assert case['grad_wrt'] == case['inputs'][0]
 
   def mean(student):
-    return jnp.mean(loss(student, *others, **case['hyperparameters']))
+    values = loss(student, *others, **case['hyperparameters'])
+    if re.fullmatch(SUMMED, name):
+      return jnp.sum(values) / len(values)
+    return jnp.mean(values)
 
-  value, gradient = jax.value_and_grad(mean)(student)
+  value, gradient = jax.jit(jax.value_and_grad(mean))(student)
   np.testing.assert_allclose(value, LOSS_ARRAYS[f'{name}/value'], rtol=1e-5)
   _close(gradient, LOSS_ARRAYS[f'{name}/grad'], 1e-4)
 

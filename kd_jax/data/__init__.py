@@ -1,9 +1,13 @@
-"""Images in memory, batches that can be resumed, and keyed augmentation."""
+"""Images in memory or streamed, resumable batches, and keyed augmentation."""
 
 from kd_jax.data.augment import channel_statistics as channel_statistics
 from kd_jax.data.augment import make_preprocess as make_preprocess
+from kd_jax.data.augment import renormalize as renormalize
+from kd_jax.data.augment import resize as resize
 from kd_jax.data.pipeline import batches_per_epoch as batches_per_epoch
 from kd_jax.data.pipeline import eval_batches as eval_batches
 from kd_jax.data.pipeline import train_batches as train_batches
 from kd_jax.data.sources import ImageData as ImageData
+from kd_jax.data.sources import Images as Images
 from kd_jax.data.sources import load_images as load_images
+from kd_jax.data.streamed import StreamedImages as StreamedImages

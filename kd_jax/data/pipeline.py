@@ -1,21 +1,21 @@
 """Batches: which examples a step sees, as host arrays.
 
 Owns order, resumption and the slices of processes. It neither reads data sets
-nor changes a pixel: augmentation runs on the devices, see `augment`.
+nor changes a pixel: images in memory are augmented on the devices, see
+`augment`, and streamed ones cropped as they are read, see `streamed`.
 """
 
 import functools
-from collections.abc import Iterator
 
 import grain
 import numpy as np
 
-from kd_jax.data.sources import ImageData
+from kd_jax.data.sources import Images
 
 HostBatch = dict[str, np.ndarray]
 
 
-def batches_per_epoch(data: ImageData, batch_size: int) -> int:
+def batches_per_epoch(data: Images, batch_size: int) -> int:
   """Full batches in one epoch; the remainder is dropped.
 
   Args:
@@ -37,7 +37,7 @@ def batches_per_epoch(data: ImageData, batch_size: int) -> int:
 
 
 def train_batches(
-  data: ImageData,
+  data: Images,
   *,
   batch_size: int,
   seed: int,
@@ -55,14 +55,16 @@ def train_batches(
   Args:
     data: the examples.
     batch_size: examples in a global batch.
-    seed: of the order, in `[0, 2**32)`.
+    seed: of the order and the crops of streamed images, in `[0, 2**32)`.
     epochs: how many; endless when None.
     process_index: this process, such as `jax.process_index()`.
     process_count: all processes, such as `jax.process_count()`.
 
   Returns:
     An iterator of batches with `image` uint8 `[B, H, W, C]` and `label`, `id`,
-    `epoch` int32 `[B]`, where B is `batch_size / process_count`. Its
+    `epoch` int32 `[B]`, where B is `batch_size / process_count`; without
+    `label` if the images have none. Streamed images are random crops, keyed by
+    (seed, id, epoch), and the next batches are read meanwhile. Its
     `get_state()` is a dict that JSON can hold and `set_state()` takes.
 
   Raises:
@@ -70,6 +72,7 @@ def train_batches(
       divide it, or an argument is out of range.
 
   Example:
+    >>> from kd_jax.data import ImageData
     >>> data = ImageData(
     ...   image=np.zeros((5, 8, 8, 1), np.uint8),
     ...   label=np.zeros(5, np.int32),
@@ -111,20 +114,16 @@ def train_batches(
     epoch = step // per_epoch
     start = batch * batch_size + process_index * local_size
     rows = order(epoch)[start : start + local_size]
-    return {
-      'image': data.image[rows],
-      'label': data.label[rows],
-      'id': data.id[rows],
-      'epoch': np.full(local_size, epoch, np.int32),
-    }
+    examples = data.read(rows, key=(seed, epoch))
+    return {**examples, 'epoch': np.full(local_size, epoch, np.int32)}
 
   batches = grain.MapDataset.range(per_epoch).repeat(epochs)
-  # Threads would cost more than the gather that they hide.
-  options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  return iter(batches.map_with_index(gather).to_iter_dataset(options))
+  return _iterate(batches.map_with_index(gather), data)
 
 
-def eval_batches(data: ImageData, *, batch_size: int) -> Iterator[HostBatch]:
+def eval_batches(
+  data: Images, *, batch_size: int
+) -> grain.DatasetIterator[HostBatch]:
   """All examples once, in order, in batches of one shape.
 
   Args:
@@ -134,29 +133,37 @@ def eval_batches(data: ImageData, *, batch_size: int) -> Iterator[HostBatch]:
   Returns:
     An iterator of the batches of `train_batches`, of epoch 0, with `mask`
     float32 `[B]` besides: 1 for an example and 0 for padding, which has black
-    pixels, label 0 and id -1. Sums weighted by `mask` are exact.
+    pixels, label 0 and id -1. Sums weighted by `mask` are exact. Streamed
+    images are central crops.
 
   Raises:
     ValueError: if `batch_size` is not positive.
   """
   if batch_size < 1:
     raise ValueError(f'batch_size is {batch_size}; it must be positive.')
-  return _eval_batches(data, batch_size)
+
+  def gather(batch: int) -> HostBatch:
+    start = batch * batch_size
+    real = min(batch_size, len(data) - start)
+    examples = data.read(np.arange(start, start + real))
+    examples['epoch'] = np.zeros(real, np.int32)
+    examples['mask'] = np.ones(real, np.float32)
+
+    def padded(name: str, array: np.ndarray) -> np.ndarray:
+      shape = (batch_size - real, *array.shape[1:])
+      fill = -1 if name == 'id' else 0
+      return np.concatenate([array, np.full(shape, fill, array.dtype)])
+
+    return {name: padded(name, array) for name, array in examples.items()}
+
+  batches = grain.MapDataset.range(-(-len(data) // batch_size))
+  return _iterate(batches.map(gather), data)
 
 
-def _eval_batches(data: ImageData, batch_size: int) -> Iterator[HostBatch]:
-  for start in range(0, len(data), batch_size):
-    rows = slice(start, start + batch_size)
-    real = len(data.label[rows])
-
-    def padded(array: np.ndarray, fill: int = 0) -> np.ndarray:
-      rest = (batch_size - len(array), *array.shape[1:])
-      return np.concatenate([array, np.full(rest, fill, array.dtype)])
-
-    yield {
-      'image': padded(data.image[rows]),
-      'label': padded(data.label[rows]),
-      'id': padded(data.id[rows], fill=-1),
-      'epoch': np.zeros(batch_size, np.int32),
-      'mask': padded(np.ones(real, np.float32)),
-    }
+def _iterate(
+  batches: grain.MapDataset[HostBatch], data: Images
+) -> grain.DatasetIterator[HostBatch]:
+  options = grain.ReadOptions(
+    num_threads=data.prefetch, prefetch_buffer_size=data.prefetch
+  )
+  return iter(batches.to_iter_dataset(options))

@@ -40,13 +40,26 @@ def norm(
 def unit(
   x: jax.Array, axis: int | Sequence[int] = -1, *, eps: float = 1e-12
 ) -> jax.Array:
-  """`x / max(norm, eps)` over axes; a zero vector stays zero.
+  """`x / max(norm, eps)` over axes; a zero vector stays zero, with gradient 0.
 
   Example:
     >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
     [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
   """
-  return x / jnp.maximum(norm(x, axis, keepdims=True), eps)
+  length = norm(x, axis, keepdims=True)
+  return jnp.where(length > 0, x / jnp.maximum(length, eps), 0.0)
+
+
+def kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+  """KL(p || q) over the last axis, of log-probabilities `[..., C] -> [...]`.
+
+  A class without mass in p contributes 0, value and gradient, even where q
+  has none either; mass of p where q has none makes the divergence infinite.
+  """
+  p = jnp.exp(log_p)
+  possible = p > 0
+  log_ratio = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
+  return jnp.sum(p * log_ratio, axis=-1)
 
 
 def average_pool_to(x: jax.Array, size: Sequence[int]) -> jax.Array:

@@ -1,16 +1,50 @@
 """Models by name; every submodule's path is a tap of `adapters.from_linen`."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from flax import linen as nn
 
 from kd_jax import rules
+from kd_jax.models.cifar import CIFAR_MODELS as CIFAR_MODELS
+from kd_jax.models.cifar_mobilenet import CifarMobileNetV2 as CifarMobileNetV2
 from kd_jax.models.cnn import CNN as CNN
+from kd_jax.models.convnext import ConvNeXt as ConvNeXt
+from kd_jax.models.imagenet import IMAGENET_MODELS as IMAGENET_MODELS
+from kd_jax.models.imagenet_resnet import ImageNetResNet as ImageNetResNet
+from kd_jax.models.layers import Taps as Taps
 from kd_jax.models.mlp import MLP as MLP
+from kd_jax.models.mobilenet import MobileNetV1 as MobileNetV1
+from kd_jax.models.mobilenet import MobileNetV2 as MobileNetV2
+from kd_jax.models.pretrained import load_pretrained as load_pretrained
+from kd_jax.models.resnet import CifarBottleneckResNet as CifarBottleneckResNet
 from kd_jax.models.resnet import CifarResNet as CifarResNet
+from kd_jax.models.reused_head import ReusedHead as ReusedHead
+from kd_jax.models.shufflenet import ShuffleNetV1 as ShuffleNetV1
+from kd_jax.models.shufflenet import ShuffleNetV2 as ShuffleNetV2
+from kd_jax.models.vgg import VGG as VGG
+from kd_jax.models.vit import ViT as ViT
+from kd_jax.models.wide_resnet import WideResNet as WideResNet
 
-MODELS = {'mlp': MLP, 'cnn': CNN, 'resnet': CifarResNet}
+# Classes, whose options are all open, and networks by their published names,
+# some of whose options are what the name says.
+MODELS = {
+  'mlp': MLP,
+  'cnn': CNN,
+  'resnet': CifarResNet,
+  'resnet50_cifar': CifarBottleneckResNet,
+  'wrn': WideResNet,
+  'vgg': VGG,
+  'mobilenet_v2_cifar': CifarMobileNetV2,
+  'shufflenet_v1_cifar': ShuffleNetV1,
+  'shufflenet_v2_cifar': ShuffleNetV2,
+  'resnet_imagenet': ImageNetResNet,
+  'vit': ViT,
+  'convnext': ConvNeXt,
+  **CIFAR_MODELS,
+  **IMAGENET_MODELS,
+}
 
 
 def make_model(
@@ -20,8 +54,10 @@ def make_model(
 
   Args:
     name: one of `MODELS`.
-    num_classes: size of the output.
-    **options: the model's other attributes.
+    num_classes: size of the output; 0 returns a convolutional model's last
+      feature map.
+    **options: the model's other attributes, but for those that a published
+      name such as 'resnet56' stands for.
 
   Raises:
     ValueError: for an unknown name or option.
@@ -29,9 +65,14 @@ def make_model(
   Example:
     >>> make_model('resnet', num_classes=10, depth=8).depth
     8
+    >>> make_model('resnet56', num_classes=100, dtype='bfloat16').depth
+    56
   """
   constructor = rules.choose('model', name, MODELS)
+  known, fixed = constructor, {}
+  if isinstance(constructor, functools.partial):
+    known, fixed = constructor.func, constructor.keywords
+  known = set(known.__dataclass_fields__) - {'parent', 'name', *fixed}
   for option in options:
-    known = set(constructor.__dataclass_fields__) - {'parent', 'name'}
     rules.choose(f'option of model {name!r}:', option, dict.fromkeys(known))
   return constructor(num_classes=num_classes, **options)

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
-from kd_jax.models.layers import GlobalAveragePool
+from kd_jax.models import layers
 
 
 class CNN(nn.Module):
   """3x3 convolutions with BatchNorm and ReLU, halving the resolution between.
 
-  Taps: `conv1`, `norm1`, `conv2`, ..., `pool` and `head`.
+  Taps: `conv1`, `norm1`, `relu1`, `conv2`, ..., `pool` and `head`.
 
   Attributes:
-    num_classes: size of the output.
+    num_classes: size of the output; 0 returns the last feature map.
     widths: channels of each convolution; all but the first have stride 2.
     dropout: rate before the head.
     dtype: dtype of the computation; parameters are float32.
@@ -24,6 +24,18 @@ class CNN(nn.Module):
   widths: Sequence[int] = (16, 32, 64)
   dropout: float = 0.0
   dtype: jax.typing.DTypeLike = 'float32'
+
+  @property
+  def taps(self) -> layers.Taps:
+    """Each convolution is a stage."""
+    numbers = range(1, len(self.widths) + 1)
+    norms = tuple(f'norm{i}' for i in numbers)
+    return layers.Taps(
+      stages=tuple(f'relu{i}' for i in numbers),
+      preactivations=norms,
+      norms=norms,
+      **layers.end_taps(self.num_classes),
+    )
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -39,13 +51,10 @@ class CNN(nn.Module):
         dtype=self.dtype,
         name=f'conv{i}',
       )(x)
-      x = nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        dtype=self.dtype,
-        name=f'norm{i}',
-      )(x)
-      x = nn.relu(x)
-    x = GlobalAveragePool(name='pool')(x)
+      x = layers.batch_norm(f'norm{i}', train=train, dtype=self.dtype)(x)
+      x = layers.Relu(name=f'relu{i}')(x)
+    if not self.num_classes:
+      return x
+    x = layers.GlobalAveragePool(name='pool')(x)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x)

@@ -1,15 +1,24 @@
-"""Layers that mark where a quantized model holds integers.
+"""Layers that models share, and the paths at which they can be tapped.
 
-They compute what their names say. As modules they are places at which
-`quantize_activations` can round: a runtime adds and pools in integers only
-when both sides of the operation are quantized.
+Some are arithmetic as a module. They compute what their names say; as modules
+they are places at which `quantize_activations` can round (a runtime adds and
+pools in integers only when both sides of the operation are quantized), and
+whose outputs `adapters.from_linen` can tap. The functions build a layer inside
+the compact method that calls them. What a network is made of stays in its own
+file.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+# He et al., 2015, arXiv:1502.01852, with the variance of the backward pass.
+HE_NORMAL = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+# Uniform within +-1/sqrt(fan_in).
+LECUN_UNIFORM = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 class Add(nn.Module):
@@ -20,12 +29,200 @@ class Add(nn.Module):
     return x + y
 
 
+class Concatenate(nn.Module):
+  """Two arrays side by side: `[..., D]` and `[..., E]` -> `[..., D + E]`."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.concatenate([x, y], axis=-1)
+
+
+class ChannelShuffle(nn.Module):
+  """Reorders channels, so that each group's next neighbour is another group's.
+
+  With g groups of n channels, channel `i * n + j` goes to `j * g + i`.
+
+  Attributes:
+    groups: number of groups; it divides the number of channels.
+
+  References:
+    Zhang et al., "ShuffleNet: An Extremely Efficient Convolutional Neural
+    Network for Mobile Devices", 2018, arXiv:1707.01083.
+
+  Example:
+    >>> ChannelShuffle(2).apply({}, jnp.arange(6)).tolist()
+    [0, 3, 1, 4, 2, 5]
+  """
+
+  groups: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    grouped = x.reshape(*x.shape[:-1], self.groups, -1)
+    return jnp.swapaxes(grouped, -1, -2).reshape(x.shape)
+
+
+class Relu(nn.Module):
+  """max(x, 0), where a tap after the activation is wanted."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return nn.relu(x)
+
+
 class GlobalAveragePool(nn.Module):
   """The mean over all positions: `[B, H, W, D] -> [B, D]`."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     return jnp.mean(x, axis=(1, 2))
+
+
+def convolution(
+  name: str,
+  width: int,
+  size: int,
+  *,
+  dtype: jax.typing.DTypeLike,
+  stride: int = 1,
+  groups: int = 1,
+  use_bias: bool = False,
+  kernel_init: Callable[..., Any] = HE_NORMAL,
+) -> nn.Conv:
+  """A square convolution, padded so that stride 1 keeps the resolution.
+
+  Args:
+    name: of the layer.
+    width: output channels.
+    size: of the kernel, odd: `size // 2` zeros are padded on each side.
+    dtype: dtype of the computation; parameters are float32.
+    stride: in both directions.
+    groups: groups of channels that do not see each other; as many as input
+      channels for a depthwise convolution.
+    use_bias: whether it has a bias.
+    kernel_init: initialiser of the kernel; He-normal over the fan-out.
+
+  Example:
+    >>> layer = convolution('conv', 8, 3, stride=2, dtype='float32')
+    >>> x = jnp.ones((2, 8, 8, 3))
+    >>> layer.init_with_output(jax.random.key(0), x)[0].shape
+    (2, 4, 4, 8)
+  """
+  return nn.Conv(
+    width,
+    (size, size),
+    strides=stride,
+    padding=size // 2,
+    feature_group_count=groups,
+    use_bias=use_bias,
+    dtype=dtype,
+    kernel_init=kernel_init,
+    name=name,
+  )
+
+
+def batch_norm(
+  name: str, *, train: bool, dtype: jax.typing.DTypeLike
+) -> nn.BatchNorm:
+  """BatchNorm as in the published CIFAR networks.
+
+  The scale starts at 1 and the bias at 0, epsilon is 1e-5, and the running
+  statistics keep 0.9 of their value (PyTorch calls this a momentum of 0.1).
+
+  Args:
+    name: of the layer.
+    train: whether it normalises with the batch's statistics.
+    dtype: dtype of the computation; parameters and statistics are float32.
+
+  Example:
+    >>> batch_norm('norm', train=False, dtype='float32').epsilon
+    1e-05
+  """
+  return nn.BatchNorm(
+    use_running_average=not train,
+    momentum=0.9,
+    epsilon=1e-5,
+    dtype=dtype,
+    name=name,
+  )
+
+
+def conv_norm(
+  x: jax.Array,
+  conv: str,
+  norm: str,
+  width: int,
+  size: int,
+  *,
+  train: bool,
+  dtype: jax.typing.DTypeLike,
+  **options: Any,
+) -> jax.Array:
+  """A convolution and its BatchNorm.
+
+  Args:
+    x: `[B, H, W, D]`.
+    conv: name of the convolution.
+    norm: name of the BatchNorm.
+    width: output channels.
+    size: of the kernel.
+    train: see `batch_norm`.
+    dtype: of the computation.
+    **options: others of `convolution`.
+
+  Returns:
+    `[B, H / stride, W / stride, width]`.
+
+  Example:
+    >>> class Layer(nn.Module):
+    ...   @nn.compact
+    ...   def __call__(self, x):
+    ...     return conv_norm(
+    ...       x, 'conv', 'norm', 8, 3, train=False, dtype='float32'
+    ...     )
+    >>> x = jnp.ones((1, 4, 4, 3))
+    >>> variables = jax.eval_shape(Layer().init, jax.random.key(0), x)
+    >>> sorted(variables['params'])
+    ['conv', 'norm']
+  """
+  x = convolution(conv, width, size, dtype=dtype, **options)(x)
+  return batch_norm(norm, train=train, dtype=dtype)(x)
+
+
+def classify(
+  x: jax.Array,
+  num_classes: int,
+  *,
+  train: bool,
+  dtype: jax.typing.DTypeLike,
+  dropout: float = 0.0,
+) -> jax.Array:
+  """The end of a classifier: `pool`, dropout and the linear layer `head`.
+
+  The head's kernel starts uniform within +-1/sqrt(fan_in), its bias at 0.
+
+  Args:
+    x: the last feature map, `[B, H, W, D]`.
+    num_classes: size of the output; 0 for a backbone without an end.
+    train: whether dropout acts.
+    dtype: of the computation.
+    dropout: rate before the head.
+
+  Returns:
+    `[B, num_classes]` logits, or `x` itself where `num_classes` is 0.
+
+  Example:
+    >>> x = jnp.ones((2, 4, 4, 8))
+    >>> classify(x, 0, train=False, dtype='float32').shape
+    (2, 4, 4, 8)
+  """
+  if not num_classes:
+    return x
+  x = GlobalAveragePool(name='pool')(x)
+  x = nn.Dropout(dropout, deterministic=not train)(x)
+  return nn.Dense(
+    num_classes, dtype=dtype, kernel_init=LECUN_UNIFORM, name='head'
+  )(x)
 
 
 class Taps(NamedTuple):
@@ -48,3 +245,22 @@ class Taps(NamedTuple):
   norms: tuple[str, ...]
   embedding: str
   head: str
+
+
+def end_taps(num_classes: int) -> dict[str, str]:
+  """`embedding` and `head` of `Taps` for a model that ends in `classify`.
+
+  Args:
+    num_classes: of the model.
+
+  Returns:
+    The two fields; empty strings where `num_classes` is 0, for there is
+    neither pooling nor head.
+
+  Example:
+    >>> end_taps(10)
+    {'embedding': 'pool', 'head': 'head'}
+  """
+  if not num_classes:
+    return {'embedding': '', 'head': ''}
+  return {'embedding': 'pool', 'head': 'head'}

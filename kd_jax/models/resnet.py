@@ -1,13 +1,19 @@
-"""The residual networks for small images of He et al., section 4.2.
+"""Residual networks for small images, of basic blocks and of bottlenecks.
 
-Depth 6n + 2: a 3x3 stem, three stages of n basic blocks with widths w, 2w and
-4w, the second and third halving the resolution, pooling and a linear head.
+Owns the networks of He et al., section 4.2 (depth 6n + 2: a 3x3 stem, three
+stages of n basic blocks with widths w, 2w and 4w, the second and third halving
+the resolution) and the four-stage network of bottlenecks with the stem made
+for small images. Networks for ImageNet and those that normalise before the
+convolution live elsewhere.
 """
+
+import functools
+from collections.abc import Sequence
 
 import jax
 from flax import linen as nn
 
-from kd_jax.models.layers import Add, GlobalAveragePool
+from kd_jax.models import layers
 
 
 class BasicBlock(nn.Module):
@@ -26,29 +32,73 @@ class BasicBlock(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """`[B, H, W, D] -> [B, H / stride, W / stride, width]`."""
-
-    def conv_norm(x, name, size, stride):
-      x = nn.Conv(
-        self.width,
-        (size, size),
-        strides=stride,
-        padding=size // 2,
-        use_bias=False,
-        dtype=self.dtype,
-        name=f'conv{name}',
-      )(x)
-      return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        dtype=self.dtype,
-        name=f'norm{name}',
-      )(x)
-
-    y = nn.relu(conv_norm(x, '1', 3, self.stride))
-    y = conv_norm(y, '2', 3, 1)
+    conv_norm = functools.partial(
+      layers.conv_norm, train=train, dtype=self.dtype
+    )
+    y = conv_norm(x, 'conv1', 'norm1', self.width, 3, stride=self.stride)
+    y = conv_norm(nn.relu(y), 'conv2', 'norm2', self.width, 3)
     if x.shape[-1] != self.width or self.stride != 1:
-      x = conv_norm(x, '_shortcut', 1, self.stride)
-    return nn.relu(Add(name='add')(x, y))
+      x = conv_norm(
+        x, 'conv_shortcut', 'norm_shortcut', self.width, 1, stride=self.stride
+      )
+    return nn.relu(layers.Add(name='add')(x, y))
+
+
+class Bottleneck(nn.Module):
+  """1x1, 3x3 and 1x1 convolutions and a shortcut, projected where needed.
+
+  The 3x3 convolution has the stride, as in most published code; in the paper
+  the first one has it.
+
+  Attributes:
+    width: channels of the 3x3 convolution; the output has four times as many.
+    stride: of the 3x3 convolution and the projection.
+    dtype: dtype of the computation.
+  """
+
+  width: int
+  stride: int = 1
+  dtype: jax.typing.DTypeLike = 'float32'
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """`[B, H, W, D] -> [B, H / stride, W / stride, 4 * width]`."""
+    conv_norm = functools.partial(
+      layers.conv_norm, train=train, dtype=self.dtype
+    )
+    out = 4 * self.width
+    y = conv_norm(x, 'conv1', 'norm1', self.width, 1)
+    y = conv_norm(
+      nn.relu(y), 'conv2', 'norm2', self.width, 3, stride=self.stride
+    )
+    y = conv_norm(nn.relu(y), 'conv3', 'norm3', out, 1)
+    if x.shape[-1] != out or self.stride != 1:
+      x = conv_norm(
+        x, 'conv_shortcut', 'norm_shortcut', out, 1, stride=self.stride
+      )
+    return nn.relu(layers.Add(name='add')(x, y))
+
+
+def _stage_taps(
+  blocks: Sequence[int], norm: str, num_classes: int
+) -> layers.Taps:
+  """Taps at the last block of every stage; `norm` is the block's last one."""
+  last = [f'stage{s}_block{n}' for s, n in enumerate(blocks, start=1)]
+  return layers.Taps(
+    stages=tuple(last),
+    preactivations=tuple(f'{block}/add' for block in last),
+    norms=tuple(f'{block}/{norm}' for block in last),
+    **layers.end_taps(num_classes),
+  )
+
+
+def _blocks(depth: int) -> int:
+  """The number of basic blocks of each stage."""
+  if depth < 8 or (depth - 2) % 6:
+    raise ValueError(
+      f'CifarResNet: depth={depth} is not 6n + 2 (8, 14, 20, ...).'
+    )
+  return (depth - 2) // 6
 
 
 class CifarResNet(nn.Module):
@@ -57,10 +107,17 @@ class CifarResNet(nn.Module):
   Taps: `stem` (before its norm), `stage1_block1`, ..., `stage3_block<n>`,
   `pool` and `head`.
 
+  Convolutions start He-normal over the fan-out, the head's kernel uniform
+  within +-1/sqrt(fan_in), as in the published code; the head's bias starts at
+  0, there it is uniform like the kernel.
+
   Attributes:
-    num_classes: size of the output.
+    num_classes: size of the output; 0 returns the last feature map,
+      `[B, H / 4, W / 4, 4 * width]`.
     depth: 6n + 2, such as 8, 20, 56.
     width: channels of the first stage; the paper's is 16.
+    stem_width: channels of the stem, `width` when None. The networks called
+      x4 have 64 channels in the first stage and 32 in the stem.
     dropout: rate before the head.
     dtype: dtype of the computation; parameters are float32.
 
@@ -70,44 +127,121 @@ class CifarResNet(nn.Module):
   References:
     He et al., "Deep Residual Learning for Image Recognition", 2016,
     arXiv:1512.03385; with projection shortcuts.
+
+  Example:
+    >>> CifarResNet(num_classes=10, depth=20).taps.stages
+    ('stage1_block3', 'stage2_block3', 'stage3_block3')
   """
 
   num_classes: int
   depth: int = 20
   width: int = 16
+  stem_width: int | None = None
   dropout: float = 0.0
   dtype: jax.typing.DTypeLike = 'float32'
+
+  @property
+  def taps(self) -> layers.Taps:
+    """The stages are the three resolutions."""
+    blocks = [_blocks(self.depth)] * 3
+    return _stage_taps(blocks, 'norm2', self.num_classes)
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """`[B, H, W, C]` images -> `[B, num_classes]` logits."""
-    if self.depth < 8 or (self.depth - 2) % 6:
-      raise ValueError(
-        f'CifarResNet: depth={self.depth} is not 6n + 2 (8, 14, 20, ...).'
-      )
-    x = nn.Conv(
-      self.width,
-      (3, 3),
-      padding=1,
-      use_bias=False,
+    blocks = _blocks(self.depth)
+    x = layers.conv_norm(
+      x,
+      'stem',
+      'stem_norm',
+      self.width if self.stem_width is None else self.stem_width,
+      3,
+      train=train,
       dtype=self.dtype,
-      name='stem',
-    )(x)
-    x = nn.BatchNorm(
-      use_running_average=not train,
-      momentum=0.9,
-      dtype=self.dtype,
-      name='stem_norm',
-    )(x)
+    )
     x = nn.relu(x)
     for stage in (1, 2, 3):
-      for block in range(1, (self.depth - 2) // 6 + 1):
+      for block in range(1, blocks + 1):
         x = BasicBlock(
           self.width * 2 ** (stage - 1),
           stride=2 if stage > 1 and block == 1 else 1,
           dtype=self.dtype,
           name=f'stage{stage}_block{block}',
         )(x, train)
-    x = GlobalAveragePool(name='pool')(x)
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x)
+    return layers.classify(
+      x,
+      self.num_classes,
+      train=train,
+      dtype=self.dtype,
+      dropout=self.dropout,
+    )
+
+
+class CifarBottleneckResNet(nn.Module):
+  """ResNet-50 for small images: a 3x3 stem with stride 1 and no max-pooling.
+
+  Stages of bottlenecks whose widths double and whose resolution halves from
+  one to the next.
+
+  Taps: `stem` (before its norm), `stage1_block1`, ..., `pool` and `head`.
+
+  It starts as `CifarResNet` does.
+
+  Attributes:
+    num_classes: size of the output; 0 returns the last feature map,
+      `[B, H / 8, W / 8, 32 * width]` with four stages.
+    blocks: bottlenecks of each stage; (3, 4, 6, 3) is ResNet-50.
+    width: channels of the stem and inside the first stage's bottlenecks.
+    dropout: rate before the head.
+    dtype: dtype of the computation; parameters are float32.
+
+  Raises:
+    ValueError: if a stage has no block.
+
+  References:
+    He et al., "Deep Residual Learning for Image Recognition", 2016,
+    arXiv:1512.03385.
+
+  Example:
+    >>> CifarBottleneckResNet(num_classes=10).taps.norms[0]
+    'stage1_block3/norm3'
+  """
+
+  num_classes: int
+  blocks: Sequence[int] = (3, 4, 6, 3)
+  width: int = 64
+  dropout: float = 0.0
+  dtype: jax.typing.DTypeLike = 'float32'
+
+  @property
+  def taps(self) -> layers.Taps:
+    """The stages are the four resolutions."""
+    return _stage_taps(self.blocks, 'norm3', self.num_classes)
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """`[B, H, W, C]` images -> `[B, num_classes]` logits."""
+    if min(self.blocks, default=0) < 1:
+      raise ValueError(
+        f'CifarBottleneckResNet: blocks={tuple(self.blocks)}; every stage '
+        'needs at least one block.'
+      )
+    x = layers.conv_norm(
+      x, 'stem', 'stem_norm', self.width, 3, train=train, dtype=self.dtype
+    )
+    x = nn.relu(x)
+    for stage, blocks in enumerate(self.blocks, start=1):
+      for block in range(1, blocks + 1):
+        x = Bottleneck(
+          self.width * 2 ** (stage - 1),
+          stride=2 if stage > 1 and block == 1 else 1,
+          dtype=self.dtype,
+          name=f'stage{stage}_block{block}',
+        )(x, train)
+    return layers.classify(
+      x,
+      self.num_classes,
+      train=train,
+      dtype=self.dtype,
+      dropout=self.dropout,
+    )

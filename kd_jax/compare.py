@@ -1,0 +1,211 @@
+"""Methods side by side: the same teacher, student, data and seeds for all.
+
+For every seed a teacher is trained once, and the student once with each
+method, always from the same weights, batches and crops. What is reported is
+the last step, never the best, on the test split.
+"""
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from kd_jax import distillation, fit, methods, rules, sharding, weights
+from kd_jax.data import train_batches
+from kd_jax.report import comparison, measure
+from kd_jax.run import Run
+from kd_jax.workdir import Workdir, read_json, write_json
+
+TEACHER = 'teacher'
+METRICS = ('accuracy', 'agreement', 'kl', 'calibration_error')
+
+
+def compare(
+  config: ml_collections.ConfigDict,
+  path: str | os.PathLike,
+  *,
+  say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Trains every method with every seed, and writes the comparison.
+
+  What is finished is kept: the same call goes on where it was stopped, and a
+  configuration with more methods or seeds adds them.
+
+  Args:
+    config: see `configs/compare_digits.py`.
+    path: the work directory; `seed<N>` of it belongs to one seed.
+    say: prints one line.
+
+  Returns:
+    The comparison, as written to `comparison.json`; see `report.comparison`.
+
+  Raises:
+    ValueError: for an unknown method, or a directory of another configuration.
+  """
+  for name in config.methods:
+    rules.choose('method', name, methods.METHODS)
+  rows: dict[str, list[dict[str, Any]]] = {}
+  for seed in range(config.seeds):
+    run = open_run(config, path, seed)
+    run.workdir.write_config()
+    for name in (TEACHER, *config.methods):
+      where = place(name)
+      done = run.workdir.done(where)
+      if not done:
+        run.workdir.finish(where, _train(run, name))
+      result = run.workdir.result(where)
+      rows.setdefault(name, []).append(result['test'])
+      if not done:
+        accuracy = f'{result["test"]["accuracy"]:.2%}'
+        say(f'seed {seed}, {name}: {accuracy} on the test split')
+  times = _times(config, path)
+  result = _assemble(open_run(config, path, 0), rows, times)
+  comparison.write(result, Path(path))
+  return result
+
+
+def place(name: str) -> str:
+  """The stage directory of a method, or of the teacher."""
+  return name if name == TEACHER else f'methods/{name}'
+
+
+def open_run(
+  config: ml_collections.ConfigDict, path: str | os.PathLike, seed: int
+) -> Run:
+  """The run of one seed.
+
+  Which methods and how many seeds are compared is not part of its identity:
+  more of them may be added.
+  """
+  config = ml_collections.ConfigDict(config.to_dict())
+  config.seed = seed
+  for key in ('methods', 'seeds', 'timing'):
+    del config[key]
+  return Run(config, Workdir(Path(path) / f'seed{seed}', config.to_dict()))
+
+
+def with_method(run: Run, name: str) -> Run:
+  """The same run, its student taught by a method of `methods.METHODS`."""
+  method = methods.METHODS[name]
+  config = ml_collections.ConfigDict(run.config.to_dict())
+  terms = dict(method.terms)
+  for label, options in config.overrides.get(name, {}).items():
+    terms[label] = {**terms[label], **options}
+  config.distill.terms = terms
+  config.distill.scheme.update(method.scheme)
+  return Run(config, run.workdir, like=run)
+
+
+def _train(run: Run, name: str) -> dict[str, Any]:
+  if name == TEACHER:
+    result = distillation.fit_teachers(run)
+    network = run.teacher()
+  else:
+    own = with_method(run, name)
+    where = place(name)
+    result = distillation.distill(own, where)
+    stored = weights.load_weights(
+      run.workdir.path / where / 'weights.safetensors'
+    )
+    network = own.network(name, own.model('student'), stored)
+  teacher = run.apply(run.teacher()) if name != TEACHER else run.apply(network)
+  test = run.evaluate(run.apply(network), 'test', teacher=teacher)
+  parameters, _ = weights.count(network.variables)
+  return result | {'test': test | {'parameters': parameters}}
+
+
+def train_step(run: Run, name: str) -> tuple[Callable, Any, Any]:
+  """A method's compiled train step, its state, and a batch.
+
+  Args:
+    run: of a seed whose teacher is trained.
+    name: the method.
+
+  Returns:
+    `(step, state, batch)`; `step(state, batch, rng)` is compiled and keeps
+    the state that it is given.
+  """
+  own = with_method(run, name)
+  c = own.config.distill
+  link = distillation.link(own, own.model('student'), own.teacher(), 'distill')
+  made = fit.make_step(own, 'distill', c.train, *link)
+  step = sharding.compile_step(
+    made.step, own.mesh, own.config.compiler, donate=False
+  )
+  state = sharding.place_state(made.state, own.mesh, own.config.compiler)
+  batches = train_batches(
+    own.transfer, batch_size=c.train.batch_size, seed=own.config.seed
+  )
+  return step, state, sharding.shard_batch(next(batches), own.mesh)
+
+
+def _times(config, path) -> dict[str, dict[str, float]]:
+  """Seconds of a step of every method, measured in turns after the training."""
+  run, steps = open_run(config, path, 0), {}
+  names = tuple(dict.fromkeys(('kd', *config.methods)))
+  stored = Path(path) / 'times.json'
+  if stored.exists():
+    known = read_json(stored)
+    if set(names) <= set(known):
+      return known
+  rng = jax.random.key(0)
+  for name in names:
+    step, state, batch = train_step(run, name)
+    steps[name] = lambda _, s=step, x=state, b=batch: s(x, b, rng)
+  times = measure.latencies(steps, np.zeros(0), runs=config.timing.runs)
+  write_json(stored, times)
+  return times
+
+
+def _assemble(run, rows, times) -> dict[str, Any]:
+  c = run.config
+  kd = times['kd']['median_ms']
+  table = []
+  for name, results in rows.items():
+    method = methods.METHODS.get(name)
+    terms = dict(method.terms) if method else {}
+    for label, options in c.overrides.get(name, {}).items():
+      terms[label] = {**terms[label], **options}
+    row = {
+      'name': name,
+      'title': method.title if method else 'teacher',
+      'paper': method.paper if method else '',
+      'terms': methods.describe(terms) if method else 'cross-entropy',
+      'scheme': dict(method.scheme) if method else {},
+      'weights': method.weights if method else '',
+      'parameters': results[0]['parameters'],
+    }
+    for metric in METRICS:
+      row[metric] = [r[metric] for r in results]
+    if name in times:
+      row['step_ms'] = times[name]
+      row['relative_step'] = times[name]['median_ms'] / kd
+    table.append(row)
+  splits = run.splits
+  return {
+    'format': comparison.FORMAT,
+    'kd_jax': metadata.version('kd_jax'),
+    'created': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
+    'versions': {
+      'python': platform.python_version(),
+      **{p: metadata.version(p) for p in ('jax', 'flax', 'optax')},
+    },
+    'hardware': measure.hardware(),
+    'dataset': {
+      'name': c.data.name,
+      **{f'{name}_examples': len(split) for name, split in splits.items()},
+    },
+    'teacher': c.teacher.model.to_dict(),
+    'student': c.student.model.to_dict(),
+    'train': json.loads(json.dumps(c.distill.train.to_dict())),
+    'seeds': len(next(iter(rows.values()))),
+    'rows': table,
+  }

@@ -1,0 +1,241 @@
+"""The distillation of a run: its teachers, the links between, the student.
+
+A link learns from the one before it: the teacher (or teachers), then the
+assistants, then earlier generations of the student, then the student. Owns
+who learns from whom and which objective that is; how one network is trained
+is `fit`.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from kd_jax import adapters, data, deploy, fit, methods, networks, objectives
+from kd_jax.fit import Result, Student
+from kd_jax.models import load_pretrained
+from kd_jax.objectives import Objective
+from kd_jax.run import TEACHER, Network, Run
+from kd_jax.weights import load_weights, save_weights
+
+
+def labels_only() -> Objective:
+  """Cross-entropy with the labels."""
+  return objectives.weighted_sum({'ce': (1.0, objectives.hard_labels())})
+
+
+def fit_teachers(run: Run) -> Result:
+  """Trains the teacher, and the others of an ensemble, on the labels."""
+  c = run.config.teacher
+  for name, options in c.others.items():
+    where = f'{TEACHER}/{name}'
+    if not run.workdir.done(where):
+      result = _fit_teacher(run, where, options.to_dict())
+      run.workdir.finish(where, result)
+  return _fit_teacher(run, TEACHER, c.model.to_dict())
+
+
+def _fit_teacher(run: Run, where: str, options: Mapping[str, Any]) -> Result:
+  model, c = run.make_model(options), run.config.teacher
+  if where == TEACHER and c.pretrained:
+    variables = load_pretrained(c.pretrained, model)
+    path = run.workdir.stage(where) / 'weights.safetensors'
+    save_weights(path, variables)
+    result = {'history': [], 'train_seconds': 0.0, 'steps': 0}
+  else:
+    variables = adapters.init_linen(model, run.rng(where), _example(run, c))
+    make = functools.partial(_teacher_forward, run, model)
+    result = fit.fit(
+      run, where, c.train, labels_only(), Student(make, variables)
+    )
+  if c.precision == 'int8':
+    _save_integers(run, where, model)
+  return result
+
+
+def _teacher_forward(run, model, taps=(), axis_name=None):
+  forward = adapters.from_linen(model, taps=taps, axis_name=axis_name)
+  return run.teacher_input(forward)
+
+
+def _example(run, c):
+  """A batch of one image in the teacher's resolution."""
+  size = c.input.size
+  example = run.example
+  if not size:
+    return example
+  return {**example, 'image': data.resize(example['image'], size=size)}
+
+
+def _save_integers(run, where, model):
+  directory = run.workdir.stage(where)
+  variables = load_weights(directory / 'weights.safetensors')
+  transform = run.teacher_input(
+    lambda variables, batch, rng=None, *, train=False: batch
+  )
+  batches = data.train_batches(
+    run.splits['train'],
+    batch_size=min(run.config.eval_batch_size, len(run.splits['train'])),
+    seed=run.config.seed,
+  )
+  calibration = (
+    transform({}, run.preprocess(next(batches), train=False)) for _ in range(8)
+  )
+  integers = deploy.post_training_int8(model, variables, calibration)
+  save_weights(directory / 'weights.int8.safetensors', integers)
+
+
+def make_objective(
+  run: Run,
+  terms: ml_collections.ConfigDict,
+  *,
+  student: Any,
+  teacher: Any,
+  steps: int,
+) -> Objective:
+  """The objective that a configuration's terms name.
+
+  Args:
+    run: the run.
+    terms: see `methods.make_objective`.
+    student: the student's taps.
+    teacher: the teacher's; of an ensemble, name -> taps.
+    steps: of the training.
+  """
+  train = run.splits['train']
+  labels = None
+  if isinstance(train, data.ImageData):
+    labels = np.full(int(train.id.max()) + 1, -1, np.int32)
+    labels[train.id] = train.label
+  c = run.config.teacher
+  facts = methods.Facts(
+    student=student,
+    teacher=teacher,
+    num_classes=train.num_classes,
+    total_steps=steps,
+    labels=labels,
+    teacher_weights=c.weights.to_dict() or None,
+  )
+  if isinstance(teacher, Mapping) and c.space != 'losses':
+    # The ensemble is one teacher, of which only the output is common.
+    facts = facts._replace(teacher=None)
+  return methods.make_objective(terms.to_dict(), facts)
+
+
+def distill(run: Run, where: str = 'distill') -> Result:
+  """Trains the links of the chain in order; the last one is the student.
+
+  Args:
+    run: the run.
+    where: the directory of the student; the links before it lie within.
+  """
+  c, teacher = run.config.distill, run.teacher()
+  before = {
+    name: run.make_model(options.to_dict())
+    for name, options in c.scheme.assistants.items()
+  }
+  model = run.model('student')
+  for generation in range(1, c.scheme.generations):
+    before[f'generation{generation}'] = model
+  for name, other in before.items():
+    path = f'{where}/{name}'
+    if not run.workdir.done(path):
+      result = _fit_link(run, path, f'distill/{name}', other, teacher)
+      run.workdir.finish(path, result)
+    variables = load_weights(run.workdir.weights(path))
+    teacher = run.network(name, other, variables)
+  return _fit_link(run, where, 'distill', model, teacher)
+
+
+def _fit_link(run, where, key, model, teacher) -> Result:
+  objective, student, teacher = link(run, model, teacher, key)
+  c = run.config.distill.train
+  return fit.fit(run, where, c, objective, student, teacher=teacher, key=key)
+
+
+def link(
+  run: Run, model: Any, teacher: Network, key: str
+) -> tuple[Objective, Student, Network | None]:
+  """What one link is trained with, as `fit.make_step` takes it.
+
+  Args:
+    run: the run, whose `config.distill` says how.
+    model: the linen module of the link.
+    teacher: the link before.
+    key: names the random key of its weights.
+  """
+  c = run.config.distill
+  objective = functools.partial(
+    make_objective,
+    run,
+    c.terms,
+    student=model.taps,
+    steps=fit.total_steps(c.train, run.transfer),
+  )
+  variables = adapters.init_linen(model, run.rng(key), run.example)
+  make = functools.partial(adapters.from_linen, model)
+  student = Student(make, variables)
+  if c.scheme.reuse_head:
+    variables['params']['head'] = teacher.variables['params']['head']
+    student = Student(make, variables, frozen='head/.*')
+  if c.scheme.ema:
+    own = objective(teacher=model.taps)
+    return objectives.ema_teacher(own, decay=c.scheme.ema), student, None
+  learned = objective(teacher=teacher.taps)
+  if c.scheme.cohort > 1:
+    student, learned = _cohort(run, key, model, learned)
+  return learned, student, teacher
+
+
+def _cohort(run, key, model, objective):
+  """Students that learn from each other too, and the objective of them all."""
+  scheme = run.config.distill.scheme
+  names = [f'student{i}' for i in range(scheme.cohort)]
+  starts = {
+    name: adapters.init_linen(
+      model, run.rng(key if i == 0 else f'{key}/{name}'), run.example
+    )
+    for i, name in enumerate(names)
+  }
+
+  def make(taps=(), axis_name=None):
+    members = {
+      name: adapters.from_linen(
+        model,
+        taps=[
+          t.removeprefix(f'{name}/') for t in taps if t.startswith(f'{name}/')
+        ],
+        axis_name=axis_name,
+      )
+      for name in names
+    }
+    return networks.combine(members, space='first')
+
+  # Times the cohort's size: each student keeps the loss that it has alone.
+  size = float(scheme.cohort)
+  own = objectives.each_student(dict.fromkeys(names, objective))
+  peers = objectives.mutual(names, temperature=scheme.mutual_temperature)
+  objective = objectives.weighted_sum(
+    {'own': (size, own), 'mutual': (size * scheme.mutual_weight, peers)}
+  )
+  student = Student(
+    make,
+    networks.combine_variables(starts),
+    served=lambda variables: networks.variables_of(variables, names[0]),
+    served_make=functools.partial(adapters.from_linen, model),
+  )
+  return student, objective
+
+
+def compress_objective(run: Run, teacher: Network) -> Objective:
+  """The objective of the stage that prunes and quantizes."""
+  c = run.config.compress
+  return make_objective(
+    run,
+    c.terms,
+    student=run.model('student').taps,
+    teacher=teacher.taps,
+    steps=fit.total_steps(c.train, run.transfer),
+  )

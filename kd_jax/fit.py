@@ -1,0 +1,238 @@
+"""Trains one network of a run: optimizer, step, loop, and its saved weights.
+
+Every stage that trains calls `fit`; which networks and objectives they are is
+said in `recipe` and `distillation`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import optax
+
+from kd_jax import data, deploy, optim, prune, sharding
+from kd_jax import train as train_lib
+from kd_jax.checkpoint import Checkpoints
+from kd_jax.objectives import Objective
+from kd_jax.run import Network, Run
+from kd_jax.step import init_state, make_train_step
+from kd_jax.types import StudentFn, TrainState, Variables
+from kd_jax.weights import save_weights
+
+Result = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+  """A network to train.
+
+  Attributes:
+    make: `(taps=(), axis_name=None) -> forward`.
+    variables: where it starts.
+    served: `(variables) -> variables` of the one network that is evaluated
+      and saved; the first of a cohort.
+    served_make: its `make`, if it is not the whole.
+    params_fn: see `make_train_step`.
+    frozen: pattern of parameters that do not train; '' for none.
+    wrap: what to make of the optimizer, such as pruning.
+  """
+
+  make: Callable[..., StudentFn]
+  variables: Variables
+  served: Callable[[Variables], Variables] = dict
+  served_make: Callable[..., StudentFn] | None = None
+  params_fn: Callable[[Any], Any] = lambda params: params
+  frozen: str = ''
+  wrap: Callable[[Any], Any] = lambda tx: tx
+
+
+def total_steps(c: ml_collections.ConfigDict, images: data.Images) -> int:
+  """The steps of a training configuration on some images."""
+  return c.epochs * data.batches_per_epoch(images, c.batch_size)
+
+
+def images_for(run: Run, teacher: Network | None) -> data.Images:
+  """Who learns from a teacher may learn on other images, without labels."""
+  return run.splits['train'] if teacher is None else run.transfer
+
+
+def _optimizer(c, steps: int, frozen: str) -> optax.GradientTransformation:
+  schedule = optim.make_schedule(
+    c.schedule,
+    peak=c.learning_rate,
+    total_steps=steps,
+    warmup_steps=int(c.warmup * steps),
+    boundaries=c.boundaries,
+  )
+  tx = optim.make_optimizer(learning_rate=schedule, **c.optimizer.to_dict())
+  return optim.freeze(tx, frozen) if frozen else tx
+
+
+class Prepared(NamedTuple):
+  """A train step that is not compiled, and where it starts.
+
+  Attributes:
+    step: `(state, raw batch, rng) -> (state, metrics)`; augments on the device.
+    state: before the first step.
+  """
+
+  step: Callable[..., Any]
+  state: TrainState
+
+
+def make_step(
+  run: Run,
+  key: str,
+  c: ml_collections.ConfigDict,
+  objective: Objective,
+  student: Student,
+  teacher: Network | None = None,
+) -> Prepared:
+  """The step that trains a network on the run's raw batches.
+
+  Args:
+    run: the run.
+    key: names the random key of the objective's parameters.
+    c: how long and with which optimizer; a `training` of `configs/digits.py`.
+    objective: what to minimise.
+    student: the network.
+    teacher: of the objective, if it has one.
+  """
+  steps = total_steps(c, images_for(run, teacher))
+  tx = _optimizer(c, steps, student.frozen)
+  tx = optim.average_params(tx, decay=c.average) if c.average else tx
+  tx = student.wrap(tx)
+  objective_tx = _optimizer(c, steps, '')
+  teacher_fn = None
+  if teacher is not None:
+    teacher_fn = teacher.make(taps=objective.taps.teacher)
+  tapped = functools.partial(student.make, taps=objective.taps.student)
+  step = make_train_step(
+    tapped(axis_name=run.axis_name),
+    objective,
+    tx,
+    teacher_fn=teacher_fn,
+    params_fn=student.params_fn,
+    axis_name=run.axis_name,
+    num_shards=run.mesh.devices.size,
+    objective_tx=objective_tx,
+  )
+
+  def augmented_step(state, batch, rng):
+    state, metrics = step(state, run.preprocess(batch, train=True), rng)
+    pruning = prune.find_state(state.opt_state)
+    if pruning is not None:
+      metrics['sparsity'] = pruning.sparsity
+    return state, metrics
+
+  state = init_state(
+    tapped(),
+    objective,
+    tx,
+    student.variables,
+    run.example,
+    teacher_fn=teacher_fn,
+    teacher=None if teacher is None else teacher.variables,
+    objective_tx=objective_tx,
+    rng=run.rng(key),
+  )
+  return Prepared(augmented_step, state)
+
+
+def fit(
+  run: Run,
+  where: str,
+  c: ml_collections.ConfigDict,
+  objective: Objective,
+  student: Student,
+  *,
+  teacher: Network | None = None,
+  key: str = '',
+) -> Result:
+  """Trains one network and saves its weights.
+
+  Args:
+    run: the run.
+    where: the stage, or 'stage/part': its directory.
+    c: as for `make_step`, and so are `objective`, `student` and `teacher`.
+    key: names the run's random key; `where` if empty.
+
+  Returns:
+    The stage's result: history, seconds and steps.
+  """
+  key = key or where
+  prepared = make_step(run, key, c, objective, student, teacher)
+  images = images_for(run, teacher)
+  evaluate = _evaluator(run, student)
+  trained = _train(run, where, key, c, images, prepared, evaluate)
+  save_weights(
+    run.workdir.stage(where) / 'weights.safetensors',
+    jax.device_get(student.served(_averaged(trained.state))),
+  )
+  return {
+    'history': trained.history,
+    'train_seconds': trained.seconds,
+    'steps': int(trained.state.step),
+  }
+
+
+def _train(run, where, key, c, images, prepared, evaluate) -> train_lib.Trained:
+  per_epoch = data.batches_per_epoch(images, c.batch_size)
+  with Checkpoints(
+    run.workdir.stage(where) / 'checkpoints',
+    fingerprint={'stage': where, 'config': run.workdir.fingerprint},
+    best='eval/accuracy',
+  ) as checkpoints:
+    return train_lib.train(
+      sharding.compile_step(prepared.step, run.mesh, run.config.compiler),
+      sharding.place_state(prepared.state, run.mesh, run.config.compiler),
+      data.train_batches(
+        images,
+        batch_size=c.batch_size,
+        seed=run.config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+      ),
+      rng=run.rng(key),
+      total_steps=total_steps(c, images),
+      put=functools.partial(sharding.shard_batch, mesh=run.mesh),
+      checkpoints=checkpoints,
+      evaluate=evaluate,
+      evaluate_every=c.evaluate_every_epochs * per_epoch,
+      log_every=min(per_epoch, 50),
+      title=where,
+    )
+
+
+def _evaluator(run: Run, student: Student):
+  """`(state) -> numbers` on the validation split; compiled once."""
+  forward = (student.served_make or student.make)()
+  fn = jax.jit(deploy.from_images(forward, run.preprocess))
+
+  def evaluate(state: TrainState) -> dict[str, float]:
+    variables = dict(student.served(_averaged(state)))
+    variables['params'] = student.params_fn(variables['params'])
+    numbers = run.evaluate(lambda b: fn(variables, b['image']), 'validation')
+    masks = prune.masks_of(state.opt_state)
+    if masks:
+      layers = _pruned_layers(variables['params'], masks)
+      nonzero = sum(layer.nonzero for layer in layers)
+      numbers['sparsity'] = 1 - nonzero / sum(layer.size for layer in layers)
+    return {f'eval/{name}': value for name, value in numbers.items()}
+
+  return evaluate
+
+
+def _pruned_layers(params, masks) -> list[prune.LayerSparsity]:
+  return [r for r in prune.sparsity_report(params) if r.path in masks]
+
+
+def _averaged(state: TrainState) -> dict[str, Any]:
+  """The variables to evaluate with: averaged if asked for, and masked."""
+  params = optim.averaged_params(state.opt_state)
+  params = state.params if params is None else params
+  params = prune.apply_masks(params, prune.masks_of(state.opt_state))
+  return {'params': params, **state.model_state}

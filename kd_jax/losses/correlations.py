@@ -1,0 +1,296 @@
+"""Losses on how predictions relate: across classes and across a batch.
+
+They compare softmax probabilities, `[B, C]`, and treat the teacher as
+constant. All but `inter_class_relation` are a float32 scalar over exactly the
+batch they get: under a compiled step that is the global batch. For relations
+of embeddings and maps see `relations`.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kd_jax.losses import numerics
+from kd_jax.losses.logits import kl_divergence
+from kd_jax.types import check_same_shape
+
+
+def _softmaxes(
+  student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+  student_logits = numerics.float32(student_logits)
+  teacher_logits = numerics.constant(teacher_logits)
+  check_same_shape(
+    'teacher and student must have the same classes',
+    student_logits=student_logits,
+    teacher_logits=teacher_logits,
+  )
+  if student_logits.ndim != 2:
+    raise ValueError(
+      f'relations within a batch need [B, C], not {student_logits.shape}.'
+    )
+  return (
+    jax.nn.softmax(student_logits / temperature),
+    jax.nn.softmax(teacher_logits / temperature),
+  )
+
+
+def _direction(x: jax.Array, axis: int) -> jax.Array:
+  """`x` less its mean, of norm 1; 0 with gradient 0 where `x` is constant.
+
+  Constant is a spread within float32's rounding of the values: the direction
+  of rounding errors means nothing and has enormous gradients.
+  """
+  centred = x - jnp.mean(x, axis=axis, keepdims=True)
+  spread = jnp.max(jnp.abs(centred), axis=axis, keepdims=True)
+  size = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+  varies = spread > jnp.maximum(1e-6 * size, 1e-30)
+  # The direction ignores the scale, which as it is might underflow in a square.
+  scale = jax.lax.stop_gradient(jnp.where(varies, spread, 1.0))
+  return numerics.unit(jnp.where(varies, centred / scale, 0.0), axis)
+
+
+def _pearson(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+  return jnp.sum(_direction(a, axis) * _direction(b, axis), axis=axis)
+
+
+def inter_class_relation(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  temperature: ArrayLike = 1.0,
+) -> jax.Array:
+  """DIST's relation between the classes of one example.
+
+  tau**2 * (1 - r), with r Pearson's correlation of the student's and the
+  teacher's softmax(logits / tau) over the classes. It ignores any positive
+  factor and offset of the probabilities.
+
+  Args:
+    student_logits: `[B, C]` unnormalised scores, any float dtype.
+    teacher_logits: `[B, C]`, treated as constant.
+    temperature: softmax temperature tau > 0.
+
+  Returns:
+    `[B]` float32 in [0, 2 tau**2], 0 where the correlation is 1. Where either
+    side gives all classes the same probability the correlation counts as 0
+    and has no gradient.
+
+  Raises:
+    ValueError: if the shapes differ or are not `[B, C]`.
+
+  Example:
+    >>> logits = jnp.array([[2.0, -1.0, 0.5]])
+    >>> abs(round(float(inter_class_relation(logits, logits)[0]), 6))
+    0.0
+
+  References:
+    Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022,
+    arXiv:2205.10536.
+  """
+  student, teacher = _softmaxes(student_logits, teacher_logits, temperature)
+  return temperature**2 * (1 - _pearson(student, teacher, -1))
+
+
+def intra_class_relation(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  temperature: ArrayLike = 1.0,
+) -> jax.Array:
+  """DIST's relation between the examples of a batch, class by class.
+
+  tau**2 * (1 - mean_c r_c), with r_c Pearson's correlation over the batch of
+  the student's and the teacher's softmax(logits / tau)[:, c].
+
+  Args:
+    student_logits: `[B, C]` unnormalised scores, any float dtype.
+    teacher_logits: `[B, C]`, treated as constant.
+    temperature: softmax temperature tau > 0.
+
+  Returns:
+    float32 scalar in [0, 2 tau**2], 0 where all correlations are 1. A class
+    whose probability is the same for the whole batch counts as correlation 0
+    and has no gradient.
+
+  Raises:
+    ValueError: if the shapes differ or are not `[B, C]`.
+
+  Example:
+    >>> logits = jnp.array([[2.0, -1.0], [0.0, 0.0]])
+    >>> abs(round(float(intra_class_relation(logits, logits)), 6))
+    0.0
+
+  References:
+    Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022,
+    arXiv:2205.10536.
+  """
+  student, teacher = _softmaxes(student_logits, teacher_logits, temperature)
+  return temperature**2 * (1 - jnp.mean(_pearson(student, teacher, 0)))
+
+
+def dist(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  beta: ArrayLike = 1.0,
+  gamma: ArrayLike = 1.0,
+  temperature: ArrayLike = 1.0,
+) -> jax.Array:
+  """DIST: relations between classes and between examples, weighted.
+
+  beta * mean of `inter_class_relation` + gamma * `intra_class_relation`.
+
+  Args:
+    student_logits: `[B, C]` unnormalised scores, any float dtype.
+    teacher_logits: `[B, C]`, treated as constant.
+    beta: weight of the relation between classes.
+    gamma: weight of the relation between examples.
+    temperature: softmax temperature tau > 0: 1 on ImageNet and 4 on CIFAR in
+      the paper. Both parts are multiplied by tau**2.
+
+  Returns:
+    float32 scalar, >= 0, and 0 when the two softmaxes agree, up to rounding.
+
+  Raises:
+    ValueError: if the shapes differ or are not `[B, C]`.
+
+  Example:
+    >>> logits = jnp.array([[2.0, -1.0], [0.0, 0.5]])
+    >>> abs(round(float(dist(logits, logits)), 6))
+    0.0
+
+  References:
+    Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022,
+    arXiv:2205.10536.
+  """
+  pair = student_logits, teacher_logits
+  inter = jnp.mean(inter_class_relation(*pair, temperature=temperature))
+  intra = intra_class_relation(*pair, temperature=temperature)
+  return beta * inter + gamma * intra
+
+
+def batch_relation(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  temperature: ArrayLike = 1.0,
+) -> jax.Array:
+  """MLKD's batch level: ||P_s P_s^T - P_t P_t^T||_F^2 / B.
+
+  P is softmax(logits / temperature), `[B, C]`; its products over the classes
+  say how alike the predictions of two examples are.
+
+  Args:
+    student_logits: `[B, C]` unnormalised scores, any float dtype.
+    teacher_logits: `[B, C]`, treated as constant.
+    temperature: softmax temperature > 0; no factor of it is applied.
+
+  Returns:
+    float32 scalar, >= 0, and 0 when the two softmaxes agree.
+
+  Raises:
+    ValueError: if the shapes differ or are not `[B, C]`.
+
+  Example:
+    >>> logits = jnp.array([[2.0, -1.0], [0.0, 0.5]])
+    >>> batch_relation(logits, logits).item()
+    0.0
+
+  References:
+    Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023.
+  """
+  student, teacher = _softmaxes(student_logits, teacher_logits, temperature)
+  difference = _gram(student) - _gram(teacher)
+  return jnp.sum(jnp.square(difference)) / student.shape[0]
+
+
+def class_relation(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  temperature: ArrayLike = 1.0,
+) -> jax.Array:
+  """MLKD's class level: ||P_s^T P_s - P_t^T P_t||_F^2 / C.
+
+  P is softmax(logits / temperature), `[B, C]`; its products over the batch
+  say which classes are likely together. They are sums, so the loss grows with
+  the square of the batch.
+
+  Args:
+    student_logits: `[B, C]` unnormalised scores, any float dtype.
+    teacher_logits: `[B, C]`, treated as constant.
+    temperature: softmax temperature > 0; no factor of it is applied.
+
+  Returns:
+    float32 scalar, >= 0, and 0 when the two softmaxes agree.
+
+  Raises:
+    ValueError: if the shapes differ or are not `[B, C]`.
+
+  Example:
+    >>> logits = jnp.array([[2.0, -1.0], [0.0, 0.5]])
+    >>> class_relation(logits, logits).item()
+    0.0
+
+  References:
+    Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023.
+  """
+  student, teacher = _softmaxes(student_logits, teacher_logits, temperature)
+  difference = _gram(student.T) - _gram(teacher.T)
+  return jnp.sum(jnp.square(difference)) / student.shape[1]
+
+
+def _gram(rows: jax.Array) -> jax.Array:
+  return jnp.matmul(rows, rows.T, precision=numerics.HIGHEST)
+
+
+def multi_level(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  temperatures: Sequence[ArrayLike] = (2.0, 3.0, 4.0, 5.0, 6.0),
+) -> jax.Array:
+  """Multi-level logit distillation (MLKD): instance, batch and class.
+
+  The sum over the temperatures, as in the paper, of
+    mean over the batch of `kl_divergence` (times T**2)
+    + `batch_relation` + `class_relation`, all with weight 1.
+
+  The paper trains on a weakly and a strongly augmented view: call it for each.
+  The public code differs: in the strong view's instance terms at T = 2 and 6
+  it uses the weak view's logits, it computes the strong view's batch and
+  class terms without returning them, and its confidence masks only scale
+  means that are already reduced. None of that is done here.
+
+  Args:
+    student_logits: `[B, C]` unnormalised scores, any float dtype.
+    teacher_logits: `[B, C]`, treated as constant.
+    temperatures: the softmax temperatures, each > 0.
+
+  Returns:
+    float32 scalar, >= 0, and 0 when the two softmaxes agree.
+
+  Raises:
+    ValueError: if the shapes differ or are not `[B, C]`, or there is no
+      temperature.
+
+  Example:
+    >>> logits = jnp.array([[2.0, -1.0], [0.0, 0.5]])
+    >>> multi_level(logits, logits).item()
+    0.0
+
+  References:
+    Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023.
+  """
+  if not temperatures:
+    raise ValueError('multi_level: give at least one temperature.')
+  pair = student_logits, teacher_logits
+  return sum(
+    batch_relation(*pair, temperature=t)
+    + class_relation(*pair, temperature=t)
+    + jnp.mean(kl_divergence(*pair, temperature=t))
+    for t in temperatures
+  )

@@ -1,0 +1,176 @@
+"""Networks made of networks: ensembles, cohorts, other inputs, other dtypes.
+
+All are functions of the house's form, `(variables, batch, rng=None, *,
+train=False) -> Forward`, from functions of that form; any of them serves as a
+student or as a teacher. Nothing here knows linen or nnx.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax.types import Forward, StudentFn, Variables
+
+SPACES = ('logits', 'probabilities', 'first')
+
+
+def combine(
+  networks: Mapping[str, StudentFn],
+  *,
+  space: str = 'logits',
+  weights: Mapping[str, float] | None = None,
+  temperature: float = 1.0,
+) -> StudentFn:
+  """Several networks as one: an ensemble of teachers, a cohort of students.
+
+  Args:
+    networks: name -> function; the architectures may differ.
+    space: what the output is: 'logits' averages logits; 'probabilities'
+      averages softmaxes and returns their logarithms; 'first' returns the
+      first network's output.
+    weights: name -> weight of an average, normalised to sum 1; equal when
+      None.
+    temperature: for 'probabilities', the T at which softmax(output / T) is
+      the average of the networks' softmax(logits / T).
+
+  Returns:
+    A function of variables as `combine_variables` makes them. Its features
+    are `<name>/output` and `<name>/<tap>` of every network, which
+    `objectives.each_teacher`, `each_student` and `mutual` read.
+
+  Raises:
+    ValueError: for an unknown space, or weights of other names.
+
+  Example:
+    >>> double = lambda v, b, rng=None, *, train=False: Forward(2 * b['x'])
+    >>> half = lambda v, b, rng=None, *, train=False: Forward(b['x'] / 2)
+    >>> both = combine({'double': double, 'half': half})
+    >>> both({'params': {'double': {}, 'half': {}}},
+    ...      {'x': jnp.ones((1, 2))}).output.tolist()
+    [[1.25, 1.25]]
+  """
+  if space not in SPACES:
+    raise ValueError(f'space={space!r} is not one of {", ".join(SPACES)}.')
+  shares = _shares(networks, weights)
+
+  def forward(variables, batch, rng=None, *, train=False):
+    outs = {}
+    for i, (name, network) in enumerate(networks.items()):
+      key = None if rng is None else jax.random.fold_in(rng, i)
+      own = variables_of(variables, name)
+      outs[name] = network(own, batch, key, train=train)
+    features, state = {}, {}
+    for name, out in outs.items():
+      features[f'{name}/output'] = out.output
+      features |= {f'{name}/{tap}': x for tap, x in out.features.items()}
+      for collection, values in out.model_state.items():
+        state.setdefault(collection, {})[name] = values
+    logits = [out.output.astype(jnp.float32) for out in outs.values()]
+    return Forward(_output(logits, shares, space, temperature), features, state)
+
+  return forward
+
+
+def _shares(networks, weights):
+  weights = dict.fromkeys(networks, 1.0) if weights is None else dict(weights)
+  if set(weights) != set(networks):
+    raise ValueError(
+      f'There are weights for {", ".join(weights)}, but the networks are '
+      f'{", ".join(networks)}.'
+    )
+  total = sum(weights.values())
+  if min(weights.values()) < 0 or total <= 0:
+    raise ValueError(f'Weights are >= 0 with a positive sum, not {weights}.')
+  return [weights[name] / total for name in networks]
+
+
+def _output(logits, shares, space, temperature):
+  if space == 'first':
+    return logits[0]
+  if space == 'logits':
+    return sum(w * z for w, z in zip(shares, logits))
+  log_p = [jax.nn.log_softmax(z / temperature) for z in logits]
+  mixed = jax.nn.logsumexp(
+    jnp.stack(log_p), axis=0, b=jnp.reshape(jnp.array(shares), (-1, 1, 1))
+  )
+  return temperature * mixed
+
+
+def combine_variables(variables: Mapping[str, Variables]) -> dict[str, Any]:
+  """Variables of several networks in the layout that `combine` reads.
+
+  Args:
+    variables: name -> `{'params': ..., **collections}`.
+
+  Returns:
+    collection -> name -> values.
+
+  Example:
+    >>> combine_variables({'a': {'params': 1}, 'b': {'params': 2}})
+    {'params': {'a': 1, 'b': 2}}
+  """
+  combined: dict[str, Any] = {}
+  for name, own in variables.items():
+    for collection, values in own.items():
+      combined.setdefault(collection, {})[name] = values
+  return combined
+
+
+def variables_of(variables: Variables, name: str) -> dict[str, Any]:
+  """One network's variables out of those of `combine`."""
+  return {
+    collection: values[name]
+    for collection, values in variables.items()
+    if name in values
+  }
+
+
+def with_input(
+  network: StudentFn,
+  transform: Callable[[jax.Array], jax.Array],
+  *,
+  image: str = 'image',
+) -> StudentFn:
+  """A network that sees its own version of the input.
+
+  For a teacher that was trained with another normalisation or resolution than
+  the student: both get the same crop, each in its own form.
+
+  Args:
+    network: any function of the house's form.
+    transform: of the image, such as `data.renormalize` or `data.resize` with
+      their arguments bound.
+    image: the key of the input in the batch.
+
+  Example:
+    >>> network = lambda v, b, rng=None, *, train=False: Forward(b['image'])
+    >>> halved = with_input(network, lambda x: x / 2)
+    >>> halved({}, {'image': jnp.ones(2)}).output.tolist()
+    [0.5, 0.5]
+  """
+
+  def forward(variables, batch, rng=None, *, train=False):
+    batch = {**batch, image: transform(batch[image])}
+    return network(variables, batch, rng, train=train)
+
+  return forward
+
+
+def cast_params(variables: Variables, dtype: Any) -> dict[str, Any]:
+  """Variables with their float parameters in another dtype.
+
+  A teacher in bfloat16 takes half the memory; build its model with the same
+  `dtype`, or it computes in float32. Running statistics stay as they are.
+
+  Args:
+    variables: `{'params': ..., **collections}`.
+    dtype: such as 'bfloat16'.
+  """
+
+  def cast(x):
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(dtype) if floating else x
+
+  return {**variables, 'params': jax.tree.map(cast, variables['params'])}

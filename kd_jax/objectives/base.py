@@ -1,0 +1,288 @@
+"""Objectives: what a student is trained for, as (init, apply) pairs.
+
+An objective is to losses what an optax transformation is to updates: it may
+own trainable parameters and state, and objectives combine into objectives.
+The formulas themselves live in `losses`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax import rules
+from kd_jax.types import (
+  Batch,
+  Forward,
+  Metrics,
+  StudentFn,
+  TeacherFn,
+  Variables,
+)
+
+Schedule = Callable[[jax.Array], jax.Array]
+Scalar = float | Schedule
+
+
+class Inputs(NamedTuple):
+  """What an objective sees of one step.
+
+  Attributes:
+    student: the student's forward.
+    teacher: the teacher's forward, already constant; None without a teacher.
+    batch: the batch, with `label` `[B]` int for classification or `target`
+      `[B, D]` for regression.
+    step: int32 scalar, number of completed steps; drives schedules.
+    rng: a typed key of this step, the same on every device.
+    student_fn: the student's function, for terms that run it again.
+    student_variables: what it ran with: fake-quantized if the step does so.
+    teacher_fn: the teacher's function, or None.
+    teacher_variables: its variables, constant.
+    axis_name: the mapped axis when the step runs per device, else None.
+    num_shards: under `jit`, into how many equal parts a term with
+      `scope='local'` divides the batch.
+  """
+
+  student: Forward
+  teacher: Forward | None
+  batch: Batch
+  step: jax.Array
+  rng: jax.Array
+  student_fn: StudentFn | None = None
+  student_variables: Variables = {}
+  teacher_fn: TeacherFn | None = None
+  teacher_variables: Variables | None = None
+  axis_name: str | None = None
+  num_shards: int = 1
+
+
+class TapNames(NamedTuple):
+  """The features that an objective reads, by tap name.
+
+  Attributes:
+    student: for `adapters.from_linen(student, taps=objective.taps.student)`.
+    teacher: likewise for the teacher.
+  """
+
+  student: tuple[str, ...] = ()
+  teacher: tuple[str, ...] = ()
+
+  def union(self, other: 'TapNames') -> 'TapNames':
+    """The names in either, each once."""
+    return TapNames(
+      *(tuple(dict.fromkeys((*a, *b))) for a, b in zip(self, other))
+    )
+
+
+NO_TAPS = TapNames()
+
+
+class Objective(NamedTuple):
+  """A pair of pure functions; every term and every sum of terms is one.
+
+  Attributes:
+    init: `(inputs) -> (params, state)`. Called under `jax.eval_shape`-like
+      conditions: it may look at shapes, dtypes and `inputs.rng` only.
+    apply: `(params, state, inputs) -> (loss, state, metrics)`; `loss` is a
+      scalar or `[B]` per example, differentiable in `params` and the student.
+    taps: the features that it reads.
+  """
+
+  init: Callable[[Inputs], tuple[Any, Any]]
+  apply: Callable[[Any, Any, Inputs], tuple[jax.Array, Any, Metrics]]
+  taps: TapNames = NO_TAPS
+
+
+def term(
+  loss_fn: Callable[[Inputs], Any], *, taps: TapNames = NO_TAPS
+) -> Objective:
+  """A term without parameters or state, from one function of the inputs.
+
+  Args:
+    loss_fn: `(inputs) -> loss` or `(inputs) -> (loss, metrics)`, with loss
+      `[B]` or scalar.
+    taps: the features that `loss_fn` reads.
+
+  Example:
+    A new distillation loss is one function and this call:
+
+    >>> def l1_of_logits(inputs):
+    ...   gap = inputs.student.output - inputs.teacher.output
+    ...   return jnp.mean(jnp.abs(gap), axis=-1)
+    >>> objective = weighted_sum({'l1': (1.0, term(l1_of_logits))})
+  """
+
+  def apply(params, state, inputs):
+    out = loss_fn(inputs)
+    loss, metrics = out if isinstance(out, tuple) else (out, {})
+    return loss, state, metrics
+
+  return Objective(lambda inputs: ({}, {}), apply, taps)
+
+
+def value_at(scalar: Scalar, step: jax.Array) -> jax.Array | float:
+  """The value of a constant or of a schedule at a step."""
+  return scalar(step) if callable(scalar) else scalar
+
+
+def values_at(options: Mapping[str, Any], step: jax.Array) -> dict[str, Any]:
+  """A loss's options at a step, schedules replaced by their values."""
+  return {name: value_at(value, step) for name, value in options.items()}
+
+
+def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
+  """The sum of weighted terms, each averaged over the batch.
+
+  Args:
+    terms: name -> `(weight, term)`; a weight is a float or a schedule
+      `step -> weight`.
+
+  Returns:
+    An objective whose loss is a scalar, and whose metrics hold the unweighted
+    `loss/<name>` of every term, `loss/total`, and the terms' own metrics.
+
+  Raises:
+    ValueError: without terms, or for a term named 'total'.
+
+  Example:
+    >>> from kd_jax import objectives
+    >>> objective = weighted_sum({
+    ...   'kd': (0.9, objectives.soft_targets(temperature=4.0)),
+    ...   'ce': (0.1, objectives.hard_labels()),
+    ... })
+  """
+  if not terms:
+    raise ValueError('weighted_sum needs at least one term.')
+  if 'total' in terms:
+    raise ValueError("A term cannot be named 'total', which is their sum.")
+
+  def keyed(inputs, index):
+    return inputs._replace(rng=jax.random.fold_in(inputs.rng, index))
+
+  def init(inputs):
+    made = {
+      name: objective.init(keyed(inputs, i))
+      for i, (name, (_, objective)) in enumerate(terms.items())
+    }
+    params = {name: p for name, (p, _) in made.items()}
+    state = {name: s for name, (_, s) in made.items()}
+    return params, state
+
+  def apply(params, state, inputs):
+    total, new_state, metrics = jnp.float32(0.0), {}, {}
+    for i, (name, (weight, objective)) in enumerate(terms.items()):
+      loss, new_state[name], extra = objective.apply(
+        params[name], state[name], keyed(inputs, i)
+      )
+      loss = jnp.mean(loss)
+      total += value_at(weight, inputs.step) * loss
+      metrics |= extra | {f'loss/{name}': loss}
+    return total, new_state, metrics | {'loss/total': total}
+
+  taps = TapNames()
+  for _, objective in terms.values():
+    taps = taps.union(objective.taps)
+  return Objective(init, apply, taps)
+
+
+OUTPUT = 'output'
+
+
+def names(value: str | Sequence[str]) -> tuple[str, ...]:
+  """One tap name, or several, as a tuple."""
+  return (value,) if isinstance(value, str) else tuple(value)
+
+
+def read_taps(
+  student: str | Sequence[str], teacher: str | Sequence[str]
+) -> TapNames:
+  """The taps of a term; the name 'output' stands for the network's output."""
+  return TapNames(
+    *(
+      tuple(n for n in names(side) if n != OUTPUT)
+      for side in (student, teacher)
+    )
+  )
+
+
+def pairs(
+  student: str | Sequence[str], teacher: str | Sequence[str]
+) -> list[tuple[str, str]]:
+  """Which student tap learns from which teacher tap.
+
+  Raises:
+    ValueError: if there are none, or not as many of one as of the other.
+  """
+  student, teacher = names(student), names(teacher)
+  if not student or len(student) != len(teacher):
+    raise ValueError(
+      f'Every student tap needs one teacher tap: student={student}, '
+      f'teacher={teacher}.'
+    )
+  return list(zip(student, teacher))
+
+
+def teacher_of(inputs: Inputs, what: str) -> Forward:
+  """The teacher's forward, or a ValueError that says how to give one."""
+  if inputs.teacher is None:
+    raise ValueError(
+      f'{what} needs a teacher: give make_train_step a teacher_fn and '
+      'init_state the teacher variables.'
+    )
+  return inputs.teacher
+
+
+def student_feature(inputs: Inputs, name: str) -> jax.Array:
+  """A feature of the student; 'output' is its output."""
+  return _feature(inputs.student, name, 'student')
+
+
+def teacher_feature(inputs: Inputs, name: str) -> jax.Array:
+  """A feature of the teacher; 'output' is its output."""
+  teacher = teacher_of(inputs, f'A term that reads the feature {name!r}')
+  return _feature(teacher, name, 'teacher')
+
+
+def _feature(forward: Forward, name: str, side: str) -> jax.Array:
+  if name == OUTPUT:
+    return forward.output
+  if name not in forward.features:
+    raise ValueError(
+      f'The {side} has no feature {name!r}, '
+      f'{rules.near_misses(name, forward.features)}: make its function with '
+      f'from_linen(model, taps=objective.taps.{side}).'
+    )
+  return forward.features[name]
+
+
+def entry(inputs: Inputs, key: str) -> jax.Array:
+  """An entry of the batch, or a ValueError that names those there are."""
+  if key not in inputs.batch:
+    raise ValueError(
+      f'The objective needs batch[{key!r}]; the batch has '
+      f'{", ".join(map(repr, inputs.batch))}.'
+    )
+  return inputs.batch[key]
+
+
+def teacher_params(inputs: Inputs, path: str) -> Any:
+  """The teacher's parameters at a '/'-joined path."""
+  return _params_at(inputs.teacher_variables, path, 'teacher')
+
+
+def student_params(inputs: Inputs, path: str) -> Any:
+  """The student's parameters at a '/'-joined path, as its forward saw them."""
+  return _params_at(inputs.student_variables, path, 'student')
+
+
+def _params_at(variables, path, side):
+  node = (variables or {}).get('params', {})
+  for part in path.split('/'):
+    if part not in node:
+      raise ValueError(
+        f'The {side} has no parameters at {path!r}; where {part!r} should be '
+        f'there are {", ".join(map(str, node)) or "none"}.'
+      )
+    node = node[part]
+  return node

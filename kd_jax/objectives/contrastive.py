@@ -1,0 +1,169 @@
+"""CRD: contrastive representation distillation with memory banks on device.
+
+Two banks hold one embedding per training example, of student and teacher. A
+student embedding is scored against the teacher's bank, its own example's row
+and rows of other classes, and the other way round. Negatives are drawn on the
+device, and the banks never leave it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_jax import losses
+from kd_jax.losses import numerics
+from kd_jax.objectives import base, connectors
+from kd_jax.objectives.base import Inputs, Objective
+
+# Rows are padded to a multiple of this, so that they divide over devices.
+ROWS = 128
+
+
+class OtherClasses:
+  """Uniform draws of examples of any class but one.
+
+  Args:
+    labels: `[N]` class of every row of the banks; -1 for rows without an
+      example, which are never drawn.
+
+  Raises:
+    ValueError: if there are fewer than two classes.
+  """
+
+  def __init__(self, labels: Sequence[int] | np.ndarray):
+    labels = np.asarray(labels)
+    present = labels[labels >= 0]
+    if len(np.unique(present)) < 2:
+      raise ValueError('CRD draws negatives from other classes: two at least.')
+    order = np.argsort(labels, kind='stable')[len(labels) - len(present) :]
+    counts = np.bincount(present)
+    self.order = order.astype(np.int32)
+    self.starts = (np.cumsum(counts) - counts).astype(np.int32)
+    self.counts = counts.astype(np.int32)
+
+  def draw(self, key: jax.Array, label: jax.Array, count: int) -> jax.Array:
+    """`[B]` labels -> `[B, count]` rows, with replacement."""
+    start = jnp.asarray(self.starts)[label][:, None]
+    own = jnp.asarray(self.counts)[label][:, None]
+    others = len(self.order) - own
+    draws = jax.random.uniform(key, (label.shape[0], count))
+    position = jnp.minimum((draws * others).astype(jnp.int32), others - 1)
+    # Examples are sorted by class: skip the block of the class itself.
+    position = jnp.where(position >= start, position + own, position)
+    return jnp.asarray(self.order)[position]
+
+
+def contrastive(
+  *,
+  student: str,
+  teacher: str,
+  labels: Sequence[int] | np.ndarray,
+  negatives: int = 16384,
+  size: int = 128,
+  temperature: float = 0.07,
+  momentum: float = 0.5,
+) -> Objective:
+  """CRD: contrastive representation distillation.
+
+  The scores exp(<e, m> / temperature) are divided by constants Z that the
+  first batch sets, one for each direction: its mean score times N. The batch's
+  `id` `[B]` says which rows are its own. Scores come from one product with the
+  whole bank, of which 1 + K columns are kept: no row of a bank is gathered,
+  and a bank that is sharded over devices stays so.
+
+  Args:
+    student: tap of an embedding `[B, D]`.
+    teacher: the teacher's.
+    labels: `[N]` class of every example by its `id`, -1 for ids of no
+      training example.
+    negatives: K, drawn with replacement, anew in every step; the paper's
+      16384 is for data sets of 50000.
+    size: of the trained embeddings.
+    temperature: of the scores.
+    momentum: share of the old row in a bank's update.
+
+  References:
+    Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020,
+    arXiv:1910.10699.
+  """
+  others = OtherClasses(labels)
+  num_data = len(others.order)
+  rows = ROWS * math.ceil(len(labels) / ROWS)
+
+  def init(inputs):
+    keys = jax.random.split(inputs.rng, 4)
+    s = base.student_feature(inputs, student)
+    t = base.teacher_feature(inputs, teacher)
+    params = {
+      'student': connectors.dense_params(keys[0], s.shape[-1], size),
+      'teacher': connectors.dense_params(keys[1], t.shape[-1], size),
+    }
+    # Uniform with the length of a random unit vector, as in the paper's code.
+    bound = 1.0 / math.sqrt(size / 3)
+    state = {
+      'bank_student': _uniform(keys[2], (rows, size), bound),
+      'bank_teacher': _uniform(keys[3], (rows, size), bound),
+      'z_student': jnp.zeros(()),
+      'z_teacher': jnp.zeros(()),
+    }
+    return params, state
+
+  def apply(params, state, inputs):
+    label, index = base.entry(inputs, 'label'), base.entry(inputs, 'id')
+    embed = {
+      side: numerics.unit(connectors.dense(params[side], x))
+      for side, x in (
+        ('student', base.student_feature(inputs, student)),
+        ('teacher', base.teacher_feature(inputs, teacher)),
+      )
+    }
+    key = inputs.rng
+    if inputs.axis_name is not None:
+      key = jax.random.fold_in(key, jax.lax.axis_index(inputs.axis_name))
+    drawn = others.draw(key, label, negatives)
+    kept = jnp.concatenate([index[:, None], drawn], axis=1)
+    total, new = 0.0, {}
+    for side, other in (('student', 'teacher'), ('teacher', 'student')):
+      scores = _scores(embed[side], state[f'bank_{other}'], kept, temperature)
+      z = _constant(state[f'z_{side}'], scores, num_data, inputs)
+      new[f'z_{side}'] = z
+      total += losses.contrastive_nce(scores / z, num_data=num_data)
+    for side, x in embed.items():
+      bank = state[f'bank_{side}']
+      new[f'bank_{side}'] = _updated(bank, x, index, momentum, inputs)
+    return total, new, {}
+
+  return Objective(init, apply, base.read_taps(student, teacher))
+
+
+def _uniform(key, shape, bound):
+  return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def _scores(embedding, bank, kept, temperature):
+  products = jnp.einsum(
+    'bd,nd->bn', embedding, bank, precision=numerics.HIGHEST
+  )
+  return jnp.exp(jnp.take_along_axis(products, kept, axis=1) / temperature)
+
+
+def _constant(z, scores, num_data, inputs: Inputs):
+  """Z of earlier steps, or the first batch's mean score times N."""
+  mean = jnp.mean(scores)
+  if inputs.axis_name is not None:
+    mean = jax.lax.pmean(mean, inputs.axis_name)
+  return jnp.where(z > 0, z, jax.lax.stop_gradient(mean) * num_data)
+
+
+def _updated(bank, embedding, index, momentum, inputs: Inputs):
+  """The bank with the batch's rows moved towards their new embeddings."""
+  x = jax.lax.stop_gradient(embedding)
+  if inputs.axis_name is not None:
+    x, index = (
+      jax.lax.all_gather(a, inputs.axis_name, tiled=True) for a in (x, index)
+    )
+  new = numerics.unit(momentum * bank[index] + (1 - momentum) * x)
+  return bank.at[index].set(new)

@@ -1,0 +1,113 @@
+"""Terms on derivatives with respect to the input.
+
+They run both networks again, in evaluation mode, so that examples do not
+interact, and differentiate the student twice: a step costs about three times
+as much.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax import losses
+from kd_jax.objectives import base
+from kd_jax.objectives.base import Inputs, Objective
+
+
+def input_gradients(
+  *, normalize: bool = False, image: str = 'image'
+) -> Objective:
+  """Gradients of the cross-entropy with respect to the image are matched.
+
+  Args:
+    normalize: whether each gradient is scaled to unit length (saliency).
+    image: the key of the networks' input in the batch.
+  """
+
+  def loss_fn(inputs):
+    label = base.entry(inputs, 'label')
+    student, teacher, x = _functions(inputs, image)
+    return losses.gradient_matching(
+      losses.input_gradient(student, x, label),
+      losses.input_gradient(teacher, x, label),
+      normalize=normalize,
+    )
+
+  return base.term(loss_fn)
+
+
+def sobolev(*, projections: int = 1, image: str = 'image') -> Objective:
+  """Jacobians of the logits, matched along random directions.
+
+  Args:
+    projections: random unit directions of the logits per example and step.
+    image: the key of the networks' input in the batch.
+
+  References:
+    Czarnecki et al., "Sobolev Training for Neural Networks", 2017,
+    arXiv:1706.04859.
+  """
+
+  def loss_fn(inputs):
+    student, teacher, x = _functions(inputs, image)
+    shape = inputs.student.output.shape
+    total = 0.0
+    for i in range(projections):
+      key = jax.random.fold_in(inputs.rng, i)
+      direction = _directions(key, shape, inputs.axis_name)
+      total += losses.gradient_matching(
+        losses.projected_jacobian(student, x, direction),
+        losses.projected_jacobian(teacher, x, direction),
+      )
+    return total / projections
+
+  return base.term(loss_fn)
+
+
+def jacobians(*, image: str = 'image') -> Objective:
+  """The Jacobian row of the teacher's most likely class is matched.
+
+  Args:
+    image: the key of the networks' input in the batch.
+
+  References:
+    Srinivas, Fleuret, "Knowledge Transfer with Jacobian Matching", 2018,
+    arXiv:1803.00443.
+  """
+
+  def loss_fn(inputs):
+    student, teacher, x = _functions(inputs, image)
+    logits = base.teacher_of(inputs, 'jacobians').output
+    row = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    return losses.jacobian_matching(
+      losses.projected_jacobian(student, x, row)[:, None],
+      losses.projected_jacobian(teacher, x, row)[:, None],
+    )
+
+  return base.term(loss_fn)
+
+
+def _functions(inputs: Inputs, image: str):
+  """`image -> logits` of both networks, and the image."""
+  base.teacher_of(inputs, 'A term on input gradients')
+
+  def student(x):
+    batch = {**inputs.batch, image: x}
+    variables = inputs.student_variables
+    return inputs.student_fn(variables, batch, None, train=False).output
+
+  def teacher(x):
+    batch = {**inputs.batch, image: x}
+    return inputs.teacher_fn(inputs.teacher_variables, batch).output
+
+  return student, teacher, base.entry(inputs, image)
+
+
+def _directions(key, shape, axis_name):
+  """Unit vectors `[B, C]`, this device's part of the global draw."""
+  count = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+  draws = jax.random.normal(key, (shape[0] * count, *shape[1:]))
+  draws /= jnp.linalg.norm(draws, axis=-1, keepdims=True)
+  if axis_name is None:
+    return draws
+  start = jax.lax.axis_index(axis_name) * shape[0]
+  return jax.lax.dynamic_slice_in_dim(draws, start, shape[0])

@@ -1,0 +1,256 @@
+"""Terms on the networks' outputs: soft targets, labels, regression values."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax import losses, rules
+from kd_jax.objectives import base
+from kd_jax.objectives.base import Objective, Scalar
+
+
+def on_outputs(
+  loss: Callable[..., jax.Array], *, with_label: bool = False, **options: Any
+) -> Objective:
+  """A term from any loss of student and teacher outputs.
+
+  Args:
+    loss: `(student_output, teacher_output, **options)`, or with the labels as
+      third argument; returns `[B]`, `[B, L]` or a scalar over the batch.
+    with_label: whether the loss takes `batch['label']`.
+    **options: of the loss; a callable among them is a schedule `step -> value`.
+
+  Example:
+    >>> dkd = on_outputs(losses.decoupled_kd, with_label=True, beta=8.0)
+    >>> kd = on_outputs(losses.kl_divergence, temperature=lambda step: 4.0)
+  """
+
+  def loss_fn(inputs):
+    teacher = base.teacher_of(inputs, f'The loss {loss.__name__}')
+    arrays = [inputs.student.output, teacher.output]
+    if with_label:
+      arrays.append(base.entry(inputs, 'label'))
+    return loss(*arrays, **base.values_at(options, inputs.step))
+
+  return base.term(loss_fn)
+
+
+def soft_targets(
+  *,
+  temperature: Scalar = 4.0,
+  standardize: bool = False,
+  convention: str = 'canonical',
+) -> Objective:
+  """Distillation with soft targets, `losses.kl_divergence`, times T**2.
+
+  Args:
+    temperature: T > 0, or a schedule `step -> T`.
+    standardize: whether both sides' logits become z-scores first
+      (arXiv:2403.01427).
+    convention: see `losses.kl_divergence`.
+
+  Raises:
+    ValueError: for a constant temperature that is not positive.
+  """
+  if not callable(temperature) and temperature <= 0:
+    raise ValueError(f'soft_targets: temperature={temperature} is not > 0.')
+
+  def loss_fn(inputs):
+    student = inputs.student.output
+    teacher = base.teacher_of(inputs, 'soft_targets').output
+    if standardize:
+      student, teacher = map(losses.standardize_logits, (student, teacher))
+    return losses.kl_divergence(
+      student,
+      teacher,
+      temperature=base.value_at(temperature, inputs.step),
+      convention=convention,
+    )
+
+  return base.term(loss_fn)
+
+
+def hard_labels(
+  *, label_smoothing: float = 0.0, student: str = base.OUTPUT
+) -> Objective:
+  """Cross-entropy with `batch['label']`; also reports `accuracy`.
+
+  A batch that `data.make_preprocess(mixup=...)` mixed is learned from both
+  labels of every image, by their shares.
+
+  Args:
+    label_smoothing: see `losses.cross_entropy`.
+    student: 'output', or the tap of another head `[B, C]`.
+  """
+
+  def loss_fn(inputs):
+    logits = base.student_feature(inputs, student)
+    label = base.entry(inputs, 'label')
+    loss = losses.cross_entropy(logits, label, label_smoothing=label_smoothing)
+    if 'mix_label' in inputs.batch:
+      other = losses.cross_entropy(
+        logits, inputs.batch['mix_label'], label_smoothing=label_smoothing
+      )
+      share = inputs.batch['mix_weight']
+      loss = share * loss + (1 - share) * other
+    hits = jnp.argmax(logits, axis=-1) == label
+    return loss, {'accuracy': jnp.mean(hits.astype(jnp.float32))}
+
+  return base.term(loss_fn, taps=base.read_taps(student, ()))
+
+
+def regression(
+  *, to: str = 'target', huber_delta: float | None = None
+) -> Objective:
+  """Squared or Huber error to the labels or to the teacher.
+
+  Args:
+    to: 'target' for `batch['target']` `[B, D]`, 'teacher' for the teacher's
+      output of the same shape as the student's (also logit matching).
+    huber_delta: where the Huber loss turns linear; None for squared error.
+  """
+  if to not in ('target', 'teacher'):
+    raise ValueError(f"regression: to={to!r} is not 'target' or 'teacher'.")
+
+  def loss_fn(inputs):
+    if to == 'teacher':
+      target = base.teacher_of(inputs, 'regression').output
+    else:
+      target = base.entry(inputs, 'target')
+    if huber_delta is None:
+      return losses.squared_error(inputs.student.output, target)
+    return losses.huber(inputs.student.output, target, delta=huber_delta)
+
+  return base.term(loss_fn)
+
+
+def teacher_free(
+  *, correct_probability: float = 0.99, temperature: Scalar = 20.0
+) -> Objective:
+  """Distillation from a hand-made teacher, `losses.teacher_free_kd`.
+
+  Args:
+    correct_probability: what the virtual teacher gives the label.
+    temperature: T > 0, or a schedule.
+  """
+
+  def loss_fn(inputs):
+    return losses.teacher_free_kd(
+      inputs.student.output,
+      base.entry(inputs, 'label'),
+      correct_probability=correct_probability,
+      temperature=base.value_at(temperature, inputs.step),
+    )
+
+  return base.term(loss_fn)
+
+
+def top_k_targets(
+  *, k: int, temperature: Scalar = 1.0, tail: str = 'renormalize'
+) -> Objective:
+  """Soft targets from the teacher's k most likely classes only.
+
+  What a cache of teacher outputs keeps; see `losses.top_k_kl_divergence`.
+
+  Args:
+    k: how many classes.
+    temperature: T > 0, or a schedule.
+    tail: 'renormalize' or 'uniform': what stands for the other classes.
+
+  Raises:
+    ValueError: when applied, for a k that is not in 1..C.
+  """
+
+  def loss_fn(inputs):
+    at = base.value_at(temperature, inputs.step)
+    logits = base.teacher_of(inputs, 'top_k_targets').output
+    classes = logits.shape[-1]
+    if not 1 <= k <= classes:
+      raise ValueError(f'top_k_targets: k={k} is not in 1..{classes}.')
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32) / at)
+    top, index = jax.lax.top_k(probabilities, k)
+    return losses.top_k_kl_divergence(
+      inputs.student.output, top, index, temperature=at, tail=tail
+    )
+
+  return base.term(loss_fn)
+
+
+def distillation_token(
+  *,
+  student: str = 'head_dist',
+  hard: bool = True,
+  temperature: Scalar = 3.0,
+) -> Objective:
+  """The distillation token of DeiT: a second head that learns the teacher.
+
+  The first head learns the labels, `hard_labels(student='head')`; both get
+  the weight 0.5 in the paper.
+
+  Args:
+    student: tap of the second head's logits `[B, C]`.
+    hard: cross-entropy with the teacher's class (the paper's better variant)
+      instead of soft targets.
+    temperature: of the soft targets.
+
+  References:
+    Touvron et al., "Training data-efficient image transformers & distillation
+    through attention", 2021, arXiv:2012.12877.
+  """
+
+  def loss_fn(inputs):
+    logits = base.student_feature(inputs, student)
+    teacher = base.teacher_of(inputs, 'distillation_token').output
+    if hard:
+      return losses.hard_distillation(logits, teacher)
+    at = base.value_at(temperature, inputs.step)
+    return losses.kl_divergence(logits, teacher, temperature=at)
+
+  return base.term(loss_fn, taps=base.read_taps(student, ()))
+
+
+def schedule(
+  *,
+  end: float,
+  start: float = 0.0,
+  begin: int = 0,
+  until: int,
+  shape: str = 'linear',
+) -> Callable[[jax.Array], jax.Array]:
+  """A schedule for a weight or a temperature.
+
+  Args:
+    end: the value from step `until` on.
+    start: the value up to step `begin`.
+    begin: first step of the change.
+    until: last step of the change, >= begin.
+    shape: 'linear', 'cosine', or 'step', which jumps at `until`.
+
+  Raises:
+    ValueError: for an unknown shape, or `until` before `begin`.
+
+  Example:
+    A weight that warms up over 100 steps:
+
+    >>> [float(schedule(end=2.0, until=100)(s)) for s in (0, 50, 200)]
+    [0.0, 1.0, 2.0]
+  """
+  if until < begin:
+    raise ValueError(f'schedule: until={until} is before begin={begin}.')
+  bend = rules.choose('shape of a schedule', shape, _SHAPES)
+
+  def value(step):
+    share = (step - begin) / max(until - begin, 1)
+    done = jnp.where(step >= until, 1.0, bend(jnp.clip(share, 0.0, 1.0)))
+    return start + (end - start) * done
+
+  return value
+
+
+_SHAPES = {
+  'linear': lambda share: share,
+  'cosine': lambda share: 0.5 * (1 - jnp.cos(jnp.pi * share)),
+  'step': jnp.zeros_like,
+}

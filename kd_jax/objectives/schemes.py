@@ -1,0 +1,221 @@
+"""Schemes: who learns from whom.
+
+Objectives around objectives. Several teachers and cohorts of students come
+from `networks.combine`, whose features are named `<network>/<tap>`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax import losses
+from kd_jax.objectives import base
+from kd_jax.objectives.base import Inputs, Objective, Scalar, TapNames
+from kd_jax.types import Forward
+
+
+def each_teacher(
+  objectives: Mapping[str, Objective],
+  *,
+  weights: Mapping[str, Scalar] | None = None,
+) -> Objective:
+  """The weighted mean over teachers of one objective for each.
+
+  This is the ensemble in loss space; `networks.combine` averages logits or
+  probabilities instead.
+
+  Args:
+    objectives: teacher's name in `networks.combine` -> its objective, whose
+      taps are that teacher's own.
+    weights: name -> weight, a float or a schedule; equal when None.
+
+  Example:
+    >>> from kd_jax.objectives import soft_targets
+    >>> kd = soft_targets(temperature=4.0)
+    >>> objective = each_teacher({'resnet': kd, 'vgg': kd})
+  """
+
+  def own(inputs, name):
+    teacher = _member(base.teacher_of(inputs, 'each_teacher'), name)
+    variables = _variables(inputs.teacher_variables, name)
+    return inputs._replace(teacher=teacher, teacher_variables=variables)
+
+  taps = [
+    TapNames(o.taps.student, _prefixed(name, o.taps.teacher))
+    for name, o in objectives.items()
+  ]
+  return _mean_over(objectives, weights, own, taps)
+
+
+def each_student(
+  objectives: Mapping[str, Objective],
+  *,
+  weights: Mapping[str, Scalar] | None = None,
+) -> Objective:
+  """The weighted mean over the students of a cohort of one objective for each.
+
+  Args:
+    objectives: student's name in `networks.combine` -> its objective.
+    weights: name -> weight, a float or a schedule; equal when None.
+  """
+
+  def own(inputs, name):
+    return inputs._replace(
+      student=_member(inputs.student, name),
+      student_variables=_variables(inputs.student_variables, name),
+    )
+
+  taps = [
+    TapNames(_prefixed(name, o.taps.student), o.taps.teacher)
+    for name, o in objectives.items()
+  ]
+  return _mean_over(objectives, weights, own, taps)
+
+
+def _prefixed(name: str, taps: Sequence[str]) -> tuple[str, ...]:
+  return tuple(f'{name}/{tap}' for tap in taps)
+
+
+def _member(forward: Forward, name: str) -> Forward:
+  own = {
+    tap.removeprefix(f'{name}/'): x
+    for tap, x in forward.features.items()
+    if tap.startswith(f'{name}/')
+  }
+  if base.OUTPUT not in own:
+    raise ValueError(
+      f'There is no network {name!r} in {", ".join(forward.features)}: make '
+      'the function with networks.combine.'
+    )
+  return Forward(own.pop(base.OUTPUT), own)
+
+
+def _variables(variables: Any, name: str) -> dict[str, Any]:
+  return {c: v[name] for c, v in variables.items() if name in v}
+
+
+def _mean_over(objectives, weights, own, taps) -> Objective:
+  weights = dict.fromkeys(objectives, 1.0) if weights is None else weights
+  if set(weights) != set(objectives):
+    raise ValueError(
+      f'There are weights for {", ".join(weights)}, but objectives for '
+      f'{", ".join(objectives)}.'
+    )
+
+  def keyed(inputs: Inputs, i: int, name: str) -> Inputs:
+    rng = jax.random.fold_in(inputs.rng, i)
+    return own(inputs._replace(rng=rng), name)
+
+  def init(inputs):
+    made = {
+      name: objective.init(keyed(inputs, i, name))
+      for i, (name, objective) in enumerate(objectives.items())
+    }
+    return (
+      {n: p for n, (p, _) in made.items()},
+      {n: s for n, (_, s) in made.items()},
+    )
+
+  def apply(params, state, inputs):
+    total, share, new, metrics = 0.0, 0.0, {}, {}
+    for i, (name, objective) in enumerate(objectives.items()):
+      loss, new[name], extra = objective.apply(
+        params[name], state[name], keyed(inputs, i, name)
+      )
+      weight = base.value_at(weights[name], inputs.step)
+      total += weight * jnp.mean(loss)
+      share += weight
+      metrics |= {f'{key}/{name}': value for key, value in extra.items()}
+    return total / share, new, metrics
+
+  union = TapNames()
+  for some in taps:
+    union = union.union(some)
+  return Objective(init, apply, union)
+
+
+def mutual(names: Sequence[str], *, temperature: Scalar = 1.0) -> Objective:
+  """Deep mutual learning: every student of a cohort learns from its peers.
+
+  The mean over students k of the mean over the others l of
+  KL(p_l || p_k) * T**2; the peer is constant. The labels come from
+  `each_student({name: hard_labels(), ...})`; with both weights times the
+  number of students it is the paper's sum over the cohort.
+
+  Args:
+    names: the students' names in `networks.combine`, two at least.
+    temperature: T > 0, or a schedule; the paper's is 1.
+
+  References:
+    Zhang et al., "Deep Mutual Learning", 2018, arXiv:1706.00384.
+  """
+  if len(names) < 2:
+    raise ValueError(f'mutual needs two students at least, not {names}.')
+
+  def loss_fn(inputs):
+    at = base.value_at(temperature, inputs.step)
+    outputs = [_member(inputs.student, name).output for name in names]
+    total = 0.0
+    for i, own in enumerate(outputs):
+      for j, peer in enumerate(outputs):
+        if i != j:
+          total += losses.kl_divergence(own, peer, temperature=at)
+    return total / (len(names) * (len(names) - 1))
+
+  return base.term(loss_fn)
+
+
+def ema_teacher(objective: Objective, *, decay: Scalar = 0.999) -> Objective:
+  """The objective, taught by a moving average of the student itself.
+
+  The average is state of the objective: it is saved with the run. It starts
+  as a copy of the student, and runs in evaluation mode with the student's
+  current running statistics. The step needs no teacher_fn.
+
+  Args:
+    objective: any objective; it sees the average as its teacher. Its taps of
+      the teacher must be among those of the student's function.
+    decay: of the average, in [0, 1); or a schedule.
+
+  References:
+    Tarvainen, Valpola, "Mean teachers are better role models", 2017,
+    arXiv:1703.01780.
+  """
+
+  def taught(average, inputs):
+    variables = {**inputs.student.model_state, 'params': average}
+    variables = jax.lax.stop_gradient(variables)
+    forward = inputs.student_fn(variables, inputs.batch, None, train=False)
+
+    def teacher_fn(variables, batch):
+      return inputs.student_fn(variables, batch, None, train=False)
+
+    return inputs._replace(
+      teacher=jax.lax.stop_gradient(forward),
+      teacher_fn=teacher_fn,
+      teacher_variables=variables,
+    )
+
+  def init(inputs):
+    average = inputs.student_variables['params']
+    params, state = objective.init(taught(average, inputs))
+    return params, {'average': average, 'inner': state}
+
+  def apply(params, state, inputs):
+    current = jax.lax.stop_gradient(inputs.student_variables['params'])
+    rate = base.value_at(decay, inputs.step)
+    average = jax.tree.map(
+      lambda a, p: rate * a + (1 - rate) * p.astype(a.dtype),
+      state['average'],
+      current,
+    )
+    loss, inner, metrics = objective.apply(
+      params, state['inner'], taught(average, inputs)
+    )
+    return loss, {'average': average, 'inner': inner}, metrics
+
+  # One function serves both: what the teacher is asked for, it must tap too.
+  taps = TapNames((*objective.taps.student, *objective.taps.teacher))
+  return Objective(init, apply, taps.union(TapNames()))

@@ -1,0 +1,231 @@
+"""A comparison of methods over seeds, as JSON, Markdown, a table and a plot.
+
+Owns how `compare.compare`'s numbers are shown. Spread is the sample standard
+deviation over seeds; nothing is a best step.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_jax.report import plots
+
+FORMAT = 1
+NAMES = ('comparison.json', 'comparison.md', 'comparison.png')
+Comparison = Mapping[str, Any]
+_BASELINES = ('alone', 'kd')
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+  """Mean and sample standard deviation; 0 for a single value.
+
+  Example:
+    >>> spread([1.0, 3.0])
+    (2.0, 1.4142135623730951)
+  """
+  deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+  return float(np.mean(values)), float(deviation)
+
+
+def ranked(comparison: Comparison) -> list[dict[str, Any]]:
+  """The rows, the teacher first and then by mean accuracy, best first."""
+  teacher = [r for r in comparison['rows'] if r['name'] == 'teacher']
+  others = [r for r in comparison['rows'] if r['name'] != 'teacher']
+  by_accuracy = lambda row: -spread(row['accuracy'])[0]
+  return teacher + sorted(others, key=by_accuracy)
+
+
+def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+  """Header and rows of the table, as text."""
+  header = ['method', 'accuracy %', 'vs alone', 'agreement %', 'KL', 'ECE %']
+  header += ['parameters', 'step']
+  alone = {r['name']: r for r in comparison['rows']}.get('alone')
+  rows = []
+  for row in ranked(comparison):
+    gain = '-'
+    if alone is not None and row['name'] not in ('teacher', 'alone'):
+      # The same seeds, so the difference is taken seed by seed.
+      pairs = zip(row['accuracy'], alone['accuracy'], strict=True)
+      mean, deviation = spread([100 * (a - b) for a, b in pairs])
+      gain = f'{mean:+.2f} ± {deviation:.2f}'
+    step = row.get('relative_step')
+    rows.append(
+      [
+        row['title'],
+        _percent(row['accuracy']),
+        gain,
+        _percent(row['agreement']),
+        '{:.4f} ± {:.4f}'.format(*spread(row['kl'])),
+        _percent(row['calibration_error']),
+        f'{row["parameters"]:,}',
+        '-' if step is None else f'{step:.2f}x',
+      ]
+    )
+  return header, rows
+
+
+def _percent(values):
+  mean, deviation = spread([100 * v for v in values])
+  return f'{mean:.2f} ± {deviation:.2f}'
+
+
+def notes(comparison: Comparison) -> list[str]:
+  """How the numbers were made, one sentence each."""
+  data, seeds = comparison['dataset'], comparison['seeds']
+  train = comparison['train']
+  return [
+    f'{data["name"]}: {data["train_examples"]} training images, '
+    f'{data["test_examples"]} test images; mean ± sample standard deviation '
+    f'over {seeds} seeds, each with its own teacher; test split, last step.',
+    f'Every student: {_words(comparison["student"])}; teacher: '
+    f'{_words(comparison["teacher"])}; {train["epochs"]} epochs, batch '
+    f'{train["batch_size"]}, {train["optimizer"]["name"]}, learning rate '
+    f'{train["learning_rate"]}, schedule {train["schedule"]}; the same start, '
+    'batches and crops for all methods of a seed.',
+    'vs alone: points of accuracy above the student trained without teacher, '
+    'seed by seed.',
+    'Agreement and KL(teacher || student) in nats compare with the teacher, at '
+    'temperature 1; ECE is the expected calibration error with 15 bins.',
+    "step: the median time of a training step relative to plain KD's, all "
+    'methods measured in turns in one process.',
+    f'{comparison["hardware"]}; '
+    + ', '.join(f'{k} {v}' for k, v in comparison['versions'].items())
+    + f'; {comparison["created"][:10]}.',
+  ]
+
+
+def _words(options):
+  name, *rest = options.values()
+  inside = ', '.join(f'{k}={v}' for k, v in list(options.items())[1:])
+  return f'{name}({inside})' if rest else f'{name}'
+
+
+def markdown(comparison: Comparison) -> str:
+  """The table, the objectives and the notes as Markdown."""
+  header, rows = cells(comparison)
+  lines = [
+    '| ' + ' | '.join(header) + ' |',
+    '| --- ' + '| ---: ' * (len(header) - 1) + '|',
+    *('| ' + ' | '.join(row) + ' |' for row in rows),
+    '',
+    *(f'- {note}' for note in notes(comparison)),
+    '',
+    '| method | objective | weights | paper |',
+    '| --- | --- | --- | --- |',
+  ]
+  for row in ranked(comparison):
+    if row['name'] != 'teacher':
+      scheme = ', '.join(f'{k}={v}' for k, v in row['scheme'].items())
+      terms = row['terms'] + (f'; {scheme}' if scheme else '')
+      lines.append(
+        f'| {row["title"]} (`{row["name"]}`) | {terms} | {row["weights"]} | '
+        f'{row["paper"]} |'
+      )
+  return '\n'.join(lines) + '\n'
+
+
+def print_table(comparison: Comparison) -> None:
+  """Prints the table and the notes to the terminal."""
+  from rich.console import Console  # noqa: PLC0415
+  from rich.table import Table  # noqa: PLC0415
+
+  header, rows = cells(comparison)
+  table = Table()
+  for i, name in enumerate(header):
+    table.add_column(name, justify='right' if i else 'left', no_wrap=not i)
+  for row in rows:
+    table.add_row(*row)
+  console = Console()
+  console.print(table)
+  for note in notes(comparison):
+    console.print(note, style='dim')
+
+
+def accuracy_figure(comparison: Comparison) -> Any:
+  """Accuracy of every method: each seed a dot, the mean with its deviation.
+
+  Returns:
+    A matplotlib Figure; the student alone and plain KD are marked by lines.
+  """
+  height = 1.6 + 0.26 * len(comparison['rows'])
+  return plots.figure(comparison, _draw, width=7.5, height=height)
+
+
+def _draw(ax: Any, comparison: Comparison) -> bool:
+  rows = [r for r in ranked(comparison) if r['name'] != 'teacher'][::-1]
+  if not rows:
+    return False
+  places = np.arange(len(rows))
+  for y, row in zip(places, rows):
+    values = [100 * v for v in row['accuracy']]
+    color = plots.COLORS['distilled']
+    if row['name'] in _BASELINES:
+      color = plots.COLORS['student alone']
+    mean, deviation = spread(values)
+    ax.plot(values, [y] * len(values), '.', color=color, alpha=0.35, ms=5)
+    ax.errorbar(
+      mean, y, xerr=deviation, fmt='D', color=color, ms=4.5, lw=1.4, capsize=2
+    )
+  named = {row['name']: row for row in comparison['rows']}
+  for name, style in (('alone', ':'), ('kd', '--')):
+    if name in named:
+      mean = 100 * spread(named[name]['accuracy'])[0]
+      color = plots.COLORS['student alone']
+      ax.axvline(mean, ls=style, lw=1.0, color=color, zorder=0)
+  ax.set_yticks(places, [row['title'] for row in rows])
+  ax.set_ylim(-0.7, len(rows) - 0.3)
+  ax.grid(axis='y', visible=False)
+  ax.set_xlabel(
+    f'test accuracy %, last step, {comparison["seeds"]} seeds: dots, mean, '
+    'standard deviation'
+  )
+  teacher = named.get('teacher')
+  title = f'{comparison["dataset"]["name"]}: methods of distillation'
+  if teacher:
+    title += f' (teacher {_percent(teacher["accuracy"])} %)'
+  ax.set_title(title, loc='left')
+  return True
+
+
+def write(comparison: Comparison, directory: Path) -> dict[str, Path]:
+  """Writes `NAMES` into a directory, each file whole or not at all.
+
+  Returns:
+    file name -> path.
+  """
+  paths = {name: directory / name for name in NAMES}
+  text = json.dumps(comparison, indent=1, allow_nan=False) + '\n'
+  _replace(paths['comparison.json'], text.encode())
+  _replace(paths['comparison.md'], markdown(comparison).encode())
+  half = directory / 'comparison.tmp.png'
+  accuracy_figure(comparison).savefig(half, dpi=150)
+  os.replace(half, paths['comparison.png'])
+  return paths
+
+
+def _replace(path: Path, data: bytes) -> None:
+  half = path.with_name(path.name + '.tmp')
+  half.write_bytes(data)
+  os.replace(half, path)
+
+
+def read(directory: str | os.PathLike) -> dict[str, Any]:
+  """Reads what `write` wrote.
+
+  Raises:
+    ValueError: if there is no comparison, or one of another format.
+  """
+  path = Path(directory) / 'comparison.json'
+  try:
+    comparison = json.loads(path.read_text())
+  except (OSError, json.JSONDecodeError) as e:
+    raise ValueError(f'{path} cannot be read as a comparison: {e}') from e
+  if comparison.get('format') != FORMAT:
+    raise ValueError(
+      f'{path} has format {comparison.get("format")!r}, not {FORMAT}.'
+    )
+  return comparison
