@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax import deploy, methods, weights
+from kd_jax import deploy, terms, weights
 from kd_jax.export import artefact_bytes, load_stablehlo, onnx
 from kd_jax.prune import sparsity_report
 from kd_jax.report import measure
@@ -228,7 +228,7 @@ def _parity(run: Run) -> list[dict[str, Any]]:
 
 def _protocol(run: Run) -> list[str]:
   c, test = run.config, len(run.splits['test'])
-  fill = lambda part: methods.describe(part.terms.to_dict())
+  fill = lambda part: terms.describe(part.terms.to_dict())
   return [
     f'Accuracy, agreement, KL and calibration error: test split of {test} '
     f'images, last step, one seed ({c.seed}). The test split is used for '

@@ -22,6 +22,7 @@ from kd_jax import distillation, fit, methods, rules, sharding, weights
 from kd_jax.data import train_batches
 from kd_jax.report import comparison, measure
 from kd_jax.run import Run
+from kd_jax.terms import describe
 from kd_jax.workdir import Workdir, read_json, write_json
 
 TEACHER = 'teacher'
@@ -58,14 +59,14 @@ def compare(
     run.workdir.write_config()
     for name in (TEACHER, *config.methods):
       where = place(name)
-      done = run.workdir.done(where)
-      if not done:
+      tested = run.workdir.path / where / 'test.json'
+      if not run.workdir.done(where):
         run.workdir.finish(where, _train(run, name))
-      result = run.workdir.result(where)
-      rows.setdefault(name, []).append(result['test'])
-      if not done:
-        accuracy = f'{result["test"]["accuracy"]:.2%}'
+      if not tested.exists():
+        write_json(tested, _test(run, name))
+        accuracy = f'{read_json(tested)["accuracy"]:.2%}'
         say(f'seed {seed}, {name}: {accuracy} on the test split')
+      rows.setdefault(name, []).append(read_json(tested))
   times = _times(config, path)
   result = _assemble(open_run(config, path, 0), rows, times)
   comparison.write(result, Path(path))
@@ -106,20 +107,18 @@ def with_method(run: Run, name: str) -> Run:
 
 def _train(run: Run, name: str) -> dict[str, Any]:
   if name == TEACHER:
-    result = distillation.fit_teachers(run)
-    network = run.teacher()
-  else:
+    return distillation.fit_teachers(run)
+  return distillation.distill(with_method(run, name), place(name))
+
+
+def _test(run: Run, name: str) -> dict[str, Any]:
+  network = teacher = run.teacher()
+  if name != TEACHER:
     own = with_method(run, name)
-    where = place(name)
-    result = distillation.distill(own, where)
-    stored = weights.load_weights(
-      run.workdir.path / where / 'weights.safetensors'
-    )
+    stored = weights.load_weights(run.workdir.weights(place(name)))
     network = own.network(name, own.model('student'), stored)
-  teacher = run.apply(run.teacher()) if name != TEACHER else run.apply(network)
-  test = run.evaluate(run.apply(network), 'test', teacher=teacher)
-  parameters, _ = weights.count(network.variables)
-  return result | {'test': test | {'parameters': parameters}}
+  numbers = run.evaluate(run.apply(network), 'test', teacher=run.apply(teacher))
+  return numbers | {'parameters': weights.count(network.variables)[0]}
 
 
 def train_step(run: Run, name: str) -> tuple[Callable, Any, Any]:
@@ -178,7 +177,7 @@ def _assemble(run, rows, times) -> dict[str, Any]:
       'name': name,
       'title': method.title if method else 'teacher',
       'paper': method.paper if method else '',
-      'terms': methods.describe(terms) if method else 'cross-entropy',
+      'terms': describe(terms) if method else 'cross-entropy',
       'scheme': dict(method.scheme) if method else {},
       'weights': method.weights if method else '',
       'parameters': results[0]['parameters'],

@@ -13,7 +13,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from kd_jax import adapters, data, deploy, fit, methods, networks, objectives
+from kd_jax import adapters, data, deploy, fit, networks, objectives
+from kd_jax import terms as terms_lib
 from kd_jax.fit import Result, Student
 from kd_jax.models import load_pretrained
 from kd_jax.objectives import Objective
@@ -99,18 +100,19 @@ def make_objective(
 
   Args:
     run: the run.
-    terms: see `methods.make_objective`.
+    terms: see `terms.make_objective`.
     student: the student's taps.
     teacher: the teacher's; of an ensemble, name -> taps.
     steps: of the training.
   """
   train = run.splits['train']
   labels = None
-  if isinstance(train, data.ImageData):
+  # Ids of other images are not those of the labels.
+  if isinstance(train, data.ImageData) and run.transfer is train:
     labels = np.full(int(train.id.max()) + 1, -1, np.int32)
     labels[train.id] = train.label
   c = run.config.teacher
-  facts = methods.Facts(
+  facts = terms_lib.Facts(
     student=student,
     teacher=teacher,
     num_classes=train.num_classes,
@@ -121,7 +123,7 @@ def make_objective(
   if isinstance(teacher, Mapping) and c.space != 'losses':
     # The ensemble is one teacher, of which only the output is common.
     facts = facts._replace(teacher=None)
-  return methods.make_objective(terms.to_dict(), facts)
+  return terms_lib.make_objective(terms.to_dict(), facts)
 
 
 def distill(run: Run, where: str = 'distill') -> Result:

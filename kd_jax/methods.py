@@ -1,293 +1,13 @@
-"""Published methods by name: terms from words, and recipes by protocol.
+"""Published methods by name, and the recipes that give a number its meaning.
 
-`TERMS` names every term that a configuration may use and where in a network
-it reads; `METHODS` names the methods that people compare, each as terms with
-the weights its paper or its authors' code used; `PROTOCOLS` fixes recipe and
-convention, without which "KD" has no meaning. Owns no formula.
+`METHODS` are those that people compare, each as words for `terms` with the
+weights of its paper or its authors' code. `PROTOCOLS` fix optimizer, schedule,
+augmentation and convention: "KD" alone names no experiment.
 """
 
-import functools
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from kd_jax import losses, objectives, rules
-from kd_jax.objectives import Objective
-
-
-class Facts(NamedTuple):
-  """What a term may need to know besides its own options.
-
-  Attributes:
-    student: the student's `models.layers.Taps`.
-    teacher: the teacher's; None without one; of several teachers whose losses
-      are averaged, name -> taps.
-    num_classes: C.
-    total_steps: of the run, for schedules in shares of it.
-    labels: `[N]` class of every training example by id, -1 for other ids.
-    teacher_weights: of several teachers; equal when None.
-  """
-
-  student: Any
-  teacher: Any
-  num_classes: int
-  total_steps: int
-  labels: np.ndarray | None = None
-  teacher_weights: Mapping[str, float] | None = None
-
-
-class Term(NamedTuple):
-  """A term of a configuration.
-
-  Attributes:
-    make: `(**options) -> Objective`.
-    reads: where it reads by default, one of `PLACES`; None for outputs only.
-    needs: options that are filled in from `Facts` by name.
-    teacher: whether it learns from a teacher.
-  """
-
-  make: Callable[..., Objective]
-  reads: str | None = None
-  needs: tuple[str, ...] = ()
-  teacher: bool = True
-
-
-def _outputs(loss: Callable[..., Any], **bound: Any) -> Term:
-  return Term(functools.partial(objectives.on_outputs, loss, **bound))
-
-
-def _features(loss: Callable[..., Any], reads: str, **bound: Any) -> Term:
-  make = functools.partial(objectives.on_features, loss, **bound)
-  return Term(make, reads)
-
-
-def _batch(loss: Callable[..., Any], reads: str | None = None) -> Term:
-  return Term(functools.partial(objectives.on_batch, loss), reads)
-
-
-def _tokens(loss: Callable[..., Any], **bound: Any) -> Term:
-  return Term(functools.partial(objectives.on_tokens, loss, **bound))
-
-
-TERMS: dict[str, Term] = {
-  'soft_targets': Term(objectives.soft_targets),
-  'hard_labels': Term(objectives.hard_labels, teacher=False),
-  'regression': Term(objectives.regression, teacher=False),
-  'logit_matching': Term(
-    functools.partial(objectives.regression, to='teacher')
-  ),
-  'decoupled_kd': _outputs(losses.decoupled_kd, with_label=True),
-  'normalized_kd': _outputs(losses.normalized_kd, with_label=True),
-  'reverse_kl': _outputs(losses.reverse_kl_divergence),
-  'jensen_shannon': _outputs(losses.jensen_shannon),
-  'skew_kl': _outputs(losses.skew_kl_divergence),
-  'hard_distillation': _outputs(losses.hard_distillation),
-  'teacher_free': Term(objectives.teacher_free, teacher=False),
-  'top_k': Term(objectives.top_k_targets),
-  'distillation_token': Term(objectives.distillation_token),
-  'dist': _batch(losses.dist),
-  'multi_level': _batch(losses.multi_level),
-  'hints': Term(objectives.hints, 'hint'),
-  'features': _features(losses.hint, 'last'),
-  'attention_transfer': _features(losses.attention_transfer, 'stages'),
-  'neuron_selectivity': _features(losses.neuron_selectivity, 'last'),
-  'flow': Term(objectives.flow, 'stages'),
-  'variational_information': Term(objectives.variational_information, 'stages'),
-  'activation_boundary': Term(objectives.activation_boundary, 'preactivations'),
-  'overhaul': Term(objectives.overhaul, 'preactivations', ('norms',)),
-  'factor_transfer': Term(objectives.factor_transfer, 'last'),
-  'review': Term(objectives.review, 'stages'),
-  'masked_generation': Term(objectives.masked_generation, 'last'),
-  'softmax_regression': Term(objectives.softmax_regression, 'last', ('head',)),
-  'class_attention': Term(
-    objectives.class_attention, 'last', ('student_head', 'teacher_head')
-  ),
-  'norm_direction': Term(
-    objectives.norm_direction, 'embedding', ('num_classes',)
-  ),
-  'self_distillation': Term(
-    objectives.self_distillation,
-    'own_stages',
-    ('deepest', 'num_classes'),
-    teacher=False,
-  ),
-  'relational': Term(objectives.relational, 'embedding'),
-  'similarity_preserving': _batch(losses.similarity_preserving, 'last'),
-  'probabilistic_transfer': _batch(losses.probabilistic_transfer, 'embedding'),
-  'correlation_congruence': Term(
-    objectives.correlation_congruence, 'embedding'
-  ),
-  'contrastive': Term(objectives.contrastive, 'embedding', ('labels',)),
-  'input_gradients': Term(objectives.input_gradients),
-  'sobolev': Term(objectives.sobolev),
-  'jacobians': Term(objectives.jacobians),
-  'hidden_states': _tokens(losses.hidden_squared_error, project=True),
-  'hidden_cosine': _tokens(losses.hidden_cosine, project=True),
-  'attention_maps': _tokens(losses.attention_squared_error, power=2),
-  'attention_cross_entropy': _tokens(losses.attention_cross_entropy),
-  'token_relations': _tokens(losses.minilm_relation),
-  'patient': Term(objectives.patient),
-}
-
-
-def _paired(student, teacher):
-  """The deepest stages of both, as many as the shallower network has."""
-  count = min(len(student), len(teacher))
-  return student[len(student) - count :], teacher[len(teacher) - count :]
-
-
-def _middle(student, teacher):
-  s, t = _paired(student, teacher)
-  return s[(len(s) - 1) // 2], t[(len(t) - 1) // 2]
-
-
-# place -> (facts) -> (student taps, teacher taps); the words of `Term.reads`.
-PLACES: dict[str, Callable[[Facts], tuple[Any, Any]]] = {
-  'stages': lambda f: _paired(f.student.stages, f.teacher.stages),
-  'preactivations': lambda f: _paired(
-    f.student.preactivations, f.teacher.preactivations
-  ),
-  'hint': lambda f: _middle(f.student.stages, f.teacher.stages),
-  'last': lambda f: (f.student.stages[-1], f.teacher.stages[-1]),
-  'embedding': lambda f: (f.student.embedding, f.teacher.embedding),
-}
-
-
-def _needed(name: str, facts: Facts, reads: Mapping[str, Any]) -> Any:
-  if name == 'norms':
-    return _paired(reads['student'], facts.teacher.norms)[1]
-  return {
-    'num_classes': facts.num_classes,
-    'labels': facts.labels,
-    'head': facts.teacher and facts.teacher.head,
-    'student_head': facts.student.head,
-    'teacher_head': facts.teacher and facts.teacher.head,
-    'deepest': facts.student.embedding,
-  }[name]
-
-
-def make_term(name: str, facts: Facts, **options: Any) -> Objective:
-  """A term by name.
-
-  Args:
-    name: one of `TERMS`.
-    facts: about the networks and the data.
-    **options: of the term; `student` and `teacher` name other taps than the
-      default ones; a mapping with `end` and `until` is a schedule, see
-      `make_value`.
-
-  Raises:
-    ValueError: for an unknown name or option, or a missing teacher.
-  """
-  kind = rules.choose('term', name, TERMS)
-  if kind.teacher and isinstance(facts.teacher, Mapping):
-    own = {
-      member: make_term(name, facts._replace(teacher=taps), **options)
-      for member, taps in facts.teacher.items()
-    }
-    return objectives.each_teacher(own, weights=facts.teacher_weights)
-  options = {k: make_value(v, facts.total_steps) for k, v in options.items()}
-  if kind.reads == 'own_stages':
-    options.setdefault('student', facts.student.stages[:-1])
-  elif kind.reads is not None:
-    if facts.teacher is None:
-      raise ValueError(f'The term {name!r} needs a teacher.')
-    student, teacher = PLACES[kind.reads](facts)
-    options.setdefault('student', student)
-    options.setdefault('teacher', teacher)
-  for need in kind.needs:
-    if need not in options:
-      options[need] = _needed(need, facts, options)
-  try:
-    return kind.make(**options)
-  except TypeError as e:
-    raise ValueError(f'Term {name!r}: {e}.') from e
-
-
-def make_value(value: Any, total_steps: int) -> Any:
-  """A number as it is; a mapping as a schedule over shares of the run.
-
-  Args:
-    value: anything, or a mapping with `end` and `until` and perhaps `start`,
-      `begin` and `shape`, see `objectives.schedule`; `begin` and `until` are
-      shares of the run.
-    total_steps: length of the run.
-
-  Example:
-    >>> warm = make_value({'end': 2.0, 'until': 0.1}, total_steps=100)
-    >>> float(warm(5)), float(warm(50))
-    (1.0, 2.0)
-  """
-  if not isinstance(value, Mapping):
-    return value
-  at = {
-    k: round(value[k] * total_steps) for k in ('begin', 'until') if k in value
-  }
-  try:
-    return objectives.schedule(**{**value, **at})
-  except TypeError as e:
-    raise ValueError(f'{dict(value)} is no schedule: {e}.') from e
-
-
-def make_objective(
-  terms: Mapping[str, Mapping[str, Any]], facts: Facts
-) -> Objective:
-  """A weighted sum of terms, from words.
-
-  Args:
-    terms: label -> `{'name': one of TERMS, 'weight': number or schedule,
-      **options}`. A term whose weight is 0 is left out.
-    facts: about the networks and the data.
-
-  Raises:
-    ValueError: for a term without name or weight, or if none is left.
-
-  Example:
-    >>> facts = Facts(student=None, teacher=None, num_classes=10, total_steps=9)
-    >>> objective = make_objective({
-    ...   'kd': {'name': 'soft_targets', 'weight': 0.9, 'temperature': 4.0},
-    ...   'ce': {'name': 'hard_labels', 'weight': 0.1},
-    ... }, facts)
-  """
-  made = {}
-  for label, term in terms.items():
-    options = dict(term)
-    missing = {'name', 'weight'} - set(options)
-    if missing:
-      raise ValueError(f'The term {label!r} has no {min(missing)!r}.')
-    name, weight = options.pop('name'), options.pop('weight')
-    if isinstance(weight, Mapping) or weight:
-      objective = make_term(name, facts, **options)
-      made[label] = (make_value(weight, facts.total_steps), objective)
-  return objectives.weighted_sum(made)
-
-
-def describe(terms: Mapping[str, Mapping[str, Any]]) -> str:
-  """The terms of a configuration as one line, for reports.
-
-  Example:
-    >>> describe({
-    ...   'kd': {'name': 'soft_targets', 'weight': 0.9, 'temperature': 4.0},
-    ...   'ce': {'name': 'hard_labels', 'weight': 0.1},
-    ... })
-    '0.9 x soft_targets(temperature=4.0) + 0.1 x hard_labels'
-  """
-  return ' + '.join(
-    _described(**term) for term in terms.values() if term['weight']
-  )
-
-
-def _described(name, weight, **options):
-  inside = ', '.join(f'{k}={_word(v)}' for k, v in options.items())
-  return f'{_word(weight)} x {name}' + (f'({inside})' if inside else '')
-
-
-def _word(value):
-  if not isinstance(value, Mapping):
-    return f'{value}'
-  start, shape = value.get('start', 0.0), value.get('shape', 'linear')
-  return f'{start}..{value["end"]} ({shape} until {value["until"]:.3g})'
+from kd_jax import rules
 
 
 class Method(NamedTuple):
@@ -593,3 +313,152 @@ METHODS: dict[str, Method] = {
     'paper',
   ),
 }
+
+
+class Protocol(NamedTuple):
+  """A published recipe.
+
+  Attributes:
+    title: in words.
+    source: paper or code.
+    train: fields of a `training` of `configs/digits.py`.
+    data: fields of `config.data`.
+    terms: the protocol's own method, for `terms.make_objective`.
+  """
+
+  title: str
+  source: str
+  train: dict[str, Any]
+  data: dict[str, Any]
+  terms: dict[str, dict[str, Any]]
+
+
+_CIFAR_DATA = {
+  'crop_padding': 4,
+  'flip': True,
+  'mixup': 0.0,
+  'mean': (0.5071, 0.4867, 0.4408),
+  'std': (0.2675, 0.2565, 0.2761),
+}
+# 240 epochs of SGD; the rate falls at 150, 180 and 210. L2 reaches every
+# parameter, as in the published code, BatchNorm's too.
+_CIFAR_TRAIN = {
+  'epochs': 240,
+  'batch_size': 64,
+  'learning_rate': 0.05,
+  'schedule': 'step',
+  'boundaries': (150 / 240, 180 / 240, 210 / 240),
+  'warmup': 0.0,
+  'optimizer': {
+    'name': 'momentum',
+    'momentum': 0.9,
+    'l2': 5e-4,
+    'decay': '.*',
+  },
+}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET_DATA = {
+  'crop_padding': 0,
+  'flip': True,
+  'mixup': 0.0,
+  'image_size': 224,
+  'mean': IMAGENET_MEAN,
+  'std': IMAGENET_STD,
+}
+_IMAGENET_TRAIN = {
+  'epochs': 100,
+  'batch_size': 256,
+  'learning_rate': 0.1,
+  'schedule': 'step',
+  'boundaries': (0.3, 0.6, 0.9),
+  'warmup': 0.0,
+  'optimizer': {
+    'name': 'momentum',
+    'momentum': 0.9,
+    'l2': 1e-4,
+    'decay': '.*',
+  },
+}
+
+PROTOCOLS: dict[str, Protocol] = {
+  'crd2020': Protocol(
+    'the CIFAR-100 benchmark of CRD: KD with weights 0.1 and 0.9 at T = 4',
+    'Tian et al. 2020, arXiv:1910.10699, and its public benchmark; the rate is '
+    '0.01 for MobileNet and ShuffleNet students',
+    _CIFAR_TRAIN,
+    _CIFAR_DATA,
+    METHODS['kd'].terms,
+  ),
+  'dkd2022': Protocol(
+    'the same recipe; decoupled KD with a warm-up of 20 epochs',
+    'Zhao et al. 2022, arXiv:2203.08679',
+    _CIFAR_TRAIN,
+    _CIFAR_DATA,
+    METHODS['dkd'].terms,
+  ),
+  'dist2022': Protocol(
+    'the same recipe; correlations of predictions at T = 4',
+    'Huang et al. 2022, arXiv:2205.10536',
+    _CIFAR_TRAIN,
+    _CIFAR_DATA,
+    METHODS['dist'].terms,
+  ),
+  'funmatch': Protocol(
+    'consistent and patient teaching: one crop and one mixup for both '
+    'networks, KL at T = 1, no labels, a very long schedule',
+    'Beyer et al. 2022, arXiv:2106.05237',
+    {
+      'epochs': 1200,
+      'batch_size': 512,
+      'learning_rate': 3e-3,
+      'schedule': 'cosine',
+      'boundaries': (),
+      'warmup': 0.04,
+      'optimizer': {
+        'name': 'adamw',
+        # The paper's 3e-4, which is not multiplied by the rate of 3e-3.
+        'l2': 0.1,
+        'clip_norm': 1.0,
+        'decay': '.*/kernel',
+      },
+    },
+    _CIFAR_DATA | {'mixup': 1.0},
+    METHODS['label_free'].terms,
+  ),
+  'imagenet': Protocol(
+    'ImageNet in 100 epochs: KD with weights 0.5 and 0.5 at T = 1',
+    'Zhao et al. 2022, arXiv:2203.08679, and its public code',
+    _IMAGENET_TRAIN,
+    _IMAGENET_DATA,
+    {
+      'kd': {'name': 'soft_targets', 'weight': 0.5, 'temperature': 1.0},
+      'ce': {'name': 'hard_labels', 'weight': 0.5},
+    },
+  ),
+}
+
+
+def protocol(name: str) -> Protocol:
+  """A published recipe by name.
+
+  Raises:
+    ValueError: for an unknown name.
+
+  Example:
+    >>> protocol('crd2020').train['epochs']
+    240
+  """
+  return rules.choose('protocol', name, PROTOCOLS)
+
+
+def method(name: str) -> Method:
+  """A published method by name.
+
+  Raises:
+    ValueError: for an unknown name.
+
+  Example:
+    >>> method('at').terms['attention_transfer']['weight']
+    1000.0
+  """
+  return rules.choose('method', name, METHODS)

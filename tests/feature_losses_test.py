@@ -127,7 +127,7 @@ def test_margins_of_extreme_batch_norms():
   np.testing.assert_allclose(margin, want, rtol=1e-6, atol=1e-12)
 
 
-def test_margins_and_banks_of_classes_are_constant():
+def test_margins_and_class_means_are_constant():
   ones = jnp.ones((1, 3))
 
   def loss(scale, bias, means):
@@ -135,8 +135,19 @@ def test_margins_and_banks_of_classes_are_constant():
     ofd = losses.overhaul(ones, -ones, margin)
     return jnp.sum(ofd + losses.norm_direction(ones, ones, means, [0]))
 
-  for gradient in jax.grad(loss, (0, 1, 2))(ones[0], ones[0], ones):
+  means = jnp.array([[1.0, 2.0, -3.0]])
+  for gradient in jax.grad(loss, (0, 1, 2))(ones[0], ones[0], means):
     np.testing.assert_array_equal(gradient, 0)
+
+
+def test_embeddings_of_zero_have_a_norm_direction_loss():
+  none = jnp.zeros((1, 3))
+
+  def loss(student):
+    return losses.norm_direction(student, none, jnp.ones((1, 3)), [0])[0]
+
+  value, gradient = jax.value_and_grad(loss)(none)
+  assert value == 1 and np.isfinite(gradient).all()
 
 
 def test_input_gradients_do_not_round_to_the_inputs_dtype():

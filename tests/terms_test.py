@@ -1,6 +1,6 @@
 """Every term that a configuration can name, on small plain functions.
 
-A new term is one entry of `methods.TERMS`; this suite finds it there.
+A new term is one entry of `terms.TERMS`; this suite finds it there.
 """
 
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from kd_jax import losses, methods, objectives, sharding, step
+from kd_jax import losses, objectives, sharding, step, terms
 from kd_jax.models import Taps
 from kd_jax.types import Forward
 
@@ -137,14 +137,14 @@ def _teacher(name):
 
 
 def _term(name, **options):
-  facts = methods.Facts(
+  facts = terms.Facts(
     student=TAPS,
     teacher=TAPS,
     num_classes=CLASSES,
     total_steps=10,
     labels=np.arange(IDS) % CLASSES,
   )
-  return methods.make_term(name, facts, **(OPTIONS.get(name, {}) | options))
+  return terms.make_term(name, facts, **(OPTIONS.get(name, {}) | options))
 
 
 def _run(name, *, devices=1, how='jit', steps=2, **options):
@@ -197,7 +197,7 @@ def _moved(before, after):
   )
 
 
-@pytest.mark.parametrize('name', methods.TERMS)
+@pytest.mark.parametrize('name', terms.TERMS)
 def test_term_trains_the_student_and_what_it_owns(name):
   history, state, start, traces = _one_device(name)
   assert np.isfinite(history).all() and history[0] > 0
@@ -218,7 +218,7 @@ def test_term_trains_the_student_and_what_it_owns(name):
       assert np.any(np.asarray(a) != np.asarray(b)), path
 
 
-@pytest.mark.parametrize('name', methods.TERMS)
+@pytest.mark.parametrize('name', terms.TERMS)
 def test_terms_parameters_follow_from_shapes_alone(name):
   """`init` under eval_shape: nothing is computed, nothing is read."""
   term = _term(name)
@@ -257,10 +257,10 @@ def _close(got, want, name):
 
 
 # CRD draws other negatives on every device of a mapped step.
-SAME_NUMBERS = [n for n in methods.TERMS if n != 'contrastive']
+SAME_NUMBERS = [n for n in terms.TERMS if n != 'contrastive']
 
 
-@pytest.mark.parametrize('name', methods.TERMS)
+@pytest.mark.parametrize('name', terms.TERMS)
 def test_eight_devices_equal_one_under_jit(name):
   history, state, _, _ = _one_device(name)
   sharded, sharded_state, _, traces = _run(name, devices=8)
@@ -295,17 +295,17 @@ def test_local_scope_is_the_mean_over_devices_of_their_own_batches(name):
 
 def test_sets_of_names_are_those_of_the_terms():
   assert set(OPTIONS) | TRAINED | SCOPED | EQUAL_WIDTH | NO_TEACHER <= set(
-    methods.TERMS
+    terms.TERMS
   )
-  for name, term in methods.TERMS.items():
+  for name, term in terms.TERMS.items():
     assert term.teacher == (name not in NO_TEACHER)
 
 
-@pytest.mark.parametrize('name', sorted(set(methods.TERMS) - NO_TEACHER))
+@pytest.mark.parametrize('name', sorted(set(terms.TERMS) - NO_TEACHER))
 def test_term_without_a_teacher_is_refused(name):
-  facts = methods.Facts(TAPS, None, CLASSES, 10, np.arange(IDS) % CLASSES)
+  facts = terms.Facts(TAPS, None, CLASSES, 10, np.arange(IDS) % CLASSES)
   with pytest.raises(ValueError, match='needs a teacher'):
-    term = methods.make_term(name, facts, **OPTIONS.get(name, {}))
+    term = terms.make_term(name, facts, **OPTIONS.get(name, {}))
     inputs = objectives.Inputs(
       _network(STUDENT, _batch()),
       None,

@@ -283,7 +283,7 @@ def load_pretrained(
     >>> load_pretrained(path, model)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: ... lacks 'bn1.bias', which CifarResNet, by the names of ...
+    ValueError: ... lacks 'bn1.bias' for CifarResNet by torchvision's names ...
   """
   namings = _namings(model)
   has_head = bool(getattr(model, 'num_classes', 0))
@@ -301,8 +301,8 @@ def load_pretrained(
   places = {k: _place(naming, k.split('/', 1)[1]) for k in ours}
   if not head:
     arrays = _without_end(naming, arrays, places)
-  needed_by = f'{type(model).__name__}, by the names of {origin},'
-  _check_names(path, needed_by, arrays, places)
+  reader = f"{type(model).__name__} by {origin}'s names"
+  _check_names(path, reader, arrays, places)
   flat = {
     k: _convert(path, arrays[places[k].name], k, v.shape, places[k], head)
     for k, v in ours.items()
@@ -357,7 +357,7 @@ def _without_end(naming, arrays, places) -> dict[str, jax.Array]:
   }
 
 
-def _check_names(path, model, arrays, places: Mapping[str, _Place]) -> None:
+def _check_names(path, reader, arrays, places: Mapping[str, _Place]) -> None:
   expected = {place.name for place in places.values()}
   missing, unexpected = expected - set(arrays), set(arrays) - expected
   if missing:
@@ -365,14 +365,14 @@ def _check_names(path, model, arrays, places: Mapping[str, _Place]) -> None:
     if unexpected:
       others = f'; it has others: {rules.near_misses(name, unexpected)}'
     raise ValueError(
-      f'{path} lacks {name!r}, which {model} needs ({len(missing)} of '
-      f'{len(expected)} names are missing){others}'
+      f'{path} lacks {name!r} for {reader} ({len(missing)} of '
+      f'{len(expected)} are missing){others}'
     )
   if unexpected:
     name = min(unexpected)
     raise ValueError(
-      f'{path} has {name!r}, which {model} has no place for '
-      f'({len(unexpected)} such names): {rules.near_misses(name, expected)}'
+      f'{path} has {name!r}, which has no place in {reader} '
+      f'({len(unexpected)} have none): {rules.near_misses(name, expected)}'
     )
 
 

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from kd_jax.models import layers
@@ -199,7 +200,7 @@ class ShuffleUnitV2(nn.Module):
     conv_norm = _conv_norm(train, self.dtype)
     half = self.width // 2
     if self.stride == 1:
-      x, y = x[..., :half], x[..., half:]
+      x, y = jnp.split(x, 2, axis=-1)
     else:
       y, channels = x, x.shape[-1]
       x = conv_norm(

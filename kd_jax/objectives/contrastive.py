@@ -60,7 +60,7 @@ def contrastive(
   *,
   student: str,
   teacher: str,
-  labels: Sequence[int] | np.ndarray,
+  labels: Sequence[int] | np.ndarray | None,
   negatives: int = 16384,
   size: int = 128,
   temperature: float = 0.07,
@@ -78,7 +78,7 @@ def contrastive(
     student: tap of an embedding `[B, D]`.
     teacher: the teacher's.
     labels: `[N]` class of every example by its `id`, -1 for ids of no
-      training example.
+      training example; None is refused.
     negatives: K, drawn with replacement, anew in every step; the paper's
       16384 is for data sets of 50000.
     size: of the trained embeddings.
@@ -89,6 +89,11 @@ def contrastive(
     Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020,
     arXiv:1910.10699.
   """
+  if labels is None:
+    raise ValueError(
+      'contrastive needs the labels of all training images by id: images in '
+      'memory, not streamed ones, nor those of another data set.'
+    )
   others = OtherClasses(labels)
   num_data = len(others.order)
   rows = ROWS * math.ceil(len(labels) / ROWS)

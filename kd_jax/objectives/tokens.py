@@ -84,7 +84,7 @@ def _mean_count(mask, x, inputs, power):
   """Valid tokens of an example, to a power, averaged over the global batch."""
   if mask is None:
     return jnp.float32(x.shape[-2] ** power)
-  count = jnp.mean(jnp.sum(numerics.float32(mask), axis=-1) ** power)
+  count = jnp.mean(jnp.sum(numerics.float32(mask != 0), axis=-1) ** power)
   if inputs.axis_name is not None:
     count = jax.lax.pmean(count, inputs.axis_name)
   return count

@@ -99,9 +99,8 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def _words(options):
-  name, *rest = options.values()
-  inside = ', '.join(f'{k}={v}' for k, v in list(options.items())[1:])
-  return f'{name}({inside})' if rest else f'{name}'
+  inside = ', '.join(f'{k}={v}' for k, v in options.items() if k != 'name')
+  return f'{options["name"]}({inside})' if inside else options['name']
 
 
 def markdown(comparison: Comparison) -> str:
@@ -136,7 +135,7 @@ def print_table(comparison: Comparison) -> None:
   header, rows = cells(comparison)
   table = Table()
   for i, name in enumerate(header):
-    table.add_column(name, justify='right' if i else 'left', no_wrap=not i)
+    table.add_column(name, justify='right' if i else 'left', no_wrap=True)
   for row in rows:
     table.add_row(*row)
   console = Console()
