@@ -82,8 +82,9 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       # Of the normalisation, per channel; () for those of the train split.
       'mean': (),
       'std': (),
-      # 0 for all.
+      # Of every split, and of the train split alone; 0 for all.
       'max_examples': 256 if tiny else 0,
+      'train_examples': 0,
       # Side of crops that are streamed from disk; 0 decodes all into memory.
       'image_size': 0,
       # A data set on whose images, without labels, students learn from their

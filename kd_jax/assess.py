@@ -228,11 +228,14 @@ def _parity(run: Run) -> list[dict[str, Any]]:
 
 def _protocol(run: Run) -> list[str]:
   c, test = run.config, len(run.splits['test'])
+  curves = 'the validation split'
+  if 'validation' not in run.splits:
+    curves = 'training batches, as no images are held out for validation'
   fill = lambda part: terms.describe(part.terms.to_dict())
   return [
     f'Accuracy, agreement, KL and calibration error: test split of {test} '
     f'images, last step, one seed ({c.seed}). The test split is used for '
-    'nothing else; curves show the validation split.',
+    f'nothing else; curves show {curves}.',
     'Agreement and KL compare with the teacher, at temperature 1; calibration '
     'error is the expected one with 15 bins.',
     f'distilled: {fill(c.distill)}{_scheme(c.distill.scheme)}.',

@@ -9,7 +9,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,28 +54,70 @@ def compare(
   for name in config.methods:
     rules.choose('method', name, methods.METHODS)
   rows: dict[str, list[dict[str, Any]]] = {}
+  chosen: dict[str, float] = {TEACHER: 1.0}
   for seed in range(config.seeds):
     run = open_run(config, path, seed)
     run.workdir.write_config()
     for name in (TEACHER, *config.methods):
-      where = place(name)
-      tested = run.workdir.path / where / 'test.json'
-      if not run.workdir.done(where):
-        run.workdir.finish(where, _train(run, name))
+      if name not in chosen:
+        chosen[name] = _best_scale(run, name, config.scales)
+      _ensure(run, name, chosen[name])
+      tested = run.workdir.path / place(name, chosen[name]) / 'test.json'
       if not tested.exists():
-        write_json(tested, _test(run, name))
+        write_json(tested, _test(run, name, chosen[name]))
         accuracy = f'{read_json(tested)["accuracy"]:.2%}'
         say(f'seed {seed}, {name}: {accuracy} on the test split')
       rows.setdefault(name, []).append(read_json(tested))
   times = _times(config, path)
-  result = _assemble(open_run(config, path, 0), rows, times)
+  result = _assemble(open_run(config, path, 0), rows, times, chosen)
   comparison.write(result, Path(path))
   return result
 
 
-def place(name: str) -> str:
-  """The stage directory of a method, or of the teacher."""
-  return name if name == TEACHER else f'methods/{name}'
+def place(name: str, scale: float = 1.0) -> str:
+  """The stage directory of a method with scaled weights, or of the teacher."""
+  return name if name == TEACHER else f'methods/{name}/x{scale:g}'
+
+
+def _ensure(run: Run, name: str, scale: float) -> None:
+  """Trains what is not there yet."""
+  where = place(name, scale)
+  if run.workdir.done(where):
+    return
+  if name == TEACHER:
+    result = distillation.fit_teachers(run)
+  else:
+    result = distillation.distill(with_method(run, name, scale), where)
+  run.workdir.finish(where, result)
+
+
+def _best_scale(run: Run, name: str, scales: Sequence[float]) -> float:
+  """The scale with the best accuracy on validation; the first of equals."""
+  if len(scales) == 1 or scaled_terms(name, 2.0) == scaled_terms(name, 1.0):
+    return scales[0]
+  accuracy = {}
+  for scale in scales:
+    _ensure(run, name, scale)
+    history = run.workdir.result(place(name, scale))['history']
+    accuracy[scale] = history[-1]['eval/accuracy']
+  return max(scales, key=accuracy.get)
+
+
+def scaled_terms(name: str, scale: float) -> dict[str, dict[str, Any]]:
+  """A method's terms, the weights of all but the labels' times a factor."""
+  terms = {}
+  for label, term in methods.METHODS[name].terms.items():
+    if term['name'] != 'hard_labels':
+      term = {**term, 'weight': _times_scale(term['weight'], scale)}
+    terms[label] = term
+  return terms
+
+
+def _times_scale(weight, scale):
+  if not isinstance(weight, dict):
+    return weight * scale
+  ends = {k: weight[k] * scale for k in ('start', 'end') if k in weight}
+  return weight | ends
 
 
 def open_run(
@@ -88,34 +130,38 @@ def open_run(
   """
   config = ml_collections.ConfigDict(config.to_dict())
   config.seed = seed
-  for key in ('methods', 'seeds', 'timing'):
+  for key in ('methods', 'seeds', 'scales', 'timing'):
     del config[key]
   return Run(config, Workdir(Path(path) / f'seed{seed}', config.to_dict()))
 
 
-def with_method(run: Run, name: str) -> Run:
-  """The same run, its student taught by a method of `methods.METHODS`."""
-  method = methods.METHODS[name]
+def with_method(run: Run, name: str, scale: float = 1.0) -> Run:
+  """The same run, its student taught by a method of `methods.METHODS`.
+
+  Args:
+    run: of a comparison.
+    name: the method.
+    scale: factor of the weights, but for those of the labels.
+  """
   config = ml_collections.ConfigDict(run.config.to_dict())
-  terms = dict(method.terms)
-  for label, options in config.overrides.get(name, {}).items():
-    terms[label] = {**terms[label], **options}
-  config.distill.terms = terms
-  config.distill.scheme.update(method.scheme)
+  config.distill.terms = _terms(config, name, scale)
+  config.distill.scheme.update(methods.METHODS[name].scheme)
   return Run(config, run.workdir, like=run)
 
 
-def _train(run: Run, name: str) -> dict[str, Any]:
-  if name == TEACHER:
-    return distillation.fit_teachers(run)
-  return distillation.distill(with_method(run, name), place(name))
+def _terms(config, name, scale):
+  """The scaled terms of a method, with the configuration's own options."""
+  terms = scaled_terms(name, scale)
+  for label, options in config.overrides.get(name, {}).items():
+    terms[label] = {**terms[label], **options}
+  return terms
 
 
-def _test(run: Run, name: str) -> dict[str, Any]:
+def _test(run: Run, name: str, scale: float) -> dict[str, Any]:
   network = teacher = run.teacher()
   if name != TEACHER:
     own = with_method(run, name)
-    stored = weights.load_weights(run.workdir.weights(place(name)))
+    stored = weights.load_weights(run.workdir.weights(place(name, scale)))
     network = own.network(name, own.model('student'), stored)
   numbers = run.evaluate(run.apply(network), 'test', teacher=run.apply(teacher))
   return numbers | {'parameters': weights.count(network.variables)[0]}
@@ -164,15 +210,13 @@ def _times(config, path) -> dict[str, dict[str, float]]:
   return times
 
 
-def _assemble(run, rows, times) -> dict[str, Any]:
+def _assemble(run, rows, times, chosen) -> dict[str, Any]:
   c = run.config
   kd = times['kd']['median_ms']
   table = []
   for name, results in rows.items():
     method = methods.METHODS.get(name)
-    terms = dict(method.terms) if method else {}
-    for label, options in c.overrides.get(name, {}).items():
-      terms[label] = {**terms[label], **options}
+    terms = _terms(c, name, chosen[name]) if method else {}
     row = {
       'name': name,
       'title': method.title if method else 'teacher',
@@ -180,6 +224,7 @@ def _assemble(run, rows, times) -> dict[str, Any]:
       'terms': describe(terms) if method else 'cross-entropy',
       'scheme': dict(method.scheme) if method else {},
       'weights': method.weights if method else '',
+      'scale': chosen[name],
       'parameters': results[0]['parameters'],
     }
     for metric in METRICS:

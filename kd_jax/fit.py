@@ -208,7 +208,9 @@ def _train(run, where, key, c, images, prepared, evaluate) -> train_lib.Trained:
 
 
 def _evaluator(run: Run, student: Student):
-  """`(state) -> numbers` on the validation split; compiled once."""
+  """`(state) -> numbers` on the validation split; none without such a split."""
+  if 'validation' not in run.splits:
+    return lambda state: {}
   forward = (student.served_make or student.make)()
   fn = jax.jit(deploy.from_images(forward, run.preprocess))
 

@@ -89,19 +89,25 @@ class Run:
 
   @functools.cached_property
   def splits(self) -> dict[str, data.Images]:
-    """The images of the three splits."""
+    """The images of the splits; no 'validation' where its share is 0."""
     c = self.config.data
+    held_out = ('validation',) if c.validation else ()
     return {
       split: data.load_images(
         c.name,
         split,
         data_dir=c.data_dir or None,
         validation=c.validation,
-        max_examples=c.max_examples or None,
+        max_examples=self._limit(split) or None,
         image_size=c.image_size or None,
       )
-      for split in ('train', 'validation', 'test')
+      for split in ('train', *held_out, 'test')
     }
+
+  def _limit(self, split: str) -> int:
+    c = self.config.data
+    own = c.train_examples if split == 'train' else 0
+    return own or c.max_examples
 
   @functools.cached_property
   def transfer(self) -> data.Images:
@@ -319,9 +325,8 @@ class Run:
 
   def batches(self, split: str):
     """The raw batches of a split, in order, the last one padded."""
-    return data.eval_batches(
-      self.splits[split], batch_size=self.config.eval_batch_size
-    )
+    images = rules.choose('split of this run', split, self.splits)
+    return data.eval_batches(images, batch_size=self.config.eval_batch_size)
 
   def evaluate(
     self,

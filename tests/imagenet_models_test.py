@@ -217,7 +217,7 @@ def test_options_that_a_name_stands_for_are_not_open():
 
 @pytest.mark.parametrize('name', SMALL)
 def test_logits_are_those_of_the_published_networks(name):
-  np.testing.assert_allclose(_tapped(name).output[0], LOGITS[name], rtol=1e-3)
+  np.testing.assert_allclose(_tapped(name).output[0], LOGITS[name], rtol=1e-4)
 
 
 @pytest.mark.parametrize('name', SMALL)

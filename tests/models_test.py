@@ -493,3 +493,20 @@ def test_a_published_name_keeps_its_structure():
     num_classes=7, depth=8, width=64, stem_width=32, dtype='bfloat16'
   )
   assert model == want
+
+
+def test_a_norm_after_a_sum_that_another_layer_reads_is_kept():
+  """The stem of a pre-activation network feeds a norm and a residual sum."""
+  model = models.WideResNet(3, depth=10, widen_factor=1)
+  rng = np.random.default_rng(0)
+  batch = {'image': rng.normal(size=(2, 8, 8, 3)).astype('f')}
+  variables = jax.tree.map(
+    lambda x: np.abs(rng.normal(size=x.shape)).astype('f'), _shapes(model, 3)
+  )
+  folded = deploy.fold(model, variables, batch)
+  skipping = adapters.from_linen(
+    model, interceptors=[quantize.skip_folded_batch_norms]
+  )
+  want = _jit(adapters.from_linen(model))(variables, batch).output
+  got = _jit(skipping)(folded, batch).output
+  np.testing.assert_allclose(got, want, rtol=1e-4)

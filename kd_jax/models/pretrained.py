@@ -304,7 +304,7 @@ def load_pretrained(
   reader = f"{type(model).__name__} by {origin}'s names"
   _check_names(path, reader, arrays, places)
   flat = {
-    k: _convert(path, arrays[places[k].name], k, v.shape, places[k], head)
+    k: _convert(path, arrays[places[k].name], k, v.shape, places[k])
     for k, v in ours.items()
   }
   if not head and has_head:
@@ -386,14 +386,14 @@ def _fresh_head(model, key, images) -> dict[str, jax.Array]:
   return jax.jit(draw)(key)
 
 
-def _convert(path, x, ours, shape, place, head) -> jax.Array:
+def _convert(path, x, ours, shape, place) -> jax.Array:
   """One array in our layout, checked."""
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f'{path}: {place.name!r} is {x.dtype}, not a float.')
   theirs = _their_shape(ours, shape, place)
   if x.shape != theirs:
     hint = ''
-    if head and ours.split('/')[1] in _HEADS:
+    if ours.split('/')[1] in _HEADS:
       hint = ' Load with head=False to keep a fresh head.'
     raise ValueError(
       f'{path}: {place.name!r} has shape {x.shape}, but the model needs '

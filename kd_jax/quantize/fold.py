@@ -48,13 +48,14 @@ def foldable_batch_norms(
 
   Returns:
     path of a Conv or Dense layer -> the BatchNorm that follows it. Layers and
-    norms that are called more than once are left out. A layer whose output has
-    a second reader beside the BatchNorm cannot be told from here: compare the
-    folded model with the original.
+    norms that are called more than once are left out, and layers whose output
+    another module reads too, such as a residual sum. A second reader that is no
+    module cannot be told from here: compare the folded model with the original.
   """
   producers: dict[int, str] = {}
   calls: dict[str, int] = {}
   found: dict[str, FoldableNorm] = {}
+  readers: dict[str, set[str]] = {}
   outputs = []  # keeps outputs alive, so that no id is used twice
 
   def record(next_fun, args, kwargs, context):
@@ -63,6 +64,9 @@ def foldable_batch_norms(
       return next_fun(*args, **kwargs)
     path = '/'.join(module.path)
     calls[path] = calls.get(path, 0) + 1
+    for x in args:
+      if id(x) in producers:
+        readers.setdefault(producers[id(x)], set()).add(path)
     if _is(module, 'BatchNorm') and id(args[0]) in producers:
       if module.axis in (-1, args[0].ndim - 1):
         layer = producers[id(args[0])]
@@ -80,8 +84,15 @@ def foldable_batch_norms(
   return {
     layer: f
     for layer, f in found.items()
-    if calls[layer] == 1 and calls[f.norm] == 1
+    if calls[layer] == 1
+    and calls[f.norm] == 1
+    and _innermost(readers[layer]) == {f.norm}
   }
+
+
+def _innermost(paths: set[str]) -> set[str]:
+  """Without the modules that only hand their input to one inside."""
+  return {p for p in paths if not any(q.startswith(f'{p}/') for q in paths)}
 
 
 def fold_batch_norm(

@@ -86,6 +86,9 @@ def notes(comparison: Comparison) -> list[str]:
     f'{train["batch_size"]}, {train["optimizer"]["name"]}, learning rate '
     f'{train["learning_rate"]}, schedule {train["schedule"]}; the same start, '
     'batches and crops for all methods of a seed.',
+    'Weights of the terms on the teacher: the published ones times the factor '
+    'of the table below, chosen for each method on the validation split of '
+    'the first seed.',
     'vs alone: points of accuracy above the student trained without teacher, '
     'seed by seed.',
     'Agreement and KL(teacher || student) in nats compare with the teacher, at '
@@ -113,8 +116,8 @@ def markdown(comparison: Comparison) -> str:
     '',
     *(f'- {note}' for note in notes(comparison)),
     '',
-    '| method | objective | weights | paper |',
-    '| --- | --- | --- | --- |',
+    '| method | objective | published weights | factor | paper |',
+    '| --- | --- | --- | --- | --- |',
   ]
   for row in ranked(comparison):
     if row['name'] != 'teacher':
@@ -122,7 +125,7 @@ def markdown(comparison: Comparison) -> str:
       terms = row['terms'] + (f'; {scheme}' if scheme else '')
       lines.append(
         f'| {row["title"]} (`{row["name"]}`) | {terms} | {row["weights"]} | '
-        f'{row["paper"]} |'
+        f'{row["scale"]:g} | {row["paper"]} |'
       )
   return '\n'.join(lines) + '\n'
 
