@@ -522,18 +522,28 @@ def test_large_maps_are_compared_a_few_examples_at_a_time():
   assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize('loss', ['inter_class_relation', 'dist'])
-def test_correlations_of_tiny_probabilities_have_finite_gradients(loss):
+@pytest.mark.parametrize('name', ['intra_class_relation', 'dist'])
+def test_correlations_of_tiny_probabilities_have_finite_gradients(name):
   """Softmaxes whose variances underflow in float32, beside ordinary ones."""
-  inputs = _inputs(loss)
-  for offset in (20.0, 40.0, 60.0, 80.0, 100.0):
-    student = inputs['student'] + np.eye(1, 5, dtype=np.float32) * offset
+  inputs = _inputs(name)
+  certain = np.eye(1, 5, dtype=np.float32)
+  for offset in (20.0, 40.0, 60.0, 80.0, 100.0, 400.0):
+    student = inputs['student'] + offset * certain
     for teacher in (inputs['teacher'], student):
       value, gradient = _evaluate(
-        loss, inputs | {'student': student, 'teacher': teacher}
+        name, inputs | {'student': student, 'teacher': teacher}
       )
       assert np.isfinite(value).all()
       assert _scale(gradient['student']) < 100
+
+
+@pytest.mark.parametrize('offset', [40.0, 60.0])
+def test_correlations_ignore_the_size_of_the_probabilities(offset):
+  """All classes but the certain one, whose probability does not vary."""
+  inputs = _inputs('intra_class_relation')
+  student = inputs['student'] + offset * np.eye(1, 5, dtype=np.float32)
+  loss = losses.intra_class_relation(student, student)
+  np.testing.assert_allclose(loss, 1 / 5, rtol=1e-4)
 
 
 def test_shapes_that_differ_are_named():
