@@ -110,7 +110,8 @@ def recipe(
 
   config.distill.terms = published.terms
   config.compress.terms = published.terms
-  if method:
+  # Plain KD is the protocol's, whose weights are not everywhere the same.
+  if method not in ('', 'kd'):
     _use(method, config.distill, own_weights.get(method, {}))
   if tiny:
     for stage in ('teacher', 'alone', 'distill', 'compress'):

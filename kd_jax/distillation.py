@@ -41,7 +41,8 @@ def fit_teachers(run: Run) -> Result:
 def _fit_teacher(run: Run, where: str, options: Mapping[str, Any]) -> Result:
   model, c = run.make_model(options), run.config.teacher
   if where == TEACHER and c.pretrained:
-    variables = load_pretrained(c.pretrained, model)
+    shape = _example(run, c)['image'].shape[1:]
+    variables = load_pretrained(c.pretrained, model, input_shape=shape)
     path = run.workdir.stage(where) / 'weights.safetensors'
     save_weights(path, variables)
     result = {'history': [], 'train_seconds': 0.0, 'steps': 0}
@@ -169,12 +170,13 @@ def link(
     key: names the random key of its weights.
   """
   c = run.config.distill
+  images = fit.images_for(run, None if c.scheme.ema else teacher)
   objective = functools.partial(
     make_objective,
     run,
     c.terms,
     student=model.taps,
-    steps=fit.total_steps(c.train, run.transfer),
+    steps=fit.total_steps(c.train, images),
   )
   variables = adapters.init_linen(model, run.rng(key), run.example)
   make = functools.partial(adapters.from_linen, model)

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 
 from kd_jax import (
   adapters,
@@ -18,6 +20,7 @@ from kd_jax import (
   data,
   distillation,
   losses,
+  models,
   networks,
   objectives,
   recipe,
@@ -382,6 +385,57 @@ def test_a_teacher_of_another_resolution_and_mixed_images(tmp_path, data_dir):
     config.data.mixup = 1.0
 
   run = _run(tmp_path, data_dir, change)
+  assert all(_changed(run).values())
+
+
+def _as_pytorch(variables):
+  """A small CIFAR ResNet under torchvision's names, OIHW."""
+  arrays = {}
+  for path, x in _flat(variables):
+    collection, *names, last = path.split('/')
+    place = '.'.join(names)
+    for ours, theirs in (
+      (r'stem_norm', 'bn1'),
+      (r'stem', 'conv1'),
+      (r'stage(\d)_block1', r'layer\1.0'),
+      (r'layer(\d)\.0', lambda m: f'layer{int(m[1])}.0'),
+      (r'conv_shortcut', 'downsample.0'),
+      (r'norm_shortcut', 'downsample.1'),
+      (r'\bnorm(\d)', r'bn\1'),
+      (r'head', 'fc'),
+    ):
+      place = re.sub(ours, theirs, place)
+    x = np.asarray(x)
+    if last == 'kernel':
+      x = x.transpose((3, 2, 0, 1) if x.ndim == 4 else (1, 0))
+    last = {
+      'kernel': 'weight',
+      'scale': 'weight',
+      'mean': 'running_mean',
+      'var': 'running_var',
+    }.get(last, last)
+    arrays[f'{place}.{last}'] = np.ascontiguousarray(x)
+  return arrays
+
+
+@pytest.mark.slow
+def test_a_pretrained_teacher_is_loaded_and_teaches(tmp_path, data_dir):
+  model = models.CifarResNet(10, depth=8, width=4)
+  variables = adapters.init_linen(
+    model, jax.random.key(9), {'image': jnp.zeros((1, 8, 8, 1))}
+  )
+  path = tmp_path / 'teacher.safetensors'
+  safetensors.numpy.save_file(_as_pytorch(variables), path)
+
+  def change(config):
+    config.teacher.model = {'name': 'resnet', 'depth': 8, 'width': 4}
+    config.teacher.pretrained = str(path)
+
+  run = _run(tmp_path, data_dir, change)
+  assert run.workdir.result('teacher')['steps'] == 0
+  stored = weights.load_weights(run.workdir.weights('teacher'))
+  for (name, a), (_, b) in zip(_flat(stored), _flat(variables), strict=True):
+    np.testing.assert_array_equal(a, b, name)
   assert all(_changed(run).values())
 
 
