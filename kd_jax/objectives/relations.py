@@ -155,9 +155,14 @@ def correlation_congruence(
     t = _flat(base.teacher_feature(inputs, teacher))
     s = connectors.dense(params['student'], s)
     t = connectors.dense(params['teacher'], t)
-    # The teacher's embedding stays as it was made: a loss that could move
-    # both would pull them to one point.
-    loss = over_batch(losses.correlation_congruence, inputs, scope, s, t)
+    # As one difference, so that both embeddings train, as the public code has
+    # it: the loss itself holds the teacher's side constant.
+    loss = over_batch(
+      lambda d: losses.correlation_congruence(d, jnp.zeros_like(d)),
+      inputs,
+      scope,
+      s - t,
+    )
     return loss, state, {}
 
   return Objective(init, apply, base.read_taps(student, teacher))

@@ -1,0 +1,237 @@
+"""Measures the train step of every method, and compares it with its FLOPs.
+
+  python benchmarks/methods.py --out benchmarks/results/methods.md
+
+One process compiles a step of every method, reads the compiler's count of its
+FLOPs, and times all steps in turns. Both numbers are relative to plain KD, and
+so is what is asked of them: does a step take the time that its FLOPs add? By
+default a ResNet-20 teaches a ResNet-8 on random 32x32 images; `--config` takes
+other networks and data, as `kd-jax compare` does.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import math
+import pathlib
+import platform
+import types
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from kd_jax import adapters, compare, data, distillation, fit, methods, rules
+from kd_jax.report import measure
+from kd_jax.run import Run
+
+HERE = pathlib.Path(__file__).resolve()
+REFERENCE = 'kd'
+
+
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  """The default pair; `variant` is '' or 'tiny'."""
+  tiny = variant == 'tiny'
+  config = load_config(str(HERE.parent.parent / 'configs' / 'digits.py'))
+  size = {'width': 2} if tiny else {'width': 16}
+  config.teacher.model = ml_collections.ConfigDict(
+    {'name': 'resnet', 'depth': 8 if tiny else 20, **size}
+  )
+  config.student.model = ml_collections.ConfigDict(
+    {'name': 'resnet', 'depth': 8, **size}
+  )
+  # The step alone, without crops.
+  config.data.crop_padding = 0
+  config.data.synthetic = ml_collections.ConfigDict(
+    {
+      'shape': (8, 8, 3) if tiny else (32, 32, 3),
+      'classes': 5 if tiny else 100,
+      'examples': 64 if tiny else 50000,
+    }
+  )
+  config.distill.train.batch_size = 8 if tiny else 64
+  return config
+
+
+def load_config(path: str) -> ml_collections.ConfigDict:
+  """A configuration from 'FILE' or 'FILE:VARIANT'."""
+  file, _, variant = path.partition(':')
+  spec = importlib.util.spec_from_file_location('config', file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(variant)
+
+
+def open_run(config: ml_collections.ConfigDict) -> Run:
+  """A run in no directory: nothing of it is stored."""
+  if 'overrides' not in config:
+    config.overrides = ml_collections.ConfigDict()
+  like = None
+  if 'synthetic' in config.data:
+    images = _synthetic(**config.data.synthetic.to_dict())
+    like = types.SimpleNamespace(splits={'train': images}, transfer=images)
+  return Run(config, None, like=like)
+
+
+def _synthetic(
+  shape: Sequence[int], classes: int, examples: int
+) -> data.ImageData:
+  rng = np.random.default_rng(0)
+  return data.ImageData(
+    image=rng.integers(0, 256, (examples, *shape), np.uint8),
+    label=rng.integers(0, classes, examples, np.int32),
+    id=np.arange(examples, dtype=np.int32),
+    class_names=tuple(map(str, range(classes))),
+  )
+
+
+def compile_step(
+  run: Run, name: str
+) -> tuple[Callable[[Any], Any], Mapping[str, float]]:
+  """A method's step, built as a run builds it, and the compiler's costs.
+
+  The teacher has random weights. Where the method is a chain of students, this
+  is the first of them.
+
+  Returns:
+    A function of one argument, which it ignores, that makes one step from
+    where the last one ended; and the cost analysis.
+
+  Raises:
+    ValueError: if the method does not fit these networks.
+  """
+  own = compare.with_method(run, name)
+  model = own.model('teacher')
+  variables = adapters.init_linen(model, own.rng('teacher'), own.example)
+  teacher = own.network('teacher', model, variables)
+  link = distillation.link(own, own.model('student'), teacher, 'distill')
+  c = own.config.distill.train
+  made = fit.make_step(own, 'distill', c, *link)
+  batches = data.train_batches(own.transfer, batch_size=c.batch_size, seed=0)
+  batch = jax.tree.map(jnp.asarray, next(batches))
+  # A copy: two parts of the first state may be one array, and donated twice.
+  state, rng = jax.tree.map(jnp.copy, made.state), jax.random.key(0)
+  step = jax.jit(made.step, donate_argnums=0)
+  compiled = step.lower(state, batch, rng).compile()
+
+  def once(_):
+    nonlocal state
+    state, metrics = compiled(state, batch, rng)
+    return state, metrics
+
+  return once, compiled.cost_analysis()
+
+
+def benchmark(
+  run: Run, names: Sequence[str], *, runs: int
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+  """Costs and times of every method.
+
+  Returns:
+    One dict per measured method: `name`, `flops`, `flops_ratio`,
+    `median_ms`, `low_ms`, `high_ms`, `time_ratio` and `ratio`, the last of
+    which is time_ratio / flops_ratio; and name -> reason for the others.
+  """
+  steps, flops, left_out = {}, {}, {}
+  for name in dict.fromkeys((REFERENCE, *names)):
+    try:
+      steps[name], cost = compile_step(run, name)
+      flops[name] = cost['flops']
+      print(f'{name}: {flops[name] / 1e9:.3f} GFLOP', flush=True)
+    except ValueError as e:
+      left_out[name] = str(e)
+      print(f'{name}: not measured, {e}', flush=True)
+  times = measure.latencies(steps, np.zeros(0), runs=runs)
+  rows = []
+  for name in steps:
+    row = {'name': name, 'flops': flops[name], **times[name]}
+    row['flops_ratio'] = flops[name] / flops[REFERENCE]
+    row['time_ratio'] = row['median_ms'] / times[REFERENCE]['median_ms']
+    row['ratio'] = row['time_ratio'] / row['flops_ratio']
+    rows.append(row)
+  return rows, left_out
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """A Markdown table of the rows of `benchmark`."""
+  lines = [
+    '| method | GFLOP | FLOPs / KD | ms, median (quartiles) | time / KD | '
+    'time / FLOPs |',
+    '| --- ' + '| ---: ' * 5 + '|',
+  ]
+  for row in rows:
+    title = methods.METHODS[row['name']].title
+    lines.append(
+      f'| {title} (`{row["name"]}`) | {row["flops"] / 1e9:.4g} '
+      f'| {row["flops_ratio"]:.3f} | {row["median_ms"]:.1f} '
+      f'({row["low_ms"]:.1f} to {row["high_ms"]:.1f}) '
+      f'| {row["time_ratio"]:.2f} | {row["ratio"]:.2f} |'
+    )
+  return '\n'.join(lines)
+
+
+def notes(
+  run: Run, rows: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]
+) -> str:
+  """How the numbers were made."""
+  c = run.config
+  word = lambda part: json.dumps(part.model.to_dict())
+  shape = 'x'.join(map(str, run.transfer.image_shape))
+  packages = ', '.join(f'{p} {metadata.version(p)}' for p in ('jax', 'flax'))
+  above = [row['name'] for row in rows if row['ratio'] > 1.1]
+  lines = [
+    f'{len(above)} of {len(rows)} methods take more than 1.10 times what their '
+    f'FLOPs add to plain KD: {", ".join(above) or "none"}.',
+    f'Teacher {word(c.teacher)}, student {word(c.student)}, {shape} images of '
+    f'{run.transfer.num_classes} classes, batch {c.distill.train.batch_size}, '
+    f'optimizer {c.distill.train.optimizer.name}.',
+    "FLOPs: the compiler's cost analysis of the compiled step, which counts "
+    'arithmetic and no memory traffic, and the body of a loop once.',
+    f'Time: {rows[0]["runs"]} rounds after three that warm up; one round makes '
+    'one step of every method in turn, in one process.',
+    'KD spends half of its FLOPs in the forward pass of the teacher, whose '
+    'FLOPs are cheaper than those of training: a method that runs no teacher '
+    'is to be compared with the student alone.',
+    f'{measure.hardware()}; python {platform.python_version()}, {packages}; '
+    f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.',
+  ]
+  lines += [f'Not measured: {n}: {reason}' for n, reason in left_out.items()]
+  return '\n'.join(f'- {line}' for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Measures, prints, and writes the table."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--config',
+    default=str(HERE),
+    help='FILE or FILE:VARIANT with a get_config, for other networks and data',
+  )
+  parser.add_argument('--runs', type=int, default=30, help='rounds of timing')
+  parser.add_argument('--out', help='Markdown file to write')
+  parser.add_argument(
+    '--methods', nargs='+', default=list(methods.METHODS), metavar='NAME'
+  )
+  args = parser.parse_args(argv)
+  for name in args.methods:
+    rules.choose('method', name, methods.METHODS)
+  run = open_run(load_config(args.config))
+  rows, left_out = benchmark(run, args.methods, runs=args.runs)
+  assert all(math.isfinite(row['ratio']) for row in rows)
+  text = table(rows) + '\n\n' + notes(run, rows, left_out)
+  print(text)
+  if args.out:
+    out = pathlib.Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + '\n')
+
+
+if __name__ == '__main__':
+  main()
