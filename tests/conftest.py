@@ -16,6 +16,17 @@ def rng():
   return jax.random.key(0)
 
 
+@pytest.fixture
+def quick_compilation():
+  """Compiles in half the time to slower programs, for tests that compile much.
+
+  Use it where what is compiled runs for a few steps and is not measured.
+  """
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
   """A directory in which the digits are prepared, once for all workers."""

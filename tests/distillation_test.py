@@ -32,6 +32,7 @@ from kd_jax.run import Run
 from kd_jax.types import Forward
 from kd_jax.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 ROOT = pathlib.Path(__file__).parent.parent
 X = jnp.array([[1.0, -2.0, 0.5], [0.0, 1.0, 3.0]])
 

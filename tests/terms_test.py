@@ -15,6 +15,7 @@ from kd_jax import losses, objectives, sharding, step, terms
 from kd_jax.models import Taps
 from kd_jax.types import Forward
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 CLASSES, BATCH, TOKENS = 5, 16, 6
 IDS = 24
 
