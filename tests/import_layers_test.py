@@ -17,13 +17,16 @@ SOURCES = {
 # The core, whose files import each other and nothing else of ours.
 CORE = {
   'losses',
+  'methods',
   'metrics',
+  'networks',
   'objectives',
   'optim',
   'prune',
   'quantize',
   'rules',
   'step',
+  'terms',
   'types',
 }
 HEAVY = {'tensorflow', 'tensorflow_datasets', 'matplotlib', 'onnx'}

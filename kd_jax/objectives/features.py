@@ -55,8 +55,20 @@ def on_features(
   return over_pairs(student, teacher, connect.init, compare)
 
 
-def over_pairs(student: Names, teacher: Names, init_pair, compare):
-  """The sum over pairs of `compare(params, inputs, s, t, index)`."""
+def over_pairs(
+  student: Names,
+  teacher: Names,
+  init_pair: Callable[..., Any],
+  compare: Callable[..., jax.Array],
+) -> Objective:
+  """The sum of a loss over pairs of a student and a teacher feature.
+
+  Args:
+    student: tap names.
+    teacher: as many.
+    init_pair: `(key, student_shape, teacher_shape) -> params` of one pair.
+    compare: `(params, inputs, s, t, index) -> [B]` of one pair.
+  """
   matched = base.pairs(student, teacher)
 
   def features(inputs, s, t):
