@@ -16,6 +16,7 @@ import json
 import math
 import pathlib
 import platform
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -38,13 +39,12 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """The default pair; `variant` is '' or 'tiny'."""
   tiny = variant == 'tiny'
   config = load_config(str(HERE.parent.parent / 'configs' / 'digits.py'))
-  size = {'width': 2} if tiny else {'width': 16}
-  config.teacher.model = ml_collections.ConfigDict(
-    {'name': 'resnet', 'depth': 8 if tiny else 20, **size}
-  )
-  config.student.model = ml_collections.ConfigDict(
-    {'name': 'resnet', 'depth': 8, **size}
-  )
+  teacher, student = {'name': 'resnet20'}, {'name': 'resnet8'}
+  if tiny:
+    teacher = {'name': 'cnn', 'widths': (4, 8)}
+    student = {'name': 'cnn', 'widths': (2, 4)}
+  config.teacher.model = ml_collections.ConfigDict(teacher)
+  config.student.model = ml_collections.ConfigDict(student)
   # The step alone, without crops.
   config.data.crop_padding = 0
   config.data.synthetic = ml_collections.ConfigDict(
@@ -114,8 +114,7 @@ def compile_step(
   made = fit.make_step(own, 'distill', c, *link)
   batches = data.train_batches(own.transfer, batch_size=c.batch_size, seed=0)
   batch = jax.tree.map(jnp.asarray, next(batches))
-  # A copy: two parts of the first state may be one array, and donated twice.
-  state, rng = jax.tree.map(jnp.copy, made.state), jax.random.key(0)
+  state, rng = made.state, jax.random.key(0)
   step = jax.jit(made.step, donate_argnums=0)
   compiled = step.lower(state, batch, rng).compile()
 
@@ -133,9 +132,10 @@ def benchmark(
   """Costs and times of every method.
 
   Returns:
-    One dict per measured method: `name`, `flops`, `flops_ratio`,
-    `median_ms`, `low_ms`, `high_ms`, `time_ratio` and `ratio`, the last of
-    which is time_ratio / flops_ratio; and name -> reason for the others.
+    One dict per measured method, `name`, `flops`, `flops_ratio`, `median_ms`,
+    `low_ms`, `high_ms`, `time_ratio`, `ratio` (of the two ratios to KD) and
+    `processor_ratio` (the same for the processor's time, None where the
+    devices are no CPUs); and name -> reason for the others.
   """
   steps, flops, left_out = {}, {}, {}
   for name in dict.fromkeys((REFERENCE, *names)):
@@ -146,31 +146,54 @@ def benchmark(
     except ValueError as e:
       left_out[name] = str(e)
       print(f'{name}: not measured, {e}', flush=True)
-  times = measure.latencies(steps, np.zeros(0), runs=runs)
+  spent = {name: [] for name in steps}
+  timed = {name: _recorded(step, spent[name]) for name, step in steps.items()}
+  times = measure.latencies(timed, np.zeros(0), runs=runs)
+  processor = {name: np.median(s[-runs:]) for name, s in spent.items()}
   rows = []
   for name in steps:
     row = {'name': name, 'flops': flops[name], **times[name]}
     row['flops_ratio'] = flops[name] / flops[REFERENCE]
     row['time_ratio'] = row['median_ms'] / times[REFERENCE]['median_ms']
     row['ratio'] = row['time_ratio'] / row['flops_ratio']
+    row['processor_ratio'] = None
+    if jax.default_backend() == 'cpu':
+      relative = processor[name] / processor[REFERENCE]
+      row['processor_ratio'] = relative / row['flops_ratio']
     rows.append(row)
   return rows, left_out
+
+
+def _recorded(
+  step: Callable[[Any], Any], spent: list[float]
+) -> Callable[[Any], Any]:
+  """The step, which also notes the seconds that it kept processors busy."""
+
+  def once(x):
+    before = time.process_time()
+    out = jax.block_until_ready(step(x))
+    spent.append(time.process_time() - before)
+    return out
+
+  return once
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """A Markdown table of the rows of `benchmark`."""
   lines = [
     '| method | GFLOP | FLOPs / KD | ms, median (quartiles) | time / KD | '
-    'time / FLOPs |',
-    '| --- ' + '| ---: ' * 5 + '|',
+    'time / FLOPs | processor time / FLOPs |',
+    '| --- ' + '| ---: ' * 6 + '|',
   ]
   for row in rows:
+    processor = row['processor_ratio']
+    processor = '-' if processor is None else f'{processor:.2f}'
     title = methods.METHODS[row['name']].title
     lines.append(
       f'| {title} (`{row["name"]}`) | {row["flops"] / 1e9:.4g} '
       f'| {row["flops_ratio"]:.3f} | {row["median_ms"]:.1f} '
       f'({row["low_ms"]:.1f} to {row["high_ms"]:.1f}) '
-      f'| {row["time_ratio"]:.2f} | {row["ratio"]:.2f} |'
+      f'| {row["time_ratio"]:.2f} | {row["ratio"]:.2f} | {processor} |'
     )
   return '\n'.join(lines)
 
@@ -183,20 +206,26 @@ def notes(
   word = lambda part: json.dumps(part.model.to_dict())
   shape = 'x'.join(map(str, run.transfer.image_shape))
   packages = ', '.join(f'{p} {metadata.version(p)}' for p in ('jax', 'flax'))
-  above = [row['name'] for row in rows if row['ratio'] > 1.1]
+  above = {
+    key: ', '.join(r['name'] for r in rows if (r[key] or 0) > 1.1) or 'none'
+    for key in ('ratio', 'processor_ratio')
+  }
   lines = [
-    f'{len(above)} of {len(rows)} methods take more than 1.10 times what their '
-    f'FLOPs add to plain KD: {", ".join(above) or "none"}.',
+    'Above 1.10 times what their FLOPs add to plain KD, in time: '
+    f'{above["ratio"]}; in processor time: {above["processor_ratio"]}.',
     f'Teacher {word(c.teacher)}, student {word(c.student)}, {shape} images of '
     f'{run.transfer.num_classes} classes, batch {c.distill.train.batch_size}, '
     f'optimizer {c.distill.train.optimizer.name}.',
     "FLOPs: the compiler's cost analysis of the compiled step, which counts "
     'arithmetic and no memory traffic, and the body of a loop once.',
     f'Time: {rows[0]["runs"]} rounds after three that warm up; one round makes '
-    'one step of every method in turn, in one process.',
-    'KD spends half of its FLOPs in the forward pass of the teacher, whose '
-    'FLOPs are cheaper than those of training: a method that runs no teacher '
-    'is to be compared with the student alone.',
+    'one step of every method in turn, in one process. Other processes on the '
+    'machine lengthen it; they do not count in the processor time, the median '
+    'sum over threads.',
+    'The FLOPs of a forward pass take less time than those of training, and '
+    "many of KD's are in its teacher's: compare a method without a teacher "
+    'with the student alone.',
+    'Of a chain of students the first one is measured.',
     f'{measure.hardware()}; python {platform.python_version()}, {packages}; '
     f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.',
   ]
@@ -220,8 +249,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     '--methods', nargs='+', default=list(methods.METHODS), metavar='NAME'
   )
   args = parser.parse_args(argv)
-  for name in args.methods:
-    rules.choose('method', name, methods.METHODS)
+  try:
+    for name in args.methods:
+      rules.choose('method', name, methods.METHODS)
+  except ValueError as e:
+    parser.error(str(e))
   run = open_run(load_config(args.config))
   rows, left_out = benchmark(run, args.methods, runs=args.runs)
   assert all(math.isfinite(row['ratio']) for row in rows)

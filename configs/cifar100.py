@@ -11,18 +11,21 @@ to 4 pixels and mirroring, the published mean and deviation, last epoch.
 Variants, after a colon: none for the protocol's KD with weights 0.1 and 0.9 at
 T = 4; a method of `kd_jax.methods.METHODS`, such as `crd`, for its published
 terms, with the pair's own weights where its authors chose some; `tiny` for
-smaller networks of the same families and one epoch, or `tiny,crd`.
+smaller networks of the same families and one epoch, or `tiny,crd`. Each needs
+a work directory of its own, in which it trains its own teacher.
 
-What differs from the published runs: no image is held out for validation, as
-there, so nothing is measured before the test at the end
-(`--config.data.validation=0.1` holds some out); an epoch is 781 full batches
-and leaves 16 images out; classifiers' biases start at 0; initial weights and
-crops come from another generator. One run is one seed, and published numbers
-are means or single runs.
+As published, all 50,000 images are for training: nothing is measured before
+the test at the end, unless `--config.data.validation=0.1` holds images out.
+What differs from the published runs: an epoch is 781 full batches and leaves
+16 images out; classifiers' biases start at 0; weights and crops are drawn by
+another generator. `ab` trains 30 epochs more, before the labels count, as
+published; `fsp` and `ft`, which have such epochs there too, and `mlkd`, which
+has 480, follow the protocol. A run is one seed; published numbers are means
+of several or single runs.
 
 The tables need `--stages=teacher,alone,distill` and `kd-jax evaluate`. The
-other stages prune the distilled student to 20 % and make it int8 in 60 more
-epochs, which no publication did.
+other stages, which are ours, prune the distilled student to 20 % and make it
+int8 in 60 more epochs.
 
 Data: TFDS `cifar100`; `--config.data.data_dir=DIR` names a directory that
 holds it prepared, otherwise TFDS downloads it (`kd_jax[tfds]`).

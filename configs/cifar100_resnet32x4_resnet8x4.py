@@ -39,8 +39,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     variant,
     teacher={'name': 'resnet32x4'},
     student={'name': 'resnet8x4'},
-    tiny_teacher={'name': 'resnet', 'depth': 8, 'width': 8, 'stem_width': 4},
-    tiny_student={'name': 'resnet', 'depth': 8, 'width': 4, 'stem_width': 2},
+    tiny_teacher={'name': 'resnet', 'depth': 8, 'width': 8},
+    tiny_student={'name': 'resnet', 'depth': 8, 'width': 4},
     accuracies=(79.42, 73.33),
     own_weights={
       'dkd': {'decoupled_kd': {'beta': 8.0}},

@@ -38,7 +38,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     variant,
     teacher={'name': 'resnet32x4'},
     student={'name': 'ShuffleV1'},
-    tiny_teacher={'name': 'resnet', 'depth': 8, 'width': 8, 'stem_width': 4},
+    tiny_teacher={'name': 'resnet', 'depth': 8, 'width': 8},
     tiny_student={
       'name': 'shufflenet_v1_cifar',
       'widths': (48, 96, 192),

@@ -304,6 +304,11 @@ def _sums(x):
   return total / 49.0 + total / 48.0 + x.max((1, 2)) - x.min((1, 2))
 
 
+def _halves(x):
+  first, second, _ = jnp.split(x, (1, 2), axis=-1)
+  return first - 2 * second
+
+
 PLAIN = {
   'max_pool': lambda x: nn.max_pool(x, (2, 3), (2, 1), 'SAME'),
   'avg_pool': lambda x: nn.avg_pool(x, (3, 3), (2, 2), 'SAME'),
@@ -317,6 +322,8 @@ PLAIN = {
   'channels_first_flatten': lambda x: x.transpose(0, 3, 1, 2).reshape(
     x.shape[0], -1
   ),
+  'split': lambda x: jnp.concatenate(jnp.split(x, (2, 5), 2)[::-1], 2),
+  'split_channels': lambda x: _halves(nn.max_pool(x, (2, 2))),
   'gelu': lambda x: nn.gelu(x, approximate=False) + nn.gelu(x),
   'choices': lambda x: jnp.where(x > 0.1, jnp.clip(x, -0.5, 0.5) ** 3, -x),
   'roots': lambda x: jax.lax.rsqrt(jnp.square(x) + 1) / jnp.sqrt(2 + x * x),
@@ -358,6 +365,8 @@ def test_other_functions_that_cannot_be_exported_say_why(tmp_path):
       IMAGE,
       path,
     )
+  with pytest.raises(ValueError, match='split with sizes that depend'):
+    onnx_lib.export_onnx(lambda x: jnp.split(x, (1,))[0], IMAGE, path)
   with pytest.raises(ValueError, match="'dim_as_value'"):
     onnx_lib.export_onnx(lambda x: x.mean(0, jnp.float32), IMAGE, path)
 

@@ -1,10 +1,12 @@
 """What each JAX primitive becomes in ONNX.
 
 `PRIMITIVES` maps a primitive's name to `handler(graph, eqn, *inputs) ->
-value`; `FUNCTIONS` does so for jitted functions that are known by name. A
-handler may assume that an input is not a constant.
+value`, or a list of values where the primitive has several results;
+`FUNCTIONS` does so for jitted functions that are known by name. A handler may
+assume that an input is not a constant.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -278,6 +280,23 @@ def _concatenate(graph, eqn, *values):
   return Tensor(name, tuple(eqn.outvars[0].aval.shape), perm)
 
 
+def _split(graph, eqn, x):
+  """A slice for each part, of which those that nobody reads are dropped."""
+  sizes, axis = eqn.params['sizes'], eqn.params['axis']
+  if not all(isinstance(size, (int, np.integer)) for size in sizes):
+    raise unsupported(eqn, 'sizes that depend on the batch size')
+  x = graph.full(graph.tensor(x), eqn.invars[0].aval.shape)
+  parts, start = [], 0
+  for size in map(int, sizes):
+    where = (start, start + size, x.perm.index(axis))
+    limits = (graph.constant(np.array([v])) for v in where)
+    name = graph.node('Slice', x.name, *limits)
+    shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+    parts.append(dataclasses.replace(x, name=name, shape=shape))
+    start += size
+  return parts
+
+
 # --- Quantization -----------------------------------------------------------
 
 
@@ -361,7 +380,7 @@ _VIEWS: dict[str, Callable[..., Value]] = {
 
 ELEMENTWISE = frozenset(_ELEMENTWISE)
 VIEWS = frozenset(_VIEWS)
-PRIMITIVES: dict[str, Callable[..., Value]] = {
+PRIMITIVES: dict[str, Callable[..., Value | list[Value]]] = {
   **_ELEMENTWISE,
   **_VIEWS,
   'concatenate': _concatenate,
@@ -373,6 +392,7 @@ PRIMITIVES: dict[str, Callable[..., Value]] = {
   'reduce_sum': onnx_layers.reduce_sum,
   'reduce_window_max': onnx_layers.max_pool,
   'reduce_window_sum': onnx_layers.sum_pool,
+  'split': _split,
 }
 
 FUNCTIONS: dict[str, Callable[..., Value | None]] = {

@@ -74,7 +74,8 @@ def _equation(graph: Graph, eqn: Any, inputs: list[Value]) -> list[Value]:
       f'export_onnx: the primitive {name!r} has no ONNX form here. Known: '
       f'{", ".join(sorted(onnx_primitives.PRIMITIVES))}.'
     )
-  return [handler(graph, eqn, *inputs)]
+  outputs = handler(graph, eqn, *inputs)
+  return outputs if eqn.primitive.multiple_results else [outputs]
 
 
 def _inner(jaxpr: Any) -> tuple[Any, list[Const]]:
