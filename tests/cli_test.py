@@ -10,7 +10,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / 'configs' / 'digits.py') + ':tiny'
 
 BAD = {
-  'unknown command': (['rnu'], 'the commands are run, compare, evaluate, report'),
+  'unknown command': (
+    ['rnu'],
+    'the commands are run, compare, evaluate, report',
+  ),
   'no config': (['run', '--workdir=x'], 'needs --config=FILE'),
   'no workdir': (['run', f'--config={TINY}'], 'needs --workdir=DIR'),
   'missing config': (
