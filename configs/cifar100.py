@@ -8,11 +8,20 @@ rate of 0.05 (0.01 for MobileNet and ShuffleNet students) that falls to a tenth
 after 150, 180 and 210, momentum 0.9, L2 5e-4 on every parameter, shifts by up
 to 4 pixels and mirroring, the published mean and deviation, last epoch.
 
-Variants, after a colon: none for the protocol's KD with weights 0.1 and 0.9 at
-T = 4; a method of `kd_jax.methods.METHODS`, such as `crd`, for its published
-terms, with the pair's own weights where its authors chose some; `tiny` for
-smaller networks of the same families and one epoch, or `tiny,crd`. Each needs
-a work directory of its own, in which it trains its own teacher.
+Variants are words after a colon, with commas between:
+
+- none: the protocol's KD with weights 0.1 and 0.9 at T = 4;
+- a method of `kd_jax.methods.METHODS`, such as `crd`: its published terms, with
+  the pair's own weights where its authors chose some;
+- a protocol of `kd_jax.methods.PROTOCOLS`: `dkd2022` and `dist2022` are the
+  same recipe with a method of their own; `funmatch` trains both students for
+  1200 epochs on mixed images, the distilled one without labels, at a cost five
+  times that below. The teacher keeps `crd2020`'s schedule but sees the same
+  mixed images; in the paper it came pretrained;
+- `tiny`: smaller networks of the same families and one epoch.
+
+`crd`, `funmatch,crd`, `tiny,crd` and so on: each needs a work directory of its
+own, in which it trains its own teacher.
 
 As published, all 50,000 images are for training: nothing is measured before
 the test at the end, unless `--config.data.validation=0.1` holds images out.
@@ -33,8 +42,8 @@ holds it prepared, otherwise TFDS downloads it (`kd_jax[tfds]`).
 
 import pathlib
 import runpy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -43,21 +52,45 @@ from kd_jax import methods
 _DIGITS = pathlib.Path(__file__).with_name('digits.py')
 
 
-def read_variant(variant: str) -> tuple[bool, str]:
-  """Whether the variant has the word 'tiny', and the method that it names.
+class Variant(NamedTuple):
+  """What the words of a variant say.
+
+  Attributes:
+    protocols: of `methods.PROTOCOLS`; the first is the one that trains the
+      teacher, and the students' unless the variant names another.
+    method: of `methods.METHODS`; the protocol's own unless named.
+    tiny: whether to run small.
+  """
+
+  protocol: str
+  method: str
+  tiny: bool
+
+
+def read_variant(variant: str, protocols: Sequence[str]) -> Variant:
+  """Reads the words after the colon.
+
+  Args:
+    variant: words with commas between.
+    protocols: those that the configuration offers; the first is its own.
 
   Raises:
-    ValueError: for other words, a word twice, or two methods.
+    ValueError: for other words, or two of one kind.
   """
   words = variant.split(',') if variant else []
-  named = [word for word in words if word != 'tiny']
-  known = set(named) <= set(methods.METHODS)
-  if not known or len(named) > 1 or words.count('tiny') > 1:
+  named = [word for word in words if word in methods.METHODS]
+  recipes = [word for word in words if word in protocols]
+  tiny = [word for word in words if word == 'tiny']
+  kinds = (named, recipes, tiny)
+  if sum(map(len, kinds)) < len(words) or max(map(len, kinds)) > 1:
     raise ValueError(
-      f"There is no variant {variant!r}: use 'tiny', a method, or both with a "
-      f'comma between; the methods are {", ".join(methods.METHODS)}.'
+      f"There is no variant {variant!r}: use 'tiny', a method, a protocol, or "
+      'some of them with commas between; the methods are '
+      f'{", ".join(methods.METHODS)}; the protocols are {", ".join(protocols)}.'
     )
-  return 'tiny' in words, named[0] if named else ''
+  protocol = recipes[0] if recipes else protocols[0]
+  own = methods.protocol(protocol).method
+  return Variant(protocol, named[0] if named else own, bool(tiny))
 
 
 def recipe(
@@ -70,7 +103,7 @@ def recipe(
   accuracies: tuple[float, float],
   rate: float | None = None,
   own_weights: Mapping[str, Mapping[str, Any]],
-  protocol: str = 'crd2020',
+  protocols: Sequence[str] = ('crd2020', 'dkd2022', 'dist2022', 'funmatch'),
 ) -> ml_collections.ConfigDict:
   """The recipe of one pair.
 
@@ -81,13 +114,17 @@ def recipe(
     tiny_teacher: the model of 'tiny'.
     tiny_student: the model of 'tiny'.
     accuracies: published top-1 of the teacher and of plain KD, in percent.
-    rate: the student's learning rate; the protocol's when None.
+    rate: the students' learning rate where they train with the teacher's
+      optimizer; the protocol's when None.
     own_weights: method -> options of its terms that its authors chose for this
       pair.
-    protocol: of `methods.PROTOCOLS`.
+    protocols: of `methods.PROTOCOLS`; the first is the one that trains the
+      teacher, and the students' unless the variant names another.
   """
-  tiny, method = read_variant(variant)
-  published = methods.protocol(protocol)
+  chosen = read_variant(variant, protocols)
+  tiny = chosen.tiny
+  published = methods.protocol(chosen.protocol)
+  teachers = methods.protocol(protocols[0])
   config = runpy.run_path(str(_DIGITS))['get_config']('tiny' if tiny else '')
 
   config.data.update(published.data)
@@ -99,10 +136,11 @@ def recipe(
   config.teacher.model = tiny_teacher if tiny else teacher
   config.student.model = tiny_student if tiny else student
   for stage in ('teacher', 'alone', 'distill', 'compress'):
-    config[stage].train.update(published.train)
+    source = published if stage in ('alone', 'distill') else teachers
+    config[stage].train.update(source.train)
     # Where checkpoints are written.
     config[stage].train.evaluate_every_epochs = 10
-  if rate is not None:
+  if rate is not None and published.train == teachers.train:
     config.alone.train.learning_rate = rate
     config.distill.train.learning_rate = rate
   # Ours: fine-tuning, from a fifth or less of the published rates.
@@ -111,11 +149,18 @@ def recipe(
   )
   config.compress.prune.every = 100
 
-  config.distill.terms = published.terms
+  # The protocol's weights for its own method are not everywhere the usual.
   config.compress.terms = published.terms
-  # Plain KD is the protocol's, whose weights are not everywhere the same.
-  if method not in ('', 'kd'):
-    _use(method, config.distill, own_weights.get(method, {}))
+  config.compress.terms.update(own_weights.get(published.method, {}))
+  if chosen.method == published.method:
+    terms = config.compress.terms.to_dict()
+  else:
+    terms = methods.METHODS[chosen.method].terms
+  config.distill.terms = terms
+  config.distill.terms.update(own_weights.get(chosen.method, {}))
+  config.distill.scheme.update(methods.METHODS[chosen.method].scheme)
+  if chosen.method == 'ab':
+    _train_before(config.distill.train, epochs=30)
   if tiny:
     for stage in ('teacher', 'alone', 'distill', 'compress'):
       config[stage].train.update({'epochs': 1, 'batch_size': 16})
@@ -133,20 +178,10 @@ def recipe(
   return config
 
 
-def _use(
-  method: str,
-  distill: ml_collections.ConfigDict,
-  own_weights: Mapping[str, Any],
-) -> None:
-  """Distils by a method instead of the protocol's KD."""
-  distill.terms = methods.METHODS[method].terms
-  distill.terms.update(own_weights)
-  distill.scheme.update(methods.METHODS[method].scheme)
-  if method == 'ab':
-    # The 30 epochs before the labels count come on top of the protocol's.
-    before, train = 30, distill.train
-    train.boundaries = tuple(
-      (before + share * train.epochs) / (before + train.epochs)
-      for share in train.boundaries
-    )
-    train.epochs += before
+def _train_before(train: ml_collections.ConfigDict, *, epochs: int) -> None:
+  """Puts epochs before those of the protocol; its rate falls so much later."""
+  train.boundaries = tuple(
+    (epochs + share * train.epochs) / (epochs + train.epochs)
+    for share in train.boundaries
+  )
+  train.epochs += epochs

@@ -48,7 +48,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   warm = {'until': 1 / 100}
   config = runpy.run_path(str(_SHARED))['recipe'](
     variant,
-    protocol='imagenet',
+    protocols=('imagenet',),
     teacher={'name': 'resnet34'},
     student={'name': 'resnet18'},
     tiny_teacher={

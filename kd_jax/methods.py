@@ -323,13 +323,15 @@ class Protocol(NamedTuple):
     source: paper or code.
     train: fields of a `training` of `configs/digits.py`.
     data: fields of `config.data`.
-    terms: the protocol's own method, for `terms.make_objective`.
+    method: of `METHODS`, the one that the protocol was published with.
+    terms: that method as the protocol uses it, for `terms.make_objective`.
   """
 
   title: str
   source: str
   train: dict[str, Any]
   data: dict[str, Any]
+  method: str
   terms: dict[str, dict[str, Any]]
 
 
@@ -387,6 +389,7 @@ PROTOCOLS: dict[str, Protocol] = {
     '0.01 for MobileNet and ShuffleNet students',
     _CIFAR_TRAIN,
     _CIFAR_DATA,
+    'kd',
     METHODS['kd'].terms,
   ),
   'dkd2022': Protocol(
@@ -394,6 +397,7 @@ PROTOCOLS: dict[str, Protocol] = {
     'Zhao et al. 2022, arXiv:2203.08679',
     _CIFAR_TRAIN,
     _CIFAR_DATA,
+    'dkd',
     METHODS['dkd'].terms,
   ),
   'dist2022': Protocol(
@@ -401,6 +405,7 @@ PROTOCOLS: dict[str, Protocol] = {
     'Huang et al. 2022, arXiv:2205.10536',
     _CIFAR_TRAIN,
     _CIFAR_DATA,
+    'dist',
     METHODS['dist'].terms,
   ),
   'funmatch': Protocol(
@@ -423,6 +428,7 @@ PROTOCOLS: dict[str, Protocol] = {
       },
     },
     _CIFAR_DATA | {'mixup': 1.0},
+    'label_free',
     METHODS['label_free'].terms,
   ),
   'imagenet': Protocol(
@@ -430,6 +436,7 @@ PROTOCOLS: dict[str, Protocol] = {
     'Zhao et al. 2022, arXiv:2203.08679, and its public code',
     _IMAGENET_TRAIN,
     _IMAGENET_DATA,
+    'kd',
     {
       'kd': {'name': 'soft_targets', 'weight': 0.5, 'temperature': 1.0},
       'ce': {'name': 'hard_labels', 'weight': 0.5},

@@ -263,8 +263,45 @@ def test_a_method_and_tiny_go_together_in_either_order():
   assert tiny['distill']['terms'] == load(name)['distill']['terms']
 
 
+@pytest.mark.parametrize('protocol', ['dkd2022', 'dist2022'])
+def test_a_protocol_with_the_same_recipe_is_a_variant(protocol):
+  pair = 'cifar100_resnet50_mobilenet_v2'
+  method = methods.PROTOCOLS[protocol].method
+  made, plain = load(pair, protocol), load(pair, method)
+  assert made.pop('compress')['terms'] == plain['distill']['terms']
+  del plain['compress']
+  assert made == plain != load(pair)
+
+
+def test_funmatch_trains_students_long_on_mixed_images_without_labels():
+  pair = 'cifar100_resnet50_mobilenet_v2'
+  made, plain = load(pair, 'funmatch'), load(pair)
+  assert made['data'] == plain['data'] | {'mixup': 1.0}
+  for stage in ('alone', 'distill'):
+    train = made[stage]['train']
+    assert (train['epochs'], train['learning_rate']) == (1200, 3e-3)
+    assert train['optimizer']['name'] == 'adamw'
+  for stage in ('teacher', 'compress'):
+    assert made[stage]['train'] == plain[stage]['train']
+  assert 'hard_labels' not in {
+    term['name'] for term in made['distill']['terms'].values()
+  }
+  other = load(pair, 'funmatch,at')
+  assert other['distill']['train'] == made['distill']['train']
+  assert other['distill']['terms'] == load(pair, 'at')['distill']['terms']
+
+
 @pytest.mark.parametrize(
-  'variant', ['huge', 'crd,at', 'tiny,tiny', 'tiny,', ',crd', 'tiny,crd,crd']
+  'variant',
+  [
+    'funmatch,dkd2022',
+    'huge',
+    'crd,at',
+    'tiny,tiny',
+    'tiny,',
+    ',crd',
+    'tiny,crd,crd',
+  ],
 )
 def test_other_variants_are_refused_by_name(variant):
   with pytest.raises(ValueError) as caught:
@@ -272,6 +309,7 @@ def test_other_variants_are_refused_by_name(variant):
   message = str(caught.value)
   assert repr(variant) in message and "'tiny'" in message
   assert all(method in message for method in methods.METHODS)
+  assert 'funmatch' in message and 'imagenet' not in message
 
 
 # What docstrings promise

@@ -116,7 +116,7 @@ def test_config_runs_every_stage(name, fake_dir, tmp_path, monkeypatch):
   'name, method, term',
   [
     ('cifar100_resnet56_resnet20', 'crd', 'contrastive'),
-    ('cifar100_vgg13_vgg8', 'review', 'review'),
+    ('cifar100_vgg13_vgg8', 'funmatch,review', 'review'),
   ],
 )
 def test_config_runs_with_a_method(name, method, term, fake_dir, tmp_path):
