@@ -488,6 +488,23 @@ def test_comparison_has_every_method_and_seed(compared):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('width', [80, 200])
+def test_comparison_is_printed_whole(compared, width, monkeypatch, capsys):
+  monkeypatch.setenv('COLUMNS', str(width))
+  monkeypatch.setenv('TTY_COMPATIBLE', '1')
+  found = comparison.read(compared[0])
+  comparison.print_table(found)
+  shown = capsys.readouterr().out
+  header, rows = comparison.cells(found)
+  for row in rows:
+    for name, cell in zip(header, row, strict=True):
+      assert cell in shown or (
+        width == 80 and name in ('KL', 'ECE %', 'parameters')
+      )
+  assert '…' not in shown
+
+
+@pytest.mark.slow
 def test_comparison_goes_on_and_repeats_nothing(compared, capsys):
   path, words = compared
   before = (path / 'seed0/methods/kd/x1/weights.safetensors').stat().st_mtime_ns

@@ -18,6 +18,9 @@ FORMAT = 1
 NAMES = ('comparison.json', 'comparison.md', 'comparison.png')
 Comparison = Mapping[str, Any]
 _BASELINES = ('alone', 'kd')
+# What a terminal shows: all columns need so many characters, these need 80.
+_WIDTH = 128
+_BRIEF = ('method', 'accuracy %', 'vs alone', 'agreement %', 'step')
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -131,17 +134,25 @@ def markdown(comparison: Comparison) -> str:
 
 
 def print_table(comparison: Comparison) -> None:
-  """Prints the table and the notes to the terminal."""
+  """Prints the table and the notes; narrow terminals get fewer columns."""
   from rich.console import Console  # noqa: PLC0415
   from rich.table import Table  # noqa: PLC0415
 
-  header, rows = cells(comparison)
-  table = Table()
-  for i, name in enumerate(header):
-    table.add_column(name, justify='right' if i else 'left', no_wrap=True)
-  for row in rows:
-    table.add_row(*row)
   console = Console()
+  if not console.is_terminal and not console.is_jupyter:
+    console = Console(width=_WIDTH)
+  header, rows = cells(comparison)
+  shown = [
+    i
+    for i, name in enumerate(header)
+    if console.width >= _WIDTH or name in _BRIEF
+  ]
+  table = Table()
+  for i in shown:
+    justify = 'right' if i else 'left'
+    table.add_column(header[i], justify=justify, overflow='fold')
+  for row in rows:
+    table.add_row(*(row[i] for i in shown))
   console.print(table)
   for note in notes(comparison):
     console.print(note, style='dim')
