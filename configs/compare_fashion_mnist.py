@@ -32,11 +32,11 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.data.crop_padding = 2
   config.data.flip = True
   config.data.train_examples = 64 if tiny else 0
+  config.overrides = ml_collections.ConfigDict()
   if not tiny:
     config.teacher.model = ml_collections.ConfigDict({'name': 'resnet20'})
     config.student.model = ml_collections.ConfigDict({'name': 'resnet8'})
     config.methods = (*config.methods, 'fsp')
-    config.overrides = ml_collections.ConfigDict()
   for part in (config.teacher, config.distill):
     part.train.epochs = 1 if tiny else 30
     part.train.batch_size = 32 if tiny else 128
