@@ -148,8 +148,9 @@ def self_distillation(
 ) -> Objective:
   """Be your own teacher: shallow classifiers learn from the deepest one.
 
-  Every stage gets a classifier of its own, which is dropped after training;
-  it learns the labels, the network's own output, and its last features.
+  Every stage gets a classifier of its own, which is dropped after training: a
+  hidden layer with normalisation on the pooled maps. It learns the labels, the
+  network's own output, and its last features.
 
   Args:
     student: tap names of the shallow stages, maps `[B, H, W, D]`.
@@ -184,8 +185,10 @@ def self_distillation(
     total = 0.0
     for i, name in enumerate(taps):
       p = params[str(i)]
-      x = connectors.dense(p['bottleneck'], base.student_feature(inputs, name))
-      x = _pooled(connectors.batch_norm(p['norm'], x, inputs.axis_name))
+      # Pooled first: a linear map of the mean is the mean of the map.
+      x = _pooled(numerics.float32(base.student_feature(inputs, name)))
+      x = connectors.dense(p['bottleneck'], x)
+      x = connectors.batch_norm(p['norm'], x, inputs.axis_name)
       x = jax.nn.relu(x)
       logits = connectors.dense(p['head'], x)
       soft = losses.kl_divergence(
