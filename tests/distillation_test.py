@@ -468,6 +468,7 @@ def compared(tmp_path_factory, data_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('comparison')
 def test_comparison_has_every_method_and_seed(compared):
   path, _ = compared
   found = comparison.read(path)
@@ -488,6 +489,7 @@ def test_comparison_has_every_method_and_seed(compared):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('comparison')
 @pytest.mark.parametrize('width', [80, 200])
 def test_comparison_is_printed_whole(compared, width, monkeypatch, capsys):
   monkeypatch.setenv('COLUMNS', str(width))
@@ -505,6 +507,7 @@ def test_comparison_is_printed_whole(compared, width, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('comparison')
 def test_comparison_goes_on_and_repeats_nothing(compared, capsys):
   path, words = compared
   before = (path / 'seed0/methods/kd/x1/weights.safetensors').stat().st_mtime_ns
@@ -520,6 +523,7 @@ def test_comparison_goes_on_and_repeats_nothing(compared, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('comparison')
 def test_a_comparison_of_another_configuration_is_refused(compared, capsys):
   _, words = compared
   assert cli.main([*words, '--config.distill.train.batch_size=16']) == 2
