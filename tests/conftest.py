@@ -28,12 +28,30 @@ def quick_compilation():
 
 
 @pytest.fixture(scope='session')
-def data_dir(tmp_path_factory):
-  """A directory in which the digits are prepared, once for all workers."""
+def session_dir(tmp_path_factory):
+  """A directory that all workers share."""
   base = tmp_path_factory.getbasetemp()
   # With xdist every worker has a base of its own, in one of the session.
-  shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
-  shared = shared / 'kd_jax_data'
+  return base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compiled_once(session_dir):
+  """Keeps programs that take long to compile, also for other processes."""
+  options = {
+    'jax_compilation_cache_dir': str(session_dir / 'compiled'),
+    'jax_persistent_cache_min_compile_time_secs': 0.5,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  for name, value in options.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope='session')
+def data_dir(session_dir):
+  """A directory in which the digits are prepared, once for all workers."""
+  shared = session_dir / 'kd_jax_data'
   from kd_jax import data  # noqa: PLC0415
 
   data.load_images('digits', 'test', data_dir=str(shared))

@@ -2,14 +2,12 @@
 data with the real names and shapes: all stages, from the command line."""
 
 import functools
-import os
 import pathlib
 import tempfile
 
 import fake_tfds
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from kd_jax import cli, recipe
 from kd_jax.report import measure, read_report
@@ -39,40 +37,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
 
 
 @pytest.fixture(scope='session')
-def fake_dir(tmp_path_factory):
+def fake_dir(session_dir):
   """A directory with fake data sets, prepared once for all workers."""
-  base = tmp_path_factory.getbasetemp()
-  # With xdist every worker has a base of its own, in one of the session.
-  base = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
-  shared, own = base / 'fake_data', pathlib.Path(tempfile.mkdtemp(dir=base))
+  shared, own = session_dir / 'fake_data', tempfile.mkdtemp(dir=session_dir)
   for name in fake_tfds.NAMES:
-    fake_tfds.prepare(name, own)
+    fake_tfds.prepare(name, pathlib.Path(own))
   try:
-    own.rename(shared)
+    pathlib.Path(own).rename(shared)
   except OSError:
     # Another worker was faster, and what it wrote is as good.
     assert shared.is_dir()
   return shared
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-  """Keeps programs once compiled: several configurations share theirs."""
-  options = {
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-    'jax_persistent_cache_min_compile_time_secs': 0.2,
-    'jax_persistent_cache_min_entry_size_bytes': -1,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-
-  def use(values):
-    for name, value in values.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-  use(options)
-  yield
-  use(before)
 
 
 def run(name, variant, fake_dir, workdir, *stages):
