@@ -176,4 +176,12 @@ def same_places(
 
 def upsample(x: jax.Array, size: Sequence[int]) -> jax.Array:
   """Repeats the nearest pixel, `[B, h, w, D] -> [B, *size, D]`."""
-  return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), 'nearest')
+  batch, height, width, channels = x.shape
+  rows, columns = size[0] // height, size[1] // width
+  if (rows * height, columns * width) != tuple(size):
+    return jax.image.resize(x, (batch, *size, channels), 'nearest')
+  # Whole repetitions: XLA fuses a broadcast, and gathers for a resize.
+  x = jnp.broadcast_to(
+    x[:, :, None, :, None], (batch, height, rows, width, columns, channels)
+  )
+  return x.reshape(batch, *size, channels)

@@ -328,8 +328,7 @@ def review(
       x = connectors.batch_norm(p['reduce_norm'], x, inputs.axis_name)
       if deeper is not None:
         deeper = connectors.upsample(deeper, x.shape[1:3])
-        gate = connectors.dense(p['gate'], jnp.concatenate([x, deeper], -1))
-        gate = jax.nn.sigmoid(gate)
+        gate = jax.nn.sigmoid(_joint(p['gate'], x, deeper))
         x = x * gate[..., :1] + deeper * gate[..., 1:]
       deeper = x
       y = connectors.conv(p['out'], x)
@@ -339,6 +338,13 @@ def review(
     return total, state, {}
 
   return Objective(init, apply, base.read_taps(student, teacher))
+
+
+def _joint(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+  """`connectors.dense` of two maps side by side, which are never joined."""
+  first, second = jnp.split(params['kernel'], [x.shape[-1]])
+  gate = connectors.dense({'kernel': first, 'bias': params['bias']}, x)
+  return gate + jnp.einsum('...i,io->...o', y, second)
 
 
 def masked_generation(
