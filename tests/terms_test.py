@@ -371,6 +371,57 @@ def test_crd_negatives_are_uniform_over_the_other_classes():
     np.testing.assert_allclose(counts[others] * len(others) / 6000, 1, atol=0.1)
 
 
+def test_crd_negatives_are_those_of_all_devices_or_of_the_own_one():
+  # Six ids for each of four devices, and four examples of the batch.
+  batch = _batch() | {
+    'id': np.array([6 * p + i for p in range(4) for i in range(4)], 'i4')
+  }
+  batch['label'] = batch['id'] % CLASSES
+  forward = [_network(v, batch) for v in (STUDENT, TEACHER)]
+  inputs = objectives.Inputs(
+    *forward, batch, jnp.int32(0), jax.random.key(1), num_shards=4
+  )
+  reached = {}
+  for scope in ('global', 'local'):
+    term = _term('contrastive', negatives=100, scope=scope)
+    params, state = term.init(inputs)
+    state = jax.tree.map(
+      lambda x: jnp.ones_like(x) if x.ndim == 0 else x, state
+    )
+    for bank in ('bank_student', 'bank_teacher'):
+      # Rows of the last device's share, which an example touches or not.
+      state[bank] = state[bank].at[18:24].set(jnp.nan)
+    loss = term.apply(params, state, inputs)[0]
+    reached[scope] = np.isnan(np.asarray(loss)).reshape(4, 4).all(axis=1)
+  assert reached['global'].tolist() == [True] * 4
+  assert reached['local'].tolist() == [False, False, False, True]
+
+
+def test_crd_draws_the_same_locally_however_the_step_is_compiled():
+  parts = [
+    _run('contrastive', devices=4, how=how, scope='local')[0]
+    for how in ('jit', 'shard_map')
+  ]
+  np.testing.assert_allclose(*parts, rtol=2e-5)
+  alone = _run('contrastive', devices=4, how='jit')[0]
+  assert not np.allclose(parts[0], alone, rtol=1e-3)
+
+
+def test_crd_needs_two_classes_on_every_device():
+  facts = terms.Facts(TAPS, TAPS, CLASSES, 10, np.sort(np.arange(20) % CLASSES))
+  options = OPTIONS['contrastive'] | {'scope': 'local'}
+  term = terms.make_term('contrastive', facts, **options)
+  forward = [_network(v, _batch()) for v in (STUDENT, TEACHER)]
+  inputs = objectives.Inputs(
+    *forward, _batch(), jnp.int32(0), jax.random.key(1), num_shards=5
+  )
+  params, state = term.init(inputs)
+  with pytest.raises(ValueError, match="over 5 devices.*scope='global'"):
+    term.apply(params, state, inputs)
+  with pytest.raises(ValueError, match="scope='batch'"):
+    terms.make_term('contrastive', facts, scope='batch')
+
+
 def test_crd_follows_the_papers_formula():
   """One step, with the embeddings, scores and banks of the term in NumPy."""
   term = _term('contrastive')

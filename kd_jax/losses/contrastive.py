@@ -12,7 +12,7 @@ from kd_jax.losses import numerics
 
 
 def contrastive_nce(
-  scores: ArrayLike, *, num_data: int, eps: float = 1e-7
+  scores: ArrayLike, *, num_data: float, eps: float = 1e-7
 ) -> jax.Array:
   """Contrastive representation distillation (CRD): NCE on scores.
 

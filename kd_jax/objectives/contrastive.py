@@ -3,9 +3,12 @@
 Two banks hold one embedding per training example, of student and teacher. A
 student embedding is scored against the teacher's bank, its own example's row
 and rows of other classes, and the other way round. Negatives are drawn on the
-device, and the banks never leave it.
+device, and the banks never leave it. Which examples they are drawn from is a
+choice: `scope='global'` takes all training examples, `scope='local'` those of
+the device's own share of them.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -17,6 +20,7 @@ from kd_jax import losses
 from kd_jax.losses import numerics
 from kd_jax.objectives import base, connectors
 from kd_jax.objectives.base import Inputs, Objective
+from kd_jax.objectives.relations import SCOPES
 
 # Rows are padded to a multiple of this, so that they divide over devices.
 ROWS = 128
@@ -28,18 +32,23 @@ class OtherClasses:
   Args:
     labels: `[N]` class of every row of the banks; -1 for rows without an
       example, which are never drawn.
+    num_classes: how many classes a batch may have; those of `labels` if None.
 
   Raises:
     ValueError: if there are fewer than two classes.
   """
 
-  def __init__(self, labels: Sequence[int] | np.ndarray):
+  def __init__(
+    self,
+    labels: Sequence[int] | np.ndarray,
+    num_classes: int | None = None,
+  ):
     labels = np.asarray(labels)
     present = labels[labels >= 0]
     if len(np.unique(present)) < 2:
       raise ValueError('CRD draws negatives from other classes: two at least.')
     order = np.argsort(labels, kind='stable')[len(labels) - len(present) :]
-    counts = np.bincount(present)
+    counts = np.bincount(present, minlength=num_classes or 0)
     self.order = order.astype(np.int32)
     self.starts = (np.cumsum(counts) - counts).astype(np.int32)
     self.counts = counts.astype(np.int32)
@@ -56,6 +65,43 @@ class OtherClasses:
     return jnp.asarray(self.order)[position]
 
 
+def _shares(labels: np.ndarray, count: int) -> list[OtherClasses]:
+  """The draws within each of `count` equal shares of the examples, by id."""
+  examples = np.flatnonzero(labels >= 0)
+  shares = []
+  for own in np.array_split(examples, count):
+    kept = np.full_like(labels, -1)
+    kept[own] = labels[own]
+    if len(np.unique(labels[own])) < 2:
+      raise ValueError(
+        f"contrastive: scope='local' over {count} devices leaves one of them "
+        "examples of fewer than two classes; use scope='global'."
+      )
+    shares.append(OtherClasses(kept, int(labels.max()) + 1))
+  return shares
+
+
+def _draw_local(
+  labels: np.ndarray, label: jax.Array, count: int, inputs: Inputs
+) -> tuple[jax.Array, int]:
+  """Negatives from the share of each example's device, and how many shares."""
+  axis, key = inputs.axis_name, inputs.rng
+  parts = inputs.num_shards if axis is None else jax.lax.axis_size(axis)
+  shares = _shares(labels, parts)
+  draws = [
+    functools.partial(share.draw, jax.random.fold_in(key, i), count=count)
+    for i, share in enumerate(shares)
+  ]
+  if axis is not None:
+    return jax.lax.switch(jax.lax.axis_index(axis), draws, label), parts
+  if label.shape[0] % parts:
+    raise ValueError(
+      f'A batch of {label.shape[0]} has no {parts} equal local parts.'
+    )
+  own = zip(draws, jnp.split(label, parts))
+  return jnp.concatenate([draw(part) for draw, part in own]), parts
+
+
 def contrastive(
   *,
   student: str,
@@ -65,6 +111,7 @@ def contrastive(
   size: int = 128,
   temperature: float = 0.07,
   momentum: float = 0.5,
+  scope: str = 'global',
 ) -> Objective:
   """CRD: contrastive representation distillation.
 
@@ -84,6 +131,13 @@ def contrastive(
     size: of the trained embeddings.
     temperature: of the scores.
     momentum: share of the old row in a bank's update.
+    scope: 'global' draws negatives from all N training examples; 'local' from
+      the N / n that are the share of the example's device, n devices: the
+      i-th n-th of the ids, of which N in the formula is the number then.
+
+  Raises:
+    ValueError: without labels, for another scope, or if 'local' leaves a
+      device examples of one class.
 
   References:
     Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020,
@@ -94,8 +148,10 @@ def contrastive(
       'contrastive needs the labels of all training images by id: images in '
       'memory, not streamed ones, nor those of another data set.'
     )
+  if scope not in SCOPES:
+    raise ValueError(f"scope={scope!r} is not 'global' or 'local'.")
+  labels = np.asarray(labels)
   others = OtherClasses(labels)
-  num_data = len(others.order)
   rows = ROWS * math.ceil(len(labels) / ROWS)
 
   def init(inputs):
@@ -125,10 +181,15 @@ def contrastive(
         ('teacher', base.teacher_feature(inputs, teacher)),
       )
     }
-    key = inputs.rng
-    if inputs.axis_name is not None:
-      key = jax.random.fold_in(key, jax.lax.axis_index(inputs.axis_name))
-    drawn = others.draw(key, label, negatives)
+    num_data = len(others.order)
+    if scope == 'local':
+      drawn, shares = _draw_local(labels, label, negatives, inputs)
+      num_data = num_data / shares
+    else:
+      key = inputs.rng
+      if inputs.axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(inputs.axis_name))
+      drawn = others.draw(key, label, negatives)
     kept = jnp.concatenate([index[:, None], drawn], axis=1)
     total, new = 0.0, {}
     for side, other in (('student', 'teacher'), ('teacher', 'student')):
