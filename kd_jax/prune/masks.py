@@ -6,6 +6,7 @@ arrays. Counts are sums, which under sharding become all-reduces; a sort would
 gather the parameters. Scores come from `scores`, counts from `scopes`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -83,6 +84,8 @@ def largest_each(
   return [m for [m] in _largest([[s] for s in scores], keep, False)]
 
 
+# Compiled, so that calls outside of jit are compiled once per shapes.
+@functools.partial(jax.jit, static_argnames='each')
 def _largest(
   groups: list[list[jax.Array]], keep: jax.Array, each: bool
 ) -> list[list[jax.Array]]:
