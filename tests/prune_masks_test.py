@@ -11,6 +11,7 @@ from prune_trees import KERNELS, kernels, make_tree, top, top_with_each
 from kd_jax import prune
 
 ALL = [('.*', True)]
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 SPARSITIES = [0.0, 0.01, 0.25, 1 / 3, 0.5, 0.625, 0.8, 0.9, 0.99, 0.9999]
 
 

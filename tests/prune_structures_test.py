@@ -18,6 +18,9 @@ from prune_trees import (
 from kd_jax import prune
 
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
 def _scores(seed=0):
   """Scores of a convolution, a stack of matrices and a matrix, with ties."""
   rng = np.random.default_rng(seed)
@@ -214,8 +217,11 @@ def _units_of(name, mask):
   return flat.any(0), bool((flat.any(0) == flat.all(0)).all())
 
 
-@pytest.mark.parametrize('scope', ['global', 'layer', 'erk'])
-@pytest.mark.parametrize('name', STRUCTURES)
+@pytest.mark.parametrize(
+  ('name', 'scope'),
+  [*((name, 'global') for name in STRUCTURES)]
+  + [(name, s) for name in ('channels', 'heads') for s in ('layer', 'erk')],
+)
 def test_training_with_every_structure_and_scope(name, scope):
   """Exact zeros, exact counts, masks that only lose, nothing empty."""
   schedule = prune.linear(0.5, begin=1, end=5)

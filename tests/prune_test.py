@@ -10,6 +10,7 @@ from prune_trees import KERNELS, kernels, make_tree, top, train
 from kd_jax import optim, prune
 
 ALL = [('.*', True)]
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 OPTIMIZERS = {
@@ -146,29 +147,28 @@ def test_masks_are_found_in_any_chain_and_empty_without_one():
 def test_masks_only_lose_weights_at_random_schedules(scope):
   """Exact totals too, with all kinds of leaves, when sparsity rises."""
   rng = np.random.default_rng(0)
-  for seed in range(2):
-    levels = np.sort(rng.uniform(0, 0.99, size=6)).astype('f')
-    tx = prune.prune(
-      optax.sgd(0.1, momentum=0.9),
-      lambda step, levels=levels: jnp.asarray(levels)[step],
-      KERNELS,
-      scope=scope,
-    )
-    previous = None
-    for level, (tree, state) in zip(levels, train(tx, make_tree(seed), 6)):
-      masks = {n: np.asarray(m) for n, m in state.masks.items()}
-      counts = {n: int(m.sum()) for n, m in masks.items()}
-      assert min(counts.values()) >= 1
-      if scope == 'layer':
-        for name, mask in masks.items():
-          assert counts[name] == int(prune.kept_count(mask.size, level))
-      else:
-        size = sum(m.size for m in masks.values())
-        assert sum(counts.values()) == int(prune.kept_count(size, level))
-      for name, kernel in kernels(tree).items():
-        np.testing.assert_array_equal(kernel[~masks[name]], 0.0)
-        assert previous is None or not (masks[name] & ~previous[name]).any()
-      previous = masks
+  levels = np.sort(rng.uniform(0, 0.99, size=20)).astype('f')
+  tx = prune.prune(
+    optax.sgd(0.1, momentum=0.9),
+    lambda step: jnp.asarray(levels)[step],
+    KERNELS,
+    scope=scope,
+  )
+  previous = None
+  for level, (tree, state) in zip(levels, train(tx, make_tree(), 20)):
+    masks = {n: np.asarray(m) for n, m in state.masks.items()}
+    counts = {n: int(m.sum()) for n, m in masks.items()}
+    assert min(counts.values()) >= 1
+    if scope == 'layer':
+      for name, mask in masks.items():
+        assert counts[name] == int(prune.kept_count(mask.size, level))
+    else:
+      size = sum(m.size for m in masks.values())
+      assert sum(counts.values()) == int(prune.kept_count(size, level))
+    for name, kernel in kernels(tree).items():
+      np.testing.assert_array_equal(kernel[~masks[name]], 0.0)
+      assert previous is None or not (masks[name] & ~previous[name]).any()
+    previous = masks
 
 
 def test_never_is_never_also_when_the_schedule_falls():
@@ -239,7 +239,9 @@ def test_with_revival_pruned_weights_are_exactly_zero_too(name):
     assert mask.sum() == 30 - round(30 * float(schedule(step)))
     kernel = np.asarray(params['kernel'])
     np.testing.assert_array_equal(kernel[~mask], 0.0)
-    np.testing.assert_array_equal(kernel[mask], state.dense['kernel'][mask])
+    np.testing.assert_allclose(
+      kernel[mask], state.dense['kernel'][mask], rtol=1e-5, atol=1e-7
+    )
 
 
 def test_weights_that_were_changed_from_outside_are_what_is_trained():

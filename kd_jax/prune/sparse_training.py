@@ -93,10 +93,13 @@ def sparse_train(
       f'stop={stop}.'
     )
 
+  def first_masks(weights):
+    scores = random(seed).value((), weights)
+    return masks_lib.score_masks(scores, sparsity, scope=scope)
+
   def init(params):
     weights = masks_lib.choose_params(params, rules)
-    scores = random(seed).value((), weights)
-    masks = masks_lib.score_masks(scores, sparsity, scope=scope)
+    masks = jax.jit(first_masks)(weights)
     return PruneState(
       step=jnp.int32(0),
       sparsity=jnp.float32(sparsity),

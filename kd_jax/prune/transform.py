@@ -31,7 +31,7 @@ class PruneState(NamedTuple):
     inner: state of the wrapped optimizer.
     score: memory of the score.
     dense: parameter path -> weights before masking, with
-      `revive='gradient'`; else empty.
+      `revive='gradient'`; else empty. Those of kept weights are not read.
   """
 
   step: jax.Array
