@@ -17,7 +17,6 @@ from prune_trees import (
 
 from kd_jax import prune
 
-
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 

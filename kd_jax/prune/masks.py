@@ -328,3 +328,16 @@ def gathered(x: jax.Array, axis: int, *, parts: int | None = None) -> jax.Array:
   spec[axis] = None
   sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
   return jax.sharding.reshard(x, sharding)
+
+
+def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+  """Gives an array the explicit sharding of another of its shape.
+
+  Example:
+    >>> placed_like(jnp.ones(2), jnp.zeros(2)).shape
+    (2,)
+  """
+  sharding = jax.typeof(like).sharding
+  if all(name is None for name in sharding.spec):
+    return x
+  return jax.sharding.reshard(x, sharding)

@@ -40,7 +40,8 @@ def _of_weights(value: Callable[[str, jax.Array], jax.Array]) -> Score:
 
   def one(name, w):
     # A weight that is NaN has no score; scores lie where weights do.
-    return jnp.where(jnp.isnan(w), w, value(name, w))
+    score = masks_lib.placed_like(value(name, w), w)
+    return jnp.where(jnp.isnan(w), w, score)
 
   return Score(lambda weights: (), lambda state, weights, grads: (), values)
 
