@@ -156,25 +156,26 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize('sparsity', [0.1, 0.5, 0.8, 0.95, 0.99])
-def test_erk_densities_and_masks_are_the_papers(sparsity):
-  got = jax.jit(lambda s: prune.erk_densities(SHAPES, s))(sparsity)
-  want = _paper_densities(SHAPES, sparsity)
-  for name in SHAPES:
-    assert float(got[name]) == pytest.approx(want[name], rel=1e-5), name
+def test_erk_densities_and_masks_are_the_papers():
   rng = np.random.default_rng(0)
   params = {n: rng.normal(size=s).astype('f') for n, s in SHAPES.items()}
-  masks = jax.jit(
-    lambda s: prune.magnitude_masks(params, s, ALL, scope=prune.erk())
-  )(sparsity)
   size = sum(w.size for w in params.values())
-  assert sum(int(m.sum()) for m in masks.values()) == size - round(
-    sparsity * size
-  )
-  for name, mask in masks.items():
-    kept = int(mask.sum())
-    assert abs(kept - want[name] * mask.size) < 1.01, name
-    np.testing.assert_array_equal(mask, top([np.abs(params[name])], kept)[0])
+
+  @jax.jit
+  def run(sparsity):
+    masks = prune.magnitude_masks(params, sparsity, ALL, scope=prune.erk())
+    return prune.erk_densities(SHAPES, sparsity), masks
+
+  for sparsity in (0.1, 0.5, 0.8, 0.95, 0.99):
+    densities, masks = run(sparsity)
+    want = _paper_densities(SHAPES, sparsity)
+    total = sum(int(m.sum()) for m in masks.values())
+    assert total == size - round(sparsity * size)
+    for name, mask in masks.items():
+      assert float(densities[name]) == pytest.approx(want[name], rel=1e-5)
+      kept = int(mask.sum())
+      assert abs(kept - want[name] * mask.size) < 1.01, name
+      np.testing.assert_array_equal(mask, top([np.abs(params[name])], kept)[0])
 
 
 def test_erk_counts_are_exact_where_almost_nothing_or_all_is_left():
@@ -192,15 +193,21 @@ def test_erk_counts_are_exact_where_almost_nothing_or_all_is_left():
 
 def test_erk_leaves_out_the_axis_of_stacked_layers():
   shapes = {'blocks/kernel': (6, 32, 32), 'head/kernel': (32, 32)}
-  plain = prune.erk_densities(shapes, 0.8)
-  stacked = prune.erk_densities(shapes, 0.8, stacked='blocks/.*')
+  densities = jax.jit(
+    lambda s: [
+      prune.erk_densities(shapes, s, stacked=names)
+      for names in (None, 'blocks/.*')
+    ]
+  )
+  plain, stacked = densities(0.8)
   assert float(stacked['blocks/kernel']) == pytest.approx(0.2, abs=1e-4)
   assert float(stacked['head/kernel']) == pytest.approx(0.2, abs=1e-4)
   assert float(plain['blocks/kernel']) < 0.19
   params = {n: jnp.arange(np.prod(s)).reshape(s) for n, s in shapes.items()}
-  masks = prune.magnitude_masks(
-    params, 0.8, ALL, scope=prune.erk(stacked='blocks/.*')
-  )
+  scope = prune.erk(stacked='blocks/.*')
+  masks = jax.jit(
+    lambda params: prune.magnitude_masks(params, 0.8, ALL, scope=scope)
+  )(params)
   assert int(masks['head/kernel'].sum()) == 205
 
 

@@ -197,12 +197,11 @@ def test_nan_exchanges_nothing():
 def test_the_first_forward_can_be_sparse_too():
   tx = prune.sparse_train(optax.adam(0.1), 0.9, KERNELS, stop=9)
   start = make_tree()
-  state = tx.init(start)
+  state, update = tx.init(start), _update(tx)
   sparse = prune.apply_masks(start, prune.masks_of(state))
   grads = random_like(start, 0)
   for tree in (start, sparse):
-    updates, _ = tx.update(grads, state, tree)
-    new = optax.apply_updates(tree, updates)
+    new, _ = update(tree, state, grads)
     for name, kernel in kernels(new).items():
       np.testing.assert_array_equal(kernel[~np.asarray(state.masks[name])], 0.0)
 

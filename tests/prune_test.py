@@ -117,9 +117,10 @@ def test_a_pruned_weight_does_not_come_back_for_one_that_became_zero():
   params = {'w': jnp.array([0.1, 5.0, 4.0, 3.0])}
   schedule = lambda step: jnp.where(step < 2, 0.25, 0.5)
   tx = prune.prune(optax.sgd(1.0), schedule, ALL)
-  state, masks = tx.init(params), []
+  state, masks, update = tx.init(params), [], jax.jit(tx.update)
   for grads in ([0, 0, 0, 0], [0, 0, 4.0, 3.0], [0, 0, 0, 0]):
-    updates, state = tx.update({'w': jnp.array(grads)}, state, params)
+    grads = {'w': jnp.array(grads, jnp.float32)}
+    updates, state = update(grads, state, params)
     params = optax.apply_updates(params, updates)
     masks.append(prune.masks_of(state)['w'].tolist())
   assert params['w'].tolist() == [0, 5, 0, 0]
@@ -430,11 +431,10 @@ def test_straight_through_with_all_kinds_of_leaves_and_choices():
   for row in prune.sparsity_report(masked, KERNELS):
     assert row.sparsity >= 0.5
   np.testing.assert_array_equal(masked['norm']['bias'], tree['norm']['bias'])
-  grads = jax.grad(
-    lambda t: sum(
-      x.astype(jnp.float32).sum() for x in jax.tree.leaves(params_fn(t, 0))
-    )
-  )(tree)
+  total = lambda t: sum(
+    x.astype(jnp.float32).sum() for x in jax.tree.leaves(params_fn(t, 0))
+  )
+  grads = jax.jit(jax.grad(total))(tree)
   for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(tree)):
     assert g.dtype == p.dtype
     np.testing.assert_array_equal(g, 1)
@@ -460,6 +460,6 @@ def test_the_wrapper_works_under_scan_and_vmap():
   (params, state), masks = jax.jit(jax.vmap(run))(start)
   np.testing.assert_array_equal((params['w'] != 0).sum(1), 4)
   for i, w in enumerate(start):
-    (alone, _), alone_masks = run(w)
+    (alone, _), alone_masks = jax.jit(run)(w)
     np.testing.assert_allclose(params['w'][i], alone['w'], rtol=1e-6)
     np.testing.assert_array_equal(masks[i], alone_masks)
