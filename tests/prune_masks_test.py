@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prune_trees import KERNELS, kernels, make_tree, top, top_with_each
+from prune_trees import KERNELS, kernels, make_tree, top
 
 from kd_jax import prune
 
@@ -45,10 +45,9 @@ def test_masks_are_those_of_a_stable_sort_at_every_sparsity(kind, scope):
     for names in groups:
       arrays = [np.abs(params[n]) for n in names]
       size = sum(a.size for a in arrays)
-      # At least one of each.
-      keep = max(size - round(sparsity * size), len(names))
+      keep = max(size - round(sparsity * size), 1)
       assert sum(int(masks[n].sum()) for n in names) == keep
-      for name, want in zip(names, top_with_each(arrays, keep)):
+      for name, want in zip(names, top(arrays, keep)):
         np.testing.assert_array_equal(masks[name], want)
 
 
@@ -123,11 +122,22 @@ def test_a_global_threshold_empties_no_layer_and_keeps_the_total():
     'large': 10 + jnp.arange(96.0),
     'small': jnp.array([0.1, 0.3, 0.3, 0.2]),
   }
+
+  @jax.jit
+  def run(sparsity):
+    plain = prune.magnitude_masks(params, sparsity, ALL)
+    kept = prune.magnitude_masks(params, sparsity, ALL, at_least_one=True)
+    return plain, kept, prune.masks_from(params, sparsity)
+
   for sparsity, keep in ((0.5, 50), (0.9, 10), (0.98, 2), (0.995, 2)):
-    masks = prune.magnitude_masks(params, sparsity, ALL)
-    assert masks['small'].tolist() == [False, True, False, False]
-    assert int(masks['large'].sum()) == keep - 1
-    assert bool(masks['large'][1 - keep :].all())
+    plain, *kept = run(sparsity)
+    # The bare formula may leave a layer empty, and count on.
+    assert not plain['small'].any()
+    assert int(plain['large'].sum()) == int(prune.kept_count(100, sparsity))
+    for masks in kept:
+      assert masks['small'].tolist() == [False, True, False, False]
+      assert int(masks['large'].sum()) == keep - 1
+      assert bool(masks['large'][1 - keep :].all())
 
 
 def _paper_densities(shapes, sparsity):
@@ -215,7 +225,9 @@ def test_erk_leaves_out_the_axis_of_stacked_layers():
 def test_properties_of_magnitude_masks(scope):
   """Exact; equal for scaled weights; whatever the order of the leaves."""
   masks_of = jax.jit(
-    lambda tree, s: prune.magnitude_masks(tree, s, KERNELS, scope=scope)
+    lambda tree, s: prune.magnitude_masks(
+      tree, s, KERNELS, scope=scope, at_least_one=True
+    )
   )
   rng = np.random.default_rng(0)
   # Distinct magnitudes, whose order no tie decides.

@@ -136,7 +136,10 @@ def _bisect(holds, size: int, bits: int) -> jax.Array:
     candidate = value + (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
     return jnp.where(holds(candidate), candidate, value)
 
-  return jax.lax.fori_loop(0, bits, body, jnp.zeros(size, jnp.uint32))
+  zeros = jnp.zeros(size, jnp.uint32)
+  # Under shard_map the start must vary over the axes that the scores vary over.
+  start = jnp.where(holds(zeros), zeros, zeros)
+  return jax.lax.fori_loop(0, bits, body, start)
 
 
 def _flat_indices(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -169,6 +172,7 @@ def magnitude_masks(
   rules: rules_lib.Rules[bool],
   *,
   scope: scopes.Scope = 'global',
+  at_least_one: bool = False,
 ) -> dict[str, jax.Array]:
   """Masks that keep the weights of largest magnitude.
 
@@ -179,11 +183,14 @@ def magnitude_masks(
     scope: 'global' for one threshold over all chosen parameters, 'layer' for
       one per parameter, 'erk' or `erk(...)` for one per parameter with the
       densities of Erdos-Renyi-Kernel.
+    at_least_one: with 'global', keeps the largest weight of every parameter
+      too, as training with `prune` does; False is the bare formula, which may
+      empty a parameter. The other scopes keep one anyway.
 
   Returns:
     parameter path -> boolean mask, True where kept. Exactly
     `kept_count(size, sparsity)` weights are kept, of all chosen parameters
-    together or (for 'layer') of each one, and at least one of each.
+    together or (for 'layer') of each one.
 
   Raises:
     ValueError: if a rule matches nothing, nothing is chosen, or the scope is
@@ -196,7 +203,7 @@ def magnitude_masks(
   """
   weights = choose_params(params, rules)
   scores = {name: jnp.abs(w) for name, w in weights.items()}
-  return score_masks(scores, sparsity, scope=scope)
+  return score_masks(scores, sparsity, scope=scope, at_least_one=at_least_one)
 
 
 def score_masks(
@@ -205,6 +212,7 @@ def score_masks(
   *,
   scope: scopes.Scope,
   shapes: Mapping[str, Sequence[int]] | None = None,
+  at_least_one: bool = True,
 ) -> dict[str, jax.Array]:
   """Masks that keep the largest scores; see `magnitude_masks`.
 
@@ -215,6 +223,8 @@ def score_masks(
     scope: as for `magnitude_masks`.
     shapes: name -> shape of the parameter, if the scores are not of its
       weights.
+    at_least_one: as for `magnitude_masks`; where it asks for more than the
+      sparsity leaves, there is one of each.
   """
   scope = scopes.resolve(scope)
   sizes = {name: s.size for name, s in scores.items()}
@@ -224,8 +234,9 @@ def score_masks(
   arrays = list(scores.values())
   if counts is None:
     keep = kept_count(sum(sizes.values()), sparsity)
-    keep = jnp.maximum(keep, sum(min(size, 1) for size in sizes.values()))
-    return dict(zip(scores, largest(arrays, keep, each=True)))
+    if at_least_one:
+      keep = jnp.maximum(keep, sum(min(size, 1) for size in sizes.values()))
+    return dict(zip(scores, largest(arrays, keep, each=at_least_one)))
   return dict(zip(scores, largest_each(arrays, [counts[n] for n in scores])))
 
 
