@@ -201,6 +201,24 @@ def test_erk_counts_are_exact_where_almost_nothing_or_all_is_left():
     assert all(counts[n] <= params[n].size for n in params)
 
 
+def test_erk_counts_on_what_is_left_of_each_layer():
+  """-inf marks what was pruned before; the total is exact all the same."""
+  gone = jnp.full(9, -jnp.inf)
+  scores = {
+    'a': jnp.concatenate([gone, jnp.ones(1)]),
+    'b': jnp.arange(10.0),
+    'c': jnp.concatenate([jnp.ones(9), gone[:1]]),
+  }
+  masks = prune.masks_from(scores, 0.5, scope='erk')
+  counts = {n: int(m.sum()) for n, m in masks.items()}
+  assert counts['a'] == 1 and sum(counts.values()) == 15
+  for name, mask in masks.items():
+    assert not np.any(mask & np.isneginf(scores[name]))
+  # Where that is less than is asked for, the share of each layer is kept.
+  masks = prune.masks_from(scores, 0.1, scope='erk')
+  assert {n: int(m.sum()) for n, m in masks.items()} == {'a': 9, 'b': 9, 'c': 9}
+
+
 def test_erk_leaves_out_the_axis_of_stacked_layers():
   shapes = {'blocks/kernel': (6, 32, 32), 'head/kernel': (32, 32)}
   densities = jax.jit(
