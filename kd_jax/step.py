@@ -5,6 +5,7 @@ objective -> optimizer. Pruning masks live in the optimizer (`prune`), so that
 the parameters that arrive here are already masked.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,10 @@ from kd_jax.types import (
   Variables,
 )
 
+_POSITIONAL = (
+  inspect.Parameter.POSITIONAL_ONLY,
+  inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
@@ -34,7 +39,7 @@ def make_train_step(
   tx: optax.GradientTransformation,
   *,
   teacher_fn: TeacherFn | None = None,
-  params_fn: Callable[[Params], Params] = lambda params: params,
+  params_fn: Callable[..., Params] = lambda params: params,
   axis_name: str | None = None,
   num_shards: int = 1,
   objective_tx: optax.GradientTransformation | None = None,
@@ -47,7 +52,10 @@ def make_train_step(
     tx: optimizer of the student's parameters.
     teacher_fn: `(variables, batch) -> Forward`, or None without a teacher.
     params_fn: map from the trained parameters to those the student runs with,
-      such as `fake_quant_params`; differentiated through.
+      `(params) -> params`, such as `fake_quant_params`; differentiated through.
+      If it has a second positional argument without a default, it is called as
+      `(params, step)` with the int32 scalar `state.step`, as
+      `prune.straight_through` asks for; which one is found out here, once.
     axis_name: the mapped axis under `shard_map` or `pmap`, None under `jit`.
     num_shards: under `jit`, the devices over which the batch is split: parts
       of the batch for the terms with `scope='local'`.
@@ -72,6 +80,7 @@ def make_train_step(
     >>> state.params.tolist()
     [0.25, 0.25]
   """
+  params_at = _with_step(params_fn)
 
   def train_step(state, batch, rng):
     rng = jax.random.fold_in(rng, state.step)
@@ -86,7 +95,10 @@ def make_train_step(
 
     def loss_fn(trainable):
       params, objective_params = trainable
-      variables = {'params': params_fn(params), **state.model_state}
+      variables = {
+        'params': params_at(params, state.step),
+        **state.model_state,
+      }
       student = student_fn(variables, batch, rng, train=True)
       inputs = Inputs(
         student,
@@ -131,6 +143,22 @@ def make_train_step(
     return new_state, metrics | {'grad_norm': optax.tree.norm(grads[0])}
 
   return train_step
+
+
+def _with_step(
+  params_fn: Callable[..., Params],
+) -> Callable[[Params, jax.Array], Params]:
+  """`params_fn` as a function of the parameters and the step."""
+  try:
+    arguments = inspect.signature(params_fn).parameters.values()
+  except ValueError:  # Some builtins have no signature.
+    arguments = ()
+  needed = [
+    a for a in arguments if a.default is a.empty and a.kind in _POSITIONAL
+  ]
+  if len(needed) > 1:
+    return params_fn
+  return lambda params, step: params_fn(params)
 
 
 def _mean_over(tree, axis_name):
@@ -243,7 +271,8 @@ def make_eval_step(
     student_fn: `(variables, batch, rng, *, train) -> Forward`.
     metrics: name -> `metrics.Metric`.
     teacher_fn: needed by the metrics that compare with a teacher.
-    params_fn: as for `make_train_step`.
+    params_fn: as for `make_train_step`, of the parameters alone: bind the step
+      of one that takes it, `functools.partial(params_fn, step=1000)`.
 
   Returns:
     `eval_step(variables, teacher, batch) -> sums`, a pytree that adds over

@@ -91,6 +91,8 @@ LOSSES = {
 SUMMED = r'gkd_jsd_.*'
 FAKE_QUANT = r'weight_sym_.*|activation_asym_.*'
 MASKS = r'magnitude_(global|layer)_.*'
+CHANNELS = r'channel_l[12]_.*'
+N_M = r'n_m_.*'
 OTHERS = ('int8_matmul', 'cubic_schedule')
 # Known cases: one that vanishes from the files must not pass in silence.
 REQUIRED = {
@@ -124,6 +126,8 @@ REQUIRED = {
     'magnitude_global_0.9',
     'magnitude_layer_0.5',
     'magnitude_layer_0.9',
+    *(f'channel_l{p}_{s}' for p in (1, 2) for s in (0.5, 0.9)),
+    'n_m_2_4',
     'cubic_schedule',
   ),
 }
@@ -154,7 +158,7 @@ def test_every_implemented_case_is_in_the_files_and_checked():
   checked = {
     'kd_losses': {n for p in LOSSES for n in _matching(p, LOSS_CASES)},
     'compression': {
-      *_matching(f'{FAKE_QUANT}|{MASKS}', COMPRESSION_CASES),
+      *_matching(f'{FAKE_QUANT}|{MASKS}|{CHANNELS}|{N_M}', COMPRESSION_CASES),
       *(name for name in OTHERS if name in COMPRESSION_CASES),
     },
   }
@@ -263,21 +267,54 @@ def test_int8_matmul():
   np.testing.assert_array_equal(product.output, want.astype(np.float32))
 
 
-@pytest.mark.parametrize('name', _matching(MASKS, COMPRESSION_CASES))
-def test_magnitude_masks(name):
-  case = COMPRESSION_CASES[name]
+def _masks(name):
+  """The masks of a case, and the parameters they are of, by name."""
   masks = {
     key.split('/')[1]: ARRAYS[key]
     for key in ARRAYS.files
     if re.fullmatch(re.escape(name) + '/.*/mask', key)
   }
-  params = {key: ARRAYS[f'input/{key}'] for key in sorted(masks)}
-  assert params
+  assert masks
+  return masks, {key: ARRAYS[f'input/{key}'] for key in sorted(masks)}
+
+
+@pytest.mark.parametrize('name', _matching(MASKS, COMPRESSION_CASES))
+def test_magnitude_masks(name):
+  case = COMPRESSION_CASES[name]
+  masks, params = _masks(name)
   got = prune.magnitude_masks(
     params, case['sparsity'], [('.*', True)], scope=case['scope']
   )
   assert set(got) == set(masks)
   for key, mask in masks.items():
+    np.testing.assert_array_equal(got[key], mask)
+
+
+def _structured_masks(name, structure, sparsity):
+  _, params = _masks(name)
+  scores = prune.magnitude().value((), params)
+  return prune.masks_from(scores, sparsity, scope='layer', structure=structure)
+
+
+@pytest.mark.parametrize('name', _matching(CHANNELS, COMPRESSION_CASES))
+def test_channel_masks(name):
+  case = COMPRESSION_CASES[name]
+  pool = 'l1' if 'L1' in case['scope'] else 'l2'
+  structure = prune.channels(-1, pool=pool)
+  got = _structured_masks(name, structure, case['sparsity'])
+  for key, mask in _masks(name)[0].items():
+    np.testing.assert_array_equal(
+      got[key], np.broadcast_to(mask, got[key].shape)
+    )
+
+
+@pytest.mark.parametrize('name', _matching(N_M, COMPRESSION_CASES))
+def test_n_m_masks(name):
+  case = COMPRESSION_CASES[name]
+  n, m = case['n'], case['m']
+  axis = int(re.search(r'\((-?\d+)\)', case['axis'])[1])
+  got = _structured_masks(name, prune.n_m(n, m, axis), 1 - n / m)
+  for key, mask in _masks(name)[0].items():
     np.testing.assert_array_equal(got[key], mask)
 
 

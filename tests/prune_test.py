@@ -1,137 +1,16 @@
-"""Pruning: exact counts, exact zeros, schedules, sharded thresholds."""
+"""The optax wrapper: exact zeros, revival, NaN, rewinding, straight-through."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from prune_trees import KERNELS, kernels, make_tree, top, train
 
-from kd_jax import optim, prune, sharding
+from kd_jax import optim, prune
 
 ALL = [('.*', True)]
-SPARSITIES = [0.0, 0.01, 0.25, 1 / 3, 0.5, 0.625, 0.8, 0.9, 0.99, 0.9999]
-
-
-def _numpy_masks(arrays, keep):
-  """The `keep` largest of all arrays; ties by order: a stable sort."""
-  flat = np.concatenate([np.ravel(a) for a in arrays]).astype(np.float64)
-  mask = np.zeros(flat.size, bool)
-  mask[np.argsort(-flat, kind='stable')[:keep]] = True
-  splits = np.cumsum([a.size for a in arrays])[:-1]
-  return [m.reshape(a.shape) for m, a in zip(np.split(mask, splits), arrays)]
-
-
-def _arrays(kind):
-  rng = np.random.default_rng(0)
-  a, b = rng.normal(size=(2, 3, 5)), rng.normal(size=(7, 4))
-  values = {
-    'random': (a, b),
-    'ties': (np.round(a), np.round(b)),
-    'equal': (np.ones_like(a), np.ones_like(b)),
-    'zeros': (np.zeros_like(a), np.zeros_like(b)),
-    'mostly_zeros': (a * (np.abs(a) > 1.5), b * (np.abs(b) > 1.5)),
-    'tiny_and_huge': (a * 1e-38, b * 1e38),
-  }[kind]
-  return {n: v.astype('f') for n, v in zip(('a', 'b'), values)}
-
-
-KINDS = ['random', 'ties', 'equal', 'zeros', 'mostly_zeros', 'tiny_and_huge']
-
-
-@pytest.mark.parametrize('scope', ['global', 'layer'])
-@pytest.mark.parametrize('kind', KINDS)
-def test_masks_are_those_of_a_stable_sort_at_every_sparsity(kind, scope):
-  params = _arrays(kind)
-  masks_at = jax.jit(
-    lambda sparsity: prune.magnitude_masks(params, sparsity, ALL, scope=scope)
-  )
-  for sparsity in SPARSITIES:
-    masks = masks_at(sparsity)
-    groups = [['a', 'b']] if scope == 'global' else [['a'], ['b']]
-    for names in groups:
-      arrays = [np.abs(params[n]) for n in names]
-      size = sum(a.size for a in arrays)
-      keep = max(size - round(sparsity * size), 1)
-      assert sum(int(masks[n].sum()) for n in names) == keep
-      for name, want in zip(names, _numpy_masks(arrays, keep)):
-        np.testing.assert_array_equal(masks[name], want)
-
-
-def test_largest_agrees_with_a_sort_for_every_count():
-  scores = np.abs(np.round(np.random.default_rng(1).normal(size=9), 1))
-  scores = scores.astype('f')
-  run = jax.jit(lambda keep: prune.largest([jnp.asarray(scores)], keep)[0])
-  for keep in range(1, 10):
-    np.testing.assert_array_equal(run(keep), _numpy_masks([scores], keep)[0])
-
-
-def test_bfloat16_weights_are_counted_exactly_too():
-  w = jnp.asarray(_arrays('random')['b'], jnp.bfloat16)
-  mask = prune.magnitude_masks({'w': w}, 0.5, ALL)['w']
-  assert int(mask.sum()) == 14
-  assert jnp.abs(w[mask]).min() >= jnp.abs(w[~mask]).max()
-
-
-def test_rules_choose_what_is_pruned():
-  params = {'a': {'kernel': jnp.arange(4.0), 'bias': jnp.zeros(2)}}
-  masks = prune.magnitude_masks(params, 0.5, [('.*/kernel', True)])
-  assert set(masks) == {'a/kernel'}
-  masked = prune.apply_masks(params, masks)
-  np.testing.assert_array_equal(masked['a']['kernel'], [0, 0, 2, 3])
-  np.testing.assert_array_equal(masked['a']['bias'], params['a']['bias'])
-
-
-def test_bad_rules_and_scopes_are_named():
-  params = {'kernel': jnp.ones(2)}
-  with pytest.raises(ValueError, match="pruning rule 'kernl' matches nothing"):
-    prune.magnitude_masks(params, 0.5, [('kernl', True)])
-  with pytest.raises(ValueError, match='choose no parameter'):
-    prune.magnitude_masks(params, 0.5, [('.*', None)])
-  with pytest.raises(ValueError, match="scope 'globl'.*mean global"):
-    prune.magnitude_masks(params, 0.5, ALL, scope='globl')
-  with pytest.raises(ValueError, match='matches nothing'):
-    prune.prune(optax.sgd(1.0), prune.constant(0.5), [('x', True)]).init(params)
-
-
-def _cubic(step, *, final, begin, end, every, initial):
-  if step < begin:
-    return 0.0
-  held = end if step >= end else begin + (step - begin) // every * every
-  left = 1 - (held - begin) / (end - begin)
-  return final + (initial - final) * left**3
-
-
-@pytest.mark.parametrize(
-  'options',
-  [
-    {'final': 0.8, 'begin': 2, 'end': 12, 'every': 1, 'initial': 0.0},
-    {'final': 0.9, 'begin': 0, 'end': 10, 'every': 3, 'initial': 0.2},
-    {'final': 0.5, 'begin': 5, 'end': 6, 'every': 10, 'initial': 0.1},
-  ],
-)
-def test_cubic_schedule_is_the_papers(options):
-  options = dict(options)
-  final = options.pop('final')
-  schedule = jax.jit(prune.cubic(final, **options))
-  for step in range(20):
-    want = _cubic(step, final=final, **options)
-    assert float(schedule(step)) == pytest.approx(want, abs=1e-6), step
-  # Exactly the final one at the end, so that it is reached at all.
-  assert schedule(options['end']) == np.float32(final)
-
-
-def test_bad_schedules_are_named():
-  for sparsity in (-0.1, 1.0, 2.0):
-    with pytest.raises(ValueError, match=r'in \[0, 1\)'):
-      prune.cubic(sparsity, begin=0, end=1)
-    with pytest.raises(ValueError, match=r'in \[0, 1\)'):
-      prune.constant(sparsity)
-  for options in ({'begin': 3, 'end': 3}, {'begin': -1, 'end': 3}):
-    with pytest.raises(ValueError, match='begin < end'):
-      prune.cubic(0.5, **options)
-  with pytest.raises(ValueError, match='every >= 1'):
-    prune.cubic(0.5, begin=0, end=3, every=0)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 OPTIMIZERS = {
@@ -184,10 +63,7 @@ def test_pruned_weights_stay_exactly_zero(name):
     kernel = np.asarray(params['kernel'])
     np.testing.assert_array_equal(kernel[~mask], 0.0)
     assert np.isfinite(kernel).all()
-    want = 30 - round(
-      _cubic(step, final=0.8, begin=2, end=8, every=2, initial=0) * 30
-    )
-    assert int(mask.sum()) == want
+    assert int(mask.sum()) == 30 - round(30 * float(schedule(step)))
     # Masks only ever lose weights.
     if previous is not None:
       assert not np.any(mask & ~previous)
@@ -241,9 +117,10 @@ def test_a_pruned_weight_does_not_come_back_for_one_that_became_zero():
   params = {'w': jnp.array([0.1, 5.0, 4.0, 3.0])}
   schedule = lambda step: jnp.where(step < 2, 0.25, 0.5)
   tx = prune.prune(optax.sgd(1.0), schedule, ALL)
-  state, masks = tx.init(params), []
+  state, masks, update = tx.init(params), [], jax.jit(tx.update)
   for grads in ([0, 0, 0, 0], [0, 0, 4.0, 3.0], [0, 0, 0, 0]):
-    updates, state = tx.update({'w': jnp.array(grads)}, state, params)
+    grads = {'w': jnp.array(grads, jnp.float32)}
+    updates, state = update(grads, state, params)
     params = optax.apply_updates(params, updates)
     masks.append(prune.masks_of(state)['w'].tolist())
   assert params['w'].tolist() == [0, 5, 0, 0]
@@ -267,42 +144,322 @@ def test_masks_are_found_in_any_chain_and_empty_without_one():
   assert prune.masks_of(optax.adam(0.1).init(params)) == {}
 
 
-def test_sharded_parameters_get_the_same_mask_with_all_reduces_only():
-  mesh = sharding.make_mesh()
-  w = np.random.default_rng(0).normal(size=(64, 24)).astype('f')
-  v = np.round(np.random.default_rng(1).normal(size=(16, 8))).astype('f')
-  params = {'v': v, 'w': w}
-  split = {
-    'v': NamedSharding(mesh, PartitionSpec(None, 'data')),
-    'w': NamedSharding(mesh, PartitionSpec('data', None)),
-  }
-  run = jax.jit(
-    lambda p: prune.magnitude_masks(p, 0.8, ALL),
-    in_shardings=(split,),
-    out_shardings=split,
+@pytest.mark.parametrize('scope', ['global', 'layer', 'erk'])
+def test_masks_only_lose_weights_at_random_schedules(scope):
+  """Exact totals too, with all kinds of leaves, when sparsity rises."""
+  rng = np.random.default_rng(0)
+  levels = np.sort(rng.uniform(0, 0.99, size=20)).astype('f')
+  tx = prune.prune(
+    optax.sgd(0.1, momentum=0.9),
+    lambda step: jnp.asarray(levels)[step],
+    KERNELS,
+    scope=scope,
   )
-  masks = run(jax.device_put(params, split))
-  alone = prune.magnitude_masks(params, 0.8, ALL)
-  for name, mask in masks.items():
-    assert mask.sharding.is_equivalent_to(split[name], mask.ndim)
-    np.testing.assert_array_equal(mask, alone[name])
-  text = run.lower(params).compile().as_text()
-  assert 'all-reduce' in text
-  for word in ('all-gather', 'sort', 'all-to-all', 'collective-permute'):
-    assert word not in text, word
+  previous = None
+  for level, (tree, state) in zip(levels, train(tx, make_tree(), 20)):
+    masks = {n: np.asarray(m) for n, m in state.masks.items()}
+    counts = {n: int(m.sum()) for n, m in masks.items()}
+    assert min(counts.values()) >= 1
+    if scope == 'layer':
+      for name, mask in masks.items():
+        assert counts[name] == int(prune.kept_count(mask.size, level))
+    else:
+      size = sum(m.size for m in masks.values())
+      assert sum(counts.values()) == int(prune.kept_count(size, level))
+    for name, kernel in kernels(tree).items():
+      np.testing.assert_array_equal(kernel[~masks[name]], 0.0)
+      assert previous is None or not (masks[name] & ~previous[name]).any()
+    previous = masks
 
 
-def test_the_report_counts_zeros_layer_by_layer():
-  params = {
-    'a': {'kernel': jnp.array([[0.0, 1.0], [0.0, 2.0]]), 'bias': jnp.ones(2)},
-    'b': {'kernel': jnp.zeros(3)},
-  }
-  rows = prune.sparsity_report(params, [('.*/kernel', True)])
-  assert [(r.path, r.size, r.nonzero) for r in rows] == [
-    ('a/kernel', 4, 2),
-    ('b/kernel', 3, 0),
-  ]
-  assert [r.sparsity for r in rows] == [0.5, 1.0]
-  assert len(prune.sparsity_report(params)) == 3
-  with pytest.raises(ValueError, match='matches nothing'):
-    prune.sparsity_report(params, [('c/.*', True)])
+def test_never_is_never_also_when_the_schedule_falls():
+  schedule = lambda step: jnp.asarray([0.75, 0.25, 0.5])[step]
+  tx = prune.prune(optax.sgd(0.1), schedule, [('kernel', True)])
+  history = _train(tx, 3)
+  counts = [int(state.masks['kernel'].sum()) for _, state in history]
+  assert counts == [8, 8, 8]
+  for params, _ in history:
+    assert np.count_nonzero(params['kernel']) == 8
+
+
+def _revived_in_numpy(start, schedule, steps, rate=0.1, momentum=0.9):
+  """Masks of dense weights, which momentum SGD trains at masked gradients."""
+  rng = np.random.default_rng(0)
+  dense, trace = start.copy(), np.zeros_like(start)
+  mask, made_for, history = np.ones_like(start, bool), 0.0, []
+  for step in range(steps):
+    gradient = rng.normal(size=start.shape).astype('f')
+    if schedule[step] != made_for:
+      made_for = schedule[step]
+      keep = start.size - round(made_for * start.size)
+      mask = top([np.abs(dense)], keep)[0]
+    trace = momentum * trace + gradient
+    dense = dense - rate * trace
+    history.append((np.where(mask, dense, 0), mask, dense))
+  return history
+
+
+def test_gradients_bring_weights_back():
+  levels = [0.5, 0.5, 0.6, 0.5, 0.5, 0.6, 0.6]
+  rng = np.random.default_rng(1)
+  start = rng.normal(size=(4, 5)).astype('f')
+  want = _revived_in_numpy(start, levels, 7)
+  tx = prune.prune(
+    optax.sgd(0.1, momentum=0.9),
+    lambda step: jnp.asarray(levels)[step],
+    ALL,
+    revive='gradient',
+  )
+  params = {'w': jnp.asarray(start)}
+  state, rng, came_back = tx.init(params), np.random.default_rng(0), 0
+  update = jax.jit(tx.update)
+  for masked, mask, dense in want:
+    gradient = rng.normal(size=start.shape).astype('f')
+    before = np.asarray(state.masks['w'])
+    updates, state = update({'w': jnp.asarray(gradient)}, state, params)
+    params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(state.masks['w'], mask)
+    np.testing.assert_allclose(params['w'], masked, rtol=1e-5)
+    np.testing.assert_allclose(state.dense['w'], dense, rtol=1e-5)
+    np.testing.assert_array_equal(params['w'] == 0, ~mask)
+    came_back += np.sum(mask & ~before)
+  assert came_back > 0
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_with_revival_pruned_weights_are_exactly_zero_too(name):
+  schedule = prune.linear(0.8, begin=1, end=9, every=2)
+  tx = prune.prune(
+    _optimizer(**OPTIMIZERS[name]),
+    schedule,
+    [('kernel', True)],
+    revive='gradient',
+  )
+  for step, (params, state) in enumerate(_train(tx)):
+    mask = np.asarray(state.masks['kernel'])
+    assert mask.sum() == 30 - round(30 * float(schedule(step)))
+    kernel = np.asarray(params['kernel'])
+    np.testing.assert_array_equal(kernel[~mask], 0.0)
+    np.testing.assert_allclose(
+      kernel[mask], state.dense['kernel'][mask], rtol=1e-5, atol=1e-7
+    )
+
+
+def test_weights_that_were_changed_from_outside_are_what_is_trained():
+  """Only the values of pruned weights are the state's own."""
+  tx = prune.prune(optax.sgd(1.0), prune.constant(0.5), ALL, revive='gradient')
+  params = {'w': jnp.array([1.0, 2.0, 3.0, 4.0])}
+  zero = {'w': jnp.zeros(4)}
+  updates, state = tx.update(zero, tx.init(params), params)
+  params = optax.apply_updates(params, updates)
+  params = {'w': params['w'].at[3].set(7.0)}
+  updates, state = tx.update(zero, state, params)
+  params = optax.apply_updates(params, updates)
+  assert params['w'].tolist() == [0, 0, 3, 7]
+  assert state.dense['w'].tolist() == [1, 2, 3, 7]
+
+
+def test_unknown_ways_to_revive_are_named():
+  with pytest.raises(ValueError, match="way to revive 'always'.*gradient"):
+    prune.prune(optax.sgd(0.1), prune.constant(0.5), ALL, revive='always')
+
+
+def test_nan_keeps_the_masks_until_it_is_gone():
+  """Neither kept nor pruned: the target is not taken as reached either."""
+  params = {'w': jnp.array([1.0, 2.0, 3.0, 4.0])}
+  tx = prune.prune(optax.sgd(1.0), prune.steps(0.25, every=1, times=3), ALL)
+  zero, state = {'w': jnp.zeros(4)}, tx.init(params)
+  update = jax.jit(tx.update)
+  for w, count, sparsity in (
+    (params['w'], 3, 0.25),
+    (params['w'].at[3].set(jnp.nan), 3, 0.25),
+    (params['w'], 2, 1 - 0.75**3),
+  ):
+    _, state = update(zero, state, {'w': w})
+    assert int(state.masks['w'].sum()) == count
+    assert float(state.sparsity) == pytest.approx(sparsity)
+
+
+def test_infinite_scores_order_as_numbers_do():
+  fixed = prune.magnitude()._replace(
+    value=lambda state, weights: {
+      'w': jnp.array([-jnp.inf, jnp.inf, 0.0, -1.0])
+    }
+  )
+  tx = prune.prune(optax.sgd(1.0), prune.constant(0.5), ALL, score=fixed)
+  params = {'w': jnp.ones(4)}
+  _, state = tx.update(params, tx.init(params), params)
+  assert state.masks['w'].tolist() == [False, True, True, False]
+
+
+def test_a_structure_may_mask_more_than_has_scores():
+  """A bias goes with its channel, and comes back with it only if allowed."""
+
+  def structure(scores, sparsity, scope):
+    [kept] = prune.channels()(scores, sparsity, scope).values()
+    return {'a/kernel': kept, 'a/bias': kept[0], 'not/there': kept}
+
+  params = {'a': {'kernel': jnp.array([[1.0, 3.0], [1.0, 3.0]])}}
+  params['a']['bias'] = jnp.ones(2)
+  for revive in ('never', 'gradient'):
+    tx = prune.prune(
+      optax.adam(0.1),
+      prune.constant(0.5),
+      [('a/kernel', True)],
+      structure=structure,
+      revive=revive,
+    )
+    state = tx.init(params)
+    updates, state = jax.jit(tx.update)(params, state, params)
+    new = optax.apply_updates(params, updates)
+    assert set(state.masks) == {'a/kernel', 'a/bias'}
+    assert (new['a']['bias'] != 0).tolist() == [False, True]
+    assert (new['a']['kernel'] != 0).tolist() == [[False, True]] * 2
+  nothing = lambda scores, sparsity, scope: {'not/there': scores['a/kernel']}
+  tx = prune.prune(
+    optax.adam(0.1),
+    prune.constant(0.5),
+    [('a/kernel', True)],
+    structure=nothing,
+  )
+  with pytest.raises(ValueError, match="masks no parameter, only 'not/there'"):
+    tx.init(params)
+
+
+def test_two_rounds_of_a_lottery_with_rewinding():
+  """Weights and momentum go back, masks stay, and the schedule goes on."""
+  rules = [('kernel', True)]
+  tx = prune.prune(
+    _optimizer('momentum', average=0.5),
+    prune.steps(0.5, every=4, times=2, begin=4),
+    rules,
+  )
+  rng = np.random.default_rng(0)
+  params = {'kernel': jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)}
+  params['bias'] = jnp.ones(5)
+  update = jax.jit(tx.update)
+
+  def train(state, steps):
+    params, opt_state = state
+    for _ in range(steps):
+      grads = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params
+      )
+      updates, opt_state = update(grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
+    return params, opt_state
+
+  # Rewinding to step 2, not to the start.
+  early = state = train((params, tx.init(params)), 2)
+  state = train(state, 2)
+  for keep in (15, 8):
+    state = train(state, 1)  # The step that prunes.
+    trained, masks = state[0], prune.masks_of(state[1])
+    assert int(masks['kernel'].sum()) == keep
+    state = prune.rewind(state, early, masks)
+    np.testing.assert_array_equal(
+      state[0]['kernel'], np.where(masks['kernel'], early[0]['kernel'], 0)
+    )
+    np.testing.assert_array_equal(state[0]['bias'], early[0]['bias'])
+    assert not np.array_equal(trained['bias'], early[0]['bias'])
+    for name in ('trace', 'average'):
+      got = optax.tree.get(state[1], name)['kernel']
+      past = optax.tree.get(early[1], name)['kernel']
+      np.testing.assert_array_equal(got, np.where(masks['kernel'], past, 0))
+    assert int(state[1].step) == {15: 5, 8: 9}[keep]
+    if keep == 15:
+      state = train(state, 3)
+      np.testing.assert_array_equal(
+        prune.masks_of(state[1])['kernel'], masks['kernel']
+      )
+  state = train(state, 3)
+  np.testing.assert_array_equal(
+    prune.masks_of(state[1])['kernel'], masks['kernel']
+  )
+  np.testing.assert_array_equal(state[0]['kernel'] != 0, masks['kernel'])
+
+
+def test_parameters_alone_are_rewound_too():
+  initial, trained = make_tree(0), make_tree(1)
+  masks = prune.magnitude_masks(trained, 0.5, KERNELS)
+  ticket = prune.rewind(trained, initial, masks)
+  want = prune.apply_masks(initial, masks)
+  for got, leaf in zip(jax.tree.leaves(ticket), jax.tree.leaves(want)):
+    np.testing.assert_array_equal(got, leaf)
+    assert got.dtype == leaf.dtype
+  with pytest.raises(ValueError, match='rewind: the trees differ'):
+    prune.rewind({'a': 1}, {'b': 1}, {})
+
+
+def test_straight_through_masks_the_forward_and_not_the_gradient():
+  """Against SGD in NumPy, where pruned weights move and come back."""
+  schedule = prune.linear(0.5, begin=1, end=3)
+  params_fn = prune.straight_through(schedule, [('w', True)])
+  rng = np.random.default_rng(0)
+  target = rng.normal(size=8).astype('f')
+  params = {'w': jnp.asarray(rng.normal(size=8), jnp.float32)}
+  dense, seen = np.asarray(params['w']), []
+
+  @jax.jit
+  def gradient(params, step):
+    loss = lambda p: jnp.square(params_fn(p, step)['w'] - target).sum() / 2
+    return jax.grad(loss)(params), params_fn(params, step)
+
+  for step in range(20):
+    grads, masked = gradient(params, step)
+    keep = 8 - round(8 * float(schedule(step)))
+    mask = top([np.abs(dense)], keep)[0]
+    np.testing.assert_array_equal(masked['w'], np.where(mask, params['w'], 0))
+    dense = dense - np.float32(0.3) * (np.where(mask, dense, 0) - target)
+    params = {'w': params['w'] - 0.3 * grads['w']}
+    np.testing.assert_allclose(params['w'], dense, rtol=1e-4, atol=1e-6)
+    seen.append(mask)
+  assert any((b & ~a).any() for a, b in zip(seen[3:], seen[4:]))
+
+
+def test_straight_through_with_all_kinds_of_leaves_and_choices():
+  params_fn = prune.straight_through(
+    prune.constant(0.5),
+    KERNELS,
+    score=prune.random(1),
+    scope='layer',
+    structure=prune.n_m(2, 4),
+  )
+  tree = make_tree()
+  masked = jax.jit(params_fn)(tree, 3)
+  assert jax.tree.structure(masked) == jax.tree.structure(tree)
+  for row in prune.sparsity_report(masked, KERNELS):
+    assert row.sparsity >= 0.5
+  np.testing.assert_array_equal(masked['norm']['bias'], tree['norm']['bias'])
+  total = lambda t: sum(
+    x.astype(jnp.float32).sum() for x in jax.tree.leaves(params_fn(t, 0))
+  )
+  grads = jax.jit(jax.grad(total))(tree)
+  for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(tree)):
+    assert g.dtype == p.dtype
+    np.testing.assert_array_equal(g, 1)
+
+
+def test_the_wrapper_works_under_scan_and_vmap():
+  tx = prune.prune(
+    optax.sgd(0.1, momentum=0.9), prune.linear(0.5, begin=0, end=3), ALL
+  )
+  rng = np.random.default_rng(0)
+  start = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
+  grads = jnp.asarray(rng.normal(size=(5, 8)), jnp.float32)
+
+  def run(w):
+    def body(carry, g):
+      params, state = carry
+      updates, state = tx.update({'w': g}, state, params)
+      return (optax.apply_updates(params, updates), state), state.masks['w']
+
+    params = {'w': w}
+    return jax.lax.scan(body, (params, tx.init(params)), grads)
+
+  (params, state), masks = jax.jit(jax.vmap(run))(start)
+  np.testing.assert_array_equal((params['w'] != 0).sum(1), 4)
+  for i, w in enumerate(start):
+    (alone, _), alone_masks = jax.jit(run)(w)
+    np.testing.assert_allclose(params['w'][i], alone['w'], rtol=1e-6)
+    np.testing.assert_array_equal(masks[i], alone_masks)

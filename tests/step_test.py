@@ -317,6 +317,84 @@ def test_params_fn_is_differentiated_through_and_its_input_is_trained():
   assert float(state.params) == pytest.approx(1 - 0.1 * 3)
 
 
+class _Doubled:
+  def __call__(self, params, step):
+    return 2 * params + 0 * step
+
+  def at(self, params, step):
+    return params * (step + 1)
+
+
+# How a params_fn may be written -> what it makes of 1 at steps 0 and 1.
+PARAMS_FNS = {
+  'one argument': (lambda params: 3 * params, (3, 3)),
+  'two arguments': (lambda params, step: params * (step + 2), (2, 3)),
+  'another name': (lambda p, t: p * (t + 2), (2, 3)),
+  'a default': (lambda params, step=5: params * step, (5, 5)),
+  'bound': (functools.partial(lambda p, step: p * step, step=7), (7, 7)),
+  'bound before': (functools.partial(lambda k, p, t: k * p + t, 4), (4, 5)),
+  'keywords': (functools.partial(lambda p, *, k: p * k, k=6), (6, 6)),
+  'callable': (_Doubled(), (2, 2)),
+  'method': (_Doubled().at, (1, 2)),
+  'builtin': (dict, None),
+}
+
+
+@pytest.mark.parametrize('name', PARAMS_FNS)
+def test_params_fn_may_take_the_step(name):
+  params_fn, want = PARAMS_FNS[name]
+  value = lambda p: p['w'] if isinstance(p, dict) else p
+  objective = objectives.term(lambda i: i.student.output)
+  apply = lambda v, batch, rng, *, train: Forward(
+    value(v['params']) * batch['x']
+  )
+  params = jnp.float32(1) if want else {'w': jnp.float32(1)}
+  tx, batch = optax.sgd(0.0), {'x': jnp.ones(1)}
+  state = step.init_state(apply, objective, tx, {'params': params}, batch)
+  train_step = jax.jit(
+    step.make_train_step(apply, objective, tx, params_fn=params_fn)
+  )
+  for value_at_step in want or (1, 1):
+    state, metrics = train_step(state, batch, jax.random.key(0))
+    assert float(metrics['loss/total']) == value_at_step
+
+
+@pytest.mark.parametrize('how', list(sharding.COMPILERS))
+def test_straight_through_pruning_trains_dense_weights(how):
+  """With every compiler; the step's schedule is that of the state."""
+  params_fn = prune.straight_through(
+    prune.linear(0.5, begin=0, end=2), [('.*/kernel', True)]
+  )
+  student_fn, variables = _linen()
+  objective, tx = objectives.hard_labels(), optax.sgd(0.5)
+  state = step.init_state(student_fn, objective, tx, variables, _batch())
+  mesh = sharding.make_mesh()
+  compiled = sharding.compile_step(
+    step.make_train_step(
+      student_fn,
+      objective,
+      tx,
+      params_fn=params_fn,
+      axis_name=sharding.axis_name(how),
+    ),
+    mesh,
+    how,
+  )
+  state, losses = sharding.replicate(state, mesh), []
+  for _ in range(4):
+    state, metrics = compiled(
+      state, sharding.shard_batch(_batch(), mesh), jax.random.key(0)
+    )
+    losses.append(float(metrics['loss/total']))
+  assert losses[-1] < losses[0]
+  rows = [('.*/kernel', True)]
+  dense = prune.total(prune.sparsity_report(state.params, rows))
+  assert dense.nonzero > 0.95 * dense.size
+  masked = jax.jit(params_fn)(state.params, state.step)
+  served = prune.total(prune.sparsity_report(masked, rows))
+  assert served.nonzero == int(prune.kept_count(served.size, 0.5))
+
+
 def test_metrics_hold_the_loss_and_the_gradients_norm():
   train_step, state = _setup(_plain(), objectives.hard_labels(), optax.sgd(1.0))
   new, metrics = jax.jit(train_step)(state, _batch(), jax.random.key(0))

@@ -1,14 +1,39 @@
-"""Pruning: schedules, masks, and the optax wrapper that keeps zeros zero."""
+"""Pruning: scores, structures, schedules, and wrappers that keep zeros zero."""
 
 from kd_jax.prune.masks import apply_masks as apply_masks
-from kd_jax.prune.masks import kept_count as kept_count
 from kd_jax.prune.masks import largest as largest
 from kd_jax.prune.masks import magnitude_masks as magnitude_masks
 from kd_jax.prune.report import LayerSparsity as LayerSparsity
 from kd_jax.prune.report import sparsity_report as sparsity_report
+from kd_jax.prune.report import total as total
 from kd_jax.prune.schedules import constant as constant
 from kd_jax.prune.schedules import cubic as cubic
+from kd_jax.prune.schedules import linear as linear
+from kd_jax.prune.schedules import steps as steps
+from kd_jax.prune.scopes import erk as erk
+from kd_jax.prune.scopes import erk_densities as erk_densities
+from kd_jax.prune.scopes import kept_count as kept_count
+from kd_jax.prune.scores import Score as Score
+from kd_jax.prune.scores import accumulate as accumulate
+from kd_jax.prune.scores import fisher as fisher
+from kd_jax.prune.scores import lamp as lamp
+from kd_jax.prune.scores import magnitude as magnitude
+from kd_jax.prune.scores import movement as movement
+from kd_jax.prune.scores import random as random
+from kd_jax.prune.scores import snip as snip
+from kd_jax.prune.scores import taylor as taylor
+from kd_jax.prune.sparse_training import sparse_train as sparse_train
+from kd_jax.prune.structures import Structure as Structure
+from kd_jax.prune.structures import block as block
+from kd_jax.prune.structures import channels as channels
+from kd_jax.prune.structures import heads as heads
+from kd_jax.prune.structures import masks_from as masks_from
+from kd_jax.prune.structures import n_m as n_m
+from kd_jax.prune.structures import units as units
+from kd_jax.prune.structures import unstructured as unstructured
 from kd_jax.prune.transform import PruneState as PruneState
 from kd_jax.prune.transform import find_state as find_state
 from kd_jax.prune.transform import masks_of as masks_of
 from kd_jax.prune.transform import prune as prune
+from kd_jax.prune.transform import rewind as rewind
+from kd_jax.prune.transform import straight_through as straight_through

@@ -1,9 +1,14 @@
-"""Sparsity schedules: functions from the step to the share of zeros."""
+"""Sparsity schedules: functions from the step to the share of zeros.
+
+Owns when and how much; `transform` calls them once a step, and prunes where
+the share changes. Lottery tickets are `steps` with `transform.rewind`.
+"""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 SparsitySchedule = Callable[[ArrayLike], jax.Array]
@@ -71,6 +76,75 @@ def cubic(
     left = 1.0 - (held - begin) / (end - begin)
     sparsity = final + (initial - final) * jnp.clip(left, 0.0, 1.0) ** power
     return jnp.where(step < begin, 0.0, sparsity)
+
+  return schedule
+
+
+def linear(
+  final: float,
+  *,
+  begin: int,
+  end: int,
+  every: int = 1,
+  initial: float = 0.0,
+) -> SparsitySchedule:
+  """Gradual pruning by the same share each time: `cubic` with power 1.
+
+  Args:
+    final: share of zeros from `end` on, in [0, 1).
+    begin: first step at which weights are pruned.
+    end: step at which `final` is reached, > begin.
+    every: steps between two prunings.
+    initial: share of zeros at `begin`.
+
+  Raises:
+    ValueError: for a sparsity outside [0, 1), or an empty interval.
+
+  Example:
+    >>> schedule = linear(0.8, begin=2, end=12, every=5)
+    >>> [round(float(schedule(step)), 3) for step in (1, 2, 7, 11, 12)]
+    [0.0, 0.0, 0.4, 0.4, 0.8]
+  """
+  options = {'begin': begin, 'end': end, 'every': every, 'initial': initial}
+  return cubic(final, power=1.0, **options)
+
+
+def steps(
+  share: float, *, every: int, times: int, begin: int = 0
+) -> SparsitySchedule:
+  """Iterative pruning: each time the same share of what is left.
+
+  s(t) = 1 - (1 - share)**k, where k counts the prunings up to step t: the
+  first at `begin`, then one every `every` steps, `times` in all.
+
+  Args:
+    share: share of the remaining weights that go, in [0, 1).
+    every: steps between two prunings, >= 1.
+    times: number of prunings, >= 1.
+    begin: step of the first.
+
+  Raises:
+    ValueError: for a share outside [0, 1), or counts below 1.
+
+  Example:
+    >>> schedule = steps(0.2, every=100, times=3, begin=100)
+    >>> [round(float(schedule(step)), 3) for step in (99, 100, 200, 300, 400)]
+    [0.0, 0.2, 0.36, 0.488, 0.488]
+
+  References:
+    Frankle, Carbin, "The Lottery Ticket Hypothesis", 2019, arXiv:1803.03635.
+  """
+  _check_sparsity(share)
+  if every < 1 or times < 1 or begin < 0:
+    raise ValueError(
+      f'steps: needs every >= 1, times >= 1 and begin >= 0, not every={every}, '
+      f'times={times}, begin={begin}.'
+    )
+  sparsities = np.float32([1 - (1 - share) ** k for k in range(times + 1)])
+
+  def schedule(step):
+    count = (jnp.asarray(step) - begin) // every + 1
+    return jnp.asarray(sparsities)[jnp.clip(count, 0, times)]
 
   return schedule
 
