@@ -75,8 +75,8 @@ def find_groups(
     w      8      1      yes    v[0], w[1]
     <BLANKLINE>
     frozen
-      params/v[1]: the output
-      params/w[0]: the input (dot_general)
+      v[1]: the output
+      w[0]: the input (dot_general)
 
   References:
     Fang et al., "DepGraph: Towards Any Structural Pruning", 2023,
@@ -310,18 +310,23 @@ class _Analysis:
 
     A block that was written for a width may compare its input with that.
     """
-    made: dict[tuple[str, str], Attribute] = {}
+    near: dict[tuple[str, str], Attribute] = {}
+    every: dict[tuple[str, str], Attribute] = {}
     for m in group.members:
       parts = m.path.split('/')[1:-1]
-      for i in range(len(parts) + 1):
+      for i in range(len(parts)):
         module = '/'.join(parts[:i])
         for name, value in self.modules.get(module, {}).items():
           if value == m.size:
-            made[module, name] = Attribute(module, name, value, m.positions)
-    choices = [list(made.values()), *([a] for a in made.values())]
+            follows = Attribute(module, name, value, m.positions)
+            every[module, name] = follows
+            if i == len(parts) - 1:
+              near[module, name] = follows
+    choices = [near, every] if near != every else [near]
     return [
-      group._replace(attributes=(*group.attributes, *choice))
-      for choice in (choices if len(made) > 1 else choices[1:])
+      group._replace(attributes=(*group.attributes, *choice.values()))
+      for choice in choices
+      if choice
     ]
 
   def _without_one(self, groups: Sequence[Group]) -> str | None:

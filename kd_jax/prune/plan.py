@@ -134,7 +134,9 @@ class Plan(NamedTuple):
     ]
     if self.frozen:
       lines += ['', 'frozen']
-      lines += [f'  {name}: {why}' for name, why in self.frozen.items()]
+      for why in dict.fromkeys(self.frozen.values()):
+        names = [n for n, w in self.frozen.items() if w == why]
+        lines.append(f'  {_few([n.split("/", 1)[-1] for n in names])}: {why}')
     return '\n'.join(lines)
 
 
@@ -144,6 +146,10 @@ def _members(group: Group) -> str:
     for m in group.members
     if m.path.startswith('params/')
   ]
+  return _few(names)
+
+
+def _few(names: Sequence[str]) -> str:
   more = f', {len(names) - 3} more' if len(names) > 3 else ''
   return ', '.join(names[:3]) + more
 

@@ -183,8 +183,9 @@ class Walk:
     if 1 in (first, math.prod(rest)):
       major, minor = (None, axis) if first == 1 else (axis, None)
     else:
-      reason = f'its size is written in the code of {self.where or "a reshape"}'
       name = None if kind else self._count(first)
+      parts = 'groups' if kind else 'equal parts'
+      reason = f'the {first} {parts} in {self.where or "a reshape"} stay'
       major, minor = self.tags.factor(axis, first, kind or name, reason)
       if name and isinstance(major, np.ndarray):
         key = (self.module, name)
