@@ -1,5 +1,7 @@
 """Pruning: schedules, masks, and the optax wrapper that keeps zeros zero."""
 
+from kd_jax.prune.costs import LayerCost as LayerCost
+from kd_jax.prune.costs import layer_costs as layer_costs
 from kd_jax.prune.groups import check_shrunk as check_shrunk
 from kd_jax.prune.groups import find_groups as find_groups
 from kd_jax.prune.masks import apply_masks as apply_masks
@@ -22,3 +24,7 @@ from kd_jax.prune.transform import PruneState as PruneState
 from kd_jax.prune.transform import find_state as find_state
 from kd_jax.prune.transform import masks_of as masks_of
 from kd_jax.prune.transform import prune as prune
+from kd_jax.prune.units import choose_units as choose_units
+from kd_jax.prune.units import kept_from_masks as kept_from_masks
+from kd_jax.prune.units import neurons as neurons
+from kd_jax.prune.units import unit_scores as unit_scores

@@ -13,8 +13,14 @@ import jax
 import numpy as np
 
 from kd_jax import rules as rules_lib
-from kd_jax.prune.plan import Attribute, Group, Kept, Member, Plan
-from kd_jax.prune.plan import removed_units
+from kd_jax.prune.plan import (
+  Attribute,
+  Group,
+  Kept,
+  Member,
+  Plan,
+  removed_units,
+)
 from kd_jax.prune.primitives import RULES
 from kd_jax.prune.shrink import shrink, shrunk_forward
 from kd_jax.prune.tags import Tags

@@ -7,16 +7,12 @@ positions an operation picks fixes them too.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-from kd_jax.prune.tags import ALWAYS
-from kd_jax.prune.trace import Axis, Value
-
-
-def _shape(atom: Any) -> tuple[int, ...]:
-  return tuple(atom.aval.shape)
+from kd_jax.prune import views
+from kd_jax.prune.trace import Axis, Value, shape_of
+from kd_jax.prune.views import fix_axis, without
 
 
 def _unknown(walk, eqn, values):
@@ -28,19 +24,7 @@ def _unknown(walk, eqn, values):
 
 
 def _fixed(atom, reason) -> Value:
-  return Value((reason,) * len(_shape(atom)), None)
-
-
-def _adaptable(walk, eqn, values):
-  """Random bits and the like: they are made for any shape."""
-  return [Value((None,) * len(_shape(v)), None) for v in eqn.outvars]
-
-
-def _iota(walk, eqn, values):
-  (out,) = eqn.outvars
-  axes: list[Axis] = [None] * len(_shape(out))
-  axes[eqn.params['dimension']] = 'numbered positions'
-  return [Value(tuple(axes), (False,) * len(axes))]
+  return Value((reason,) * len(shape_of(atom)), None)
 
 
 def _identity(walk, eqn, values):
@@ -48,7 +32,7 @@ def _identity(walk, eqn, values):
 
 
 def _elementwise(walk, eqn, values):
-  shape = _shape(eqn.outvars[0])
+  shape = shape_of(eqn.outvars[0])
   axes = []
   for i, size in enumerate(shape):
     axes.append(
@@ -57,7 +41,7 @@ def _elementwise(walk, eqn, values):
           value.axes[i]
           for value, atom in zip(values, eqn.invars)
           # Size-1 axes broadcast, and so do scalars.
-          if len(value.axes) == len(shape) and _shape(atom)[i] == size
+          if len(value.axes) == len(shape) and shape_of(atom)[i] == size
         ],
         walk.at(eqn),
       )
@@ -98,207 +82,18 @@ def _is_zero(name: str, values: Sequence[Value], axis: int) -> bool:
   return False
 
 
-def _broadcast(walk, eqn, values):
-  (out,), value, atom = eqn.outvars, values[0], eqn.invars[0]
-  rank = len(_shape(out))
-  axes: list[Axis] = [None] * rank
-  zero = [False] * rank
-  for i, to in enumerate(eqn.params['broadcast_dimensions']):
-    if _shape(atom)[i] == _shape(out)[to]:
-      axes[to] = value.axes[i]
-      zero[to] = bool(value.zero and value.zero[i])
-  return [
-    Value(tuple(axes), None if value.zero is None else tuple(zero), value.const)
-  ]
-
-
-def _transpose(walk, eqn, values):
-  (value,), order = values, eqn.params['permutation']
-  zero = value.zero and tuple(value.zero[i] for i in order)
-  return [Value(tuple(value.axes[i] for i in order), zero, value.const)]
-
-
-def _squeeze(walk, eqn, values):
-  (value,) = values
-  return [_without(value, eqn.params['dimensions'])]
-
-
-def _without(value: Value, axes: Sequence[int]) -> Value:
-  kept = [i for i in range(len(value.axes)) if i not in axes]
-  zero = None if value.zero is None else tuple(value.zero[i] for i in kept)
-  return Value(tuple(value.axes[i] for i in kept), zero, value.const)
-
-
-def _reshape(walk, eqn, values):
-  value = values[0]
-  old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-  axes: list[Axis] = [None] * len(new)
-  zero = [False] * len(new)
-  for before, after in _blocks(old, new):
-    if len(before) == len(after) == 1:
-      axes[after[0]] = value.axes[before[0]]
-      zero[after[0]] = bool(value.zero and value.zero[before[0]])
-      continue
-    merged = _merge(
-      walk, [value.axes[i] for i in before], [old[i] for i in before]
-    )
-    parts = walk.split(merged, [new[i] for i in after], None)
-    for i, part in zip(after, parts):
-      axes[i] = part
-      zero[i] = bool(value.zero) and all(value.zero[j] for j in before)
-  if value.zero is None:
-    return [Value(tuple(axes), None, value.const)]
-  return [Value(tuple(axes), tuple(zero), value.const)]
-
-
-def _blocks(old, new):
-  """Axes that become each other: the smallest runs with equal products."""
-  before = [i for i, n in enumerate(old) if n != 1]
-  after = [i for i, n in enumerate(new) if n != 1]
-  i = j = 0
-  while i < len(before) and j < len(after):
-    a, b = [before[i]], [after[j]]
-    sizes = [old[before[i]], new[after[j]]]
-    while sizes[0] != sizes[1]:
-      if sizes[0] < sizes[1]:
-        i += 1
-        a.append(before[i])
-        sizes[0] *= old[before[i]]
-      else:
-        j += 1
-        b.append(after[j])
-        sizes[1] *= new[after[j]]
-    i, j = i + 1, j + 1
-    yield a, b
-
-
-def _merge(walk, axes, sizes) -> Axis:
-  if len(axes) == 1:
-    return axes[0]
-  if not any(isinstance(a, np.ndarray) for a in axes):
-    return next((a for a in axes if isinstance(a, str)), None)
-  # What takes any size will follow whatever it is joined with.
-  made = [
-    walk.tags.fresh(n) if a is None else None if isinstance(a, str) else a
-    for a, n in zip(axes, sizes)
-  ]
-  return walk.tags.merge(made, sizes)
-
-
-def _concatenate(walk, eqn, values):
-  along, (out,) = eqn.params['dimension'], eqn.outvars
-  axes: list[Axis] = []
-  for i in range(len(_shape(out))):
-    parts = [v.axes[i] for v in values]
-    if i != along:
-      axes.append(walk.tie(parts, walk.at(eqn)))
-    elif not any(isinstance(p, np.ndarray) for p in parts):
-      axes.append(next((p for p in parts if isinstance(p, str)), None))
-    else:
-      sizes = [_shape(atom)[i] for atom in eqn.invars]
-      axes.append(
-        np.concatenate([_as_tags(p, n) for p, n in zip(parts, sizes)])
-      )
-  static = all(v.zero is not None for v in values)
-  return [
-    Value(
-      tuple(axes),
-      tuple(all(v.zero[i] for v in values) for i in range(len(axes)))
-      if static
-      else None,
-    )
-  ]
-
-
-def _as_tags(axis: Axis, size: int) -> np.ndarray:
-  return axis if isinstance(axis, np.ndarray) else np.full(size, ALWAYS)
-
-
-def _pad(walk, eqn, values):
-  value, axes = values[0], list(values[0].axes)
-  for i, (low, high, inner) in enumerate(eqn.params['padding_config']):
-    if (low, high, inner) == (0, 0, 0) or not isinstance(axes[i], np.ndarray):
-      continue
-    if inner or min(low, high) < 0:
-      axes[i] = _fix_axis(walk, eqn, axes[i])
-      continue
-    edges = [np.full(n, ALWAYS) for n in (low, high)]
-    axes[i] = np.concatenate([edges[0], axes[i], edges[1]])
-  return [Value(tuple(axes), value.zero and (False,) * len(axes))]
-
-
-def _fix_axis(walk, eqn, axis: Axis) -> Axis:
-  if not isinstance(axis, np.ndarray):
-    return axis or f'written in the code ({walk.at(eqn)})'
-  reason = f'{walk.at(eqn)} picks positions'
-  walk.fix(axis, reason)
-  return reason
-
-
-def _split(walk, eqn, values):
-  (value,), sizes = values, eqn.params['sizes']
-  along = eqn.params['axis']
-  axis = value.axes[along]
-  if len(set(sizes)) == 1 and sizes[0] > 1:
-    # Equal parts stay equal if the same places leave each of them.
-    grid = [len(sizes), sizes[0]]
-    part = walk.split(axis, grid, None)[1] if len(sizes) > 1 else axis
-  else:
-    part = _fix_axis(walk, eqn, axis)
-  axes = tuple(part if i == along else a for i, a in enumerate(value.axes))
-  return [Value(axes, value.zero)] * len(sizes)
-
-
-def _slice(walk, eqn, values):
-  value = values[0]
-  old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-  axes = tuple(
-    a if m == n else _fix_axis(walk, eqn, a)
-    for a, m, n in zip(value.axes, old, new)
-  )
-  return [Value(axes, value.zero if len(values) == 1 else None)]
-
-
-def _update_slice(walk, eqn, values):
-  operand, update = values[:2]
-  sizes = zip(_shape(eqn.invars[0]), _shape(eqn.invars[1]))
-  axes = []
-  for a, b, (m, n) in zip(operand.axes, update.axes, sizes):
-    if m != n:
-      a, b = _fix_axis(walk, eqn, a), _fix_axis(walk, eqn, b)
-    axes.append(walk.tie([a, b] if m == n else [a], walk.at(eqn)))
-  return [Value(tuple(axes), None)]
-
-
-def _gather(walk, eqn, values):
-  operand, numbers = values[0], eqn.params['dimension_numbers']
-  shape, sizes = _shape(eqn.invars[0]), eqn.params['slice_sizes']
-  gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-  axes: list[Axis] = ['picked by index'] * len(_shape(eqn.outvars[0]))
-  kept = [i for i in range(len(shape)) if i not in gone]
-  for i, axis in enumerate(operand.axes):
-    if i in gone or sizes[i] != shape[i]:
-      _fix_axis(walk, eqn, axis)
-  for to, i in zip(numbers.offset_dims, kept):
-    if sizes[i] == shape[i]:
-      axes[to] = operand.axes[i]
-  for axis in values[1].axes:
-    walk.fix(axis, f'index of {walk.at(eqn)}')
-  return [Value(tuple(axes), None)]
-
-
 def _reduce(walk, eqn, values):
   name, gone = eqn.primitive.name, eqn.params['axes']
   for value in values:
     for i in gone:
       axis = value.axes[i]
       if name.startswith('arg'):
-        _fix_axis(walk, eqn, axis)
+        fix_axis(walk, eqn, axis)
       elif isinstance(axis, np.ndarray):
         # A zero among parameters is no new extreme of their absolute values.
         if value.zero is None or name not in ('reduce_max', 'reduce_min'):
           walk.tags.blur(axis, f'{walk.at(eqn)} is taken over it')
-  out = _without(values[0], gone)
+  out = without(values[0], gone)
   zero = (
     out.zero
     if name in ('reduce_sum', 'reduce_max', 'reduce_min')
@@ -309,7 +104,7 @@ def _reduce(walk, eqn, values):
 
 def _window(walk, eqn, values):
   """Pooling: axes with a window of 1 and stride 1 pass."""
-  p, shape = eqn.params, _shape(eqn.outvars[0])
+  p, shape = eqn.params, shape_of(eqn.outvars[0])
   ones = (1,) * len(shape)
   size = p['window_dimensions']
   stride = p.get('window_strides') or ones
@@ -320,7 +115,7 @@ def _window(walk, eqn, values):
   for i in range(len(shape)):
     axis = walk.tie([v.axes[i] for v in full], walk.at(eqn))
     whole = (size[i], stride[i], spread[i], *pads[i]) == (1, 1, 1, 0, 0)
-    axes.append(axis if whole else _fix_axis(walk, eqn, axis))
+    axes.append(axis if whole else fix_axis(walk, eqn, axis))
   return [Value(tuple(axes), None)] * len(eqn.outvars)
 
 
@@ -329,11 +124,11 @@ def _along(parameter: str) -> Callable:
 
   def rule(walk, eqn, values):
     axes = []
-    rank = len(_shape(eqn.outvars[0]))
+    rank = len(shape_of(eqn.outvars[0]))
     along = eqn.params.get(parameter, rank - 1) if parameter else rank - 1
     for i in range(rank):
       axis = walk.tie([v.axes[i] for v in values], walk.at(eqn))
-      axes.append(_fix_axis(walk, eqn, axis) if i == along % rank else axis)
+      axes.append(fix_axis(walk, eqn, axis) if i == along % rank else axis)
     return [Value(tuple(axes), None)] * len(eqn.outvars)
 
   return rule
@@ -361,7 +156,7 @@ def _dot(walk, eqn, values):
   ]
   zero = [False] * len(axes)
   for value, summed, shared in zip(values, contracted, batch):
-    left = _without(value, (*summed, *shared))
+    left = without(value, (*summed, *shared))
     axes += left.axes
     zero += left.zero or (False,) * len(left.axes)
   static = x.zero is not None and w.zero is not None
@@ -382,11 +177,11 @@ def _conv(walk, eqn, values):
   if groups == 1:
     _contract(walk, eqn, (x, channels), (w, inner))
   else:
-    size = _shape(eqn.invars[0])[channels]
+    size = shape_of(eqn.invars[0])[channels]
     whole, places = walk.split(
       x.axes[channels], [groups, size // groups], 'groups'
     )
-    size = _shape(eqn.invars[1])[made]
+    size = shape_of(eqn.invars[1])[made]
     parts, _ = walk.split(outputs, [groups, size // groups], 'groups')
     walk.tie([whole, parts], walk.at(eqn))
     _contract(walk, eqn, (Value((places,), None), 0), (w, inner))
@@ -443,7 +238,7 @@ def _scan(walk, eqn, values):
   sequences = []
   for value in values[len(consts) + len(carry) :]:
     walk.fix(value.axes[0], f'the steps of {walk.at(eqn)}')
-    sequences.append(_without(value._replace(const=None), (0,)))
+    sequences.append(without(value._replace(const=None), (0,)))
   outputs = _loop(walk, eqn, p['jaxpr'], consts, carry, sequences)
   stacked = [
     Value(
@@ -477,33 +272,38 @@ def _cond(walk, eqn, values):
   return made
 
 
+def _words(names: str) -> list[str]:
+  return names.split()
+
+
 def _for_each(rule: Callable, names: str) -> dict[str, Callable]:
-  return dict.fromkeys(names.split(), rule)
+  return dict.fromkeys(_words(names), rule)
 
 
-_ZERO_AT_ZERO = frozenset(
+# f(0) = 0.
+_ZERO_AT_ZERO = _words(
   'abs neg sign sqrt cbrt square integer_pow tanh sin tan asin atan sinh asinh '
   'atanh erf expm1 log1p round floor ceil convert_element_type copy real '
-  'reduce_precision stop_gradient'.split()
+  'reduce_precision stop_gradient'
 )
 RULES: dict[str | None, Callable[..., Sequence[Value]]] = {
   None: _unknown,
   'conv_general_dilated': _conv,
   'dot_general': _dot,
-  'reshape': _reshape,
-  'transpose': _transpose,
-  'squeeze': _squeeze,
-  'broadcast_in_dim': _broadcast,
-  'concatenate': _concatenate,
-  'pad': _pad,
-  'split': _split,
-  'gather': _gather,
-  'dynamic_update_slice': _update_slice,
-  'iota': _iota,
+  'reshape': views.reshape,
+  'transpose': views.transpose,
+  'squeeze': views.squeeze,
+  'broadcast_in_dim': views.broadcast,
+  'concatenate': views.concatenate,
+  'pad': views.pad,
+  'split': views.split,
+  'gather': views.gather,
+  'dynamic_update_slice': views.update_slice,
+  'iota': views.iota,
   'scan': _scan,
   'while': _while,
   'cond': _cond,
-  **_for_each(_slice, 'slice dynamic_slice'),
+  **_for_each(views.slice_, 'slice dynamic_slice'),
   **_for_each(_along('dimension'), 'sort'),
   **_for_each(_along('axis'), 'cumsum cumprod cummax cummin cumlogsumexp'),
   **_for_each(_along(''), 'top_k'),
@@ -525,14 +325,14 @@ RULES: dict[str | None, Callable[..., Sequence[Value]]] = {
     _identity, 'optimization_barrier sharding_constraint mesh_cast reshard'
   ),
   **_for_each(
-    _adaptable,
+    views.adaptable,
     'random_bits random_seed random_wrap random_unwrap random_fold_in '
     'random_split threefry2x32 random_gamma',
   ),
   **_for_each(
     _elementwise,
     'abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil '
-    'clamp complex conj convert_element_type copy cos cosh digamma div eq eq_to '
+    'clamp complex conj convert_element_type copy cos cosh digamma div eq '
     'erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite '
     'le lgamma log log1p logistic lt max min mul name ne neg nextafter not or '
     'population_count pow pvary real reduce_precision rem round rsqrt '

@@ -42,7 +42,10 @@ def shrink(plan: Plan, tree: Any, kept: Kept) -> Any:
   Example:
     >>> from kd_jax.prune.plan import Group, Member, Plan
     >>> units = ((0,), (1,), (2,))
-    >>> members = (Member('params/w', 1, 3, units), Member('params/v', 0, 3, units))
+    >>> members = tuple(
+    ...   Member(path, axis, 3, units)
+    ...   for path, axis in (('params/w', 1), ('params/v', 0))
+    ... )
     >>> shapes = {'params/w': (2, 3), 'params/v': (3, 1)}
     >>> plan = Plan((Group('w', 3, 1, members),), {}, shapes)
     >>> params = {'w': jnp.arange(6.0).reshape(2, 3), 'v': jnp.ones((3, 1))}

@@ -140,7 +140,7 @@ class Walk:
       outputs = rule(self, eqn, [read(v) for v in eqn.invars])
       known.update(zip(eqn.outvars, outputs, strict=True))
       if outputs and outputs[0].zero is None and name not in _UNSEEN:
-        shape = tuple(eqn.outvars[0].aval.shape)
+        shape = shape_of(eqn.outvars[0])
         self.trail.append(Step(name, self.where, shape, outputs[0].axes))
     self.where, self.module = outside
     return [read(v) for v in jaxpr.outvars]
@@ -195,6 +195,11 @@ class Walk:
   def _count(self, size: int) -> str | None:
     attributes = self.modules.get(self.module, {})
     return next((n for n in COUNTS if attributes.get(n) == size), None)
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+  """The shape of a variable or literal of a jaxpr."""
+  return tuple(atom.aval.shape)
 
 
 def constant(array: Any) -> Value:
