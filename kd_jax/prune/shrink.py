@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kd_jax import rules as rules_lib
 from kd_jax.prune import plan as plan_lib
@@ -78,9 +79,7 @@ def _shrink(plan, tree, masks):
         f'shrink: {name!r} has shape {leaf.shape}, but what it mirrors has '
         f'{shape} in the plan.'
       )
-    for axis, mask in sorted(axes.items()):
-      leaf = _take(leaf, np.flatnonzero(mask), axis)
-    return leaf
+    return _take(leaf, {i: np.flatnonzero(m) for i, m in axes.items()})
 
   return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -107,13 +106,41 @@ def _mirrors(suffixes: Mapping[str, str], name: str) -> str | None:
   return None
 
 
-def _take(leaf, index, axis):
+def _take(leaf: Any, indices: Mapping[int, np.ndarray]) -> Any:
   if isinstance(leaf, jax.ShapeDtypeStruct):
-    shape = list(leaf.shape)
-    shape[axis] = len(index)
+    shape = [len(indices.get(i, range(n))) for i, n in enumerate(leaf.shape)]
     return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
-  take = np.take if isinstance(leaf, np.ndarray) else jnp.take
-  return take(leaf, index, axis=axis)
+  sharding = None
+  if isinstance(leaf, np.ndarray):
+    take = np.take
+  elif _is_local(leaf):
+    # On the host: on a device every new shape is another program to compile.
+    sharding = leaf.sharding
+    leaf, take = np.asarray(leaf), np.take
+  else:
+    take = jnp.take
+  for axis, index in indices.items():
+    leaf = take(leaf, index, axis=axis)
+  return leaf if sharding is None else _put(leaf, sharding)
+
+
+def _is_local(leaf: Any) -> bool:
+  """Whether an array has values, and all of them in this process."""
+  try:
+    return leaf.is_fully_addressable
+  except jax.errors.ConcretizationTypeError:
+    return False
+
+
+def _put(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  """With its old sharding, or replicated if its devices do not divide it."""
+  if not isinstance(sharding, NamedSharding):
+    return jnp.asarray(leaf)
+  try:
+    sharding.shard_shape(leaf.shape)
+  except ValueError:
+    sharding = NamedSharding(sharding.mesh, PartitionSpec())
+  return jax.device_put(leaf, sharding)
 
 
 def unit_masks(plan: Plan, kept: Kept) -> dict[str, np.ndarray]:

@@ -107,8 +107,11 @@ def _blocks(old, new):
 def _merge(walk, axes, sizes) -> Axis:
   if len(axes) == 1:
     return axes[0]
-  if not any(isinstance(a, np.ndarray) for a in axes):
-    return next((a for a in axes if isinstance(a, str)), None)
+  real = [a for a, n in zip(axes, sizes) if n > 1]
+  if all(a is None for a in real):
+    return None
+  if all(isinstance(a, str) for a in real):
+    return real[0]
   # What takes any size will follow whatever it is joined with.
   made = [
     walk.tags.fresh(n) if a is None else None if isinstance(a, str) else a
