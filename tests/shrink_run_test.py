@@ -79,6 +79,7 @@ def _masked(plan, kept, variables):
   }
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_a_step_of_the_shrunk_state_is_the_masked_step():
   _, forward, variables, plan = _setup()
   kept, batch = _kept(plan, variables), _batch()
@@ -127,6 +128,7 @@ def _interceptors(plan, kept):
   return (prune.resized(plan.overrides(kept)),)
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_the_shrunk_model_folds_and_runs_on_integers_as_the_masked_one():
   model, forward, variables, plan = _setup()
   kept, batch = _kept(plan, variables), _batch()
@@ -151,6 +153,7 @@ def test_the_shrunk_model_folds_and_runs_on_integers_as_the_masked_one():
   assert np.abs(found - floats).max() < 0.05 * np.abs(floats).max()
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_the_shrunk_model_is_saved_loaded_and_exported(tmp_path):
   model, forward, variables, plan = _setup()
   kept, batch = _kept(plan, variables), _batch()
@@ -185,6 +188,7 @@ def test_the_shrunk_model_is_saved_loaded_and_exported(tmp_path):
   )
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_a_transformer_without_heads_is_exported(tmp_path):
   model = models.ViT(5, patch_size=3, width=12, depth=1, heads=3)
   batch = _batch()

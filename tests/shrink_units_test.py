@@ -169,10 +169,14 @@ def test_global_ranks_the_groups_against_each_other():
 
 
 def test_choosing_once_is_choosing_in_the_step():
+  structure = jax.jit(prune.neurons(PLAN), static_argnums=2)
   for scope in ('global', 'layer'):
-    for sparsity in (0.0, 0.4, 0.8):
-      masks = prune.neurons(PLAN)(_scores(), sparsity, scope)
-      chosen = prune.choose_units(PLAN, _scores(), sparsity, scope=scope)
+    for seed, sparsity in enumerate((0.0, 0.2, 0.4, 0.6, 0.8, 0.95)):
+      scores = _scores(seed)
+      if scope == 'layer':  # with equal scores
+        scores = {k: np.round(v) for k, v in scores.items()}
+      masks = structure(scores, sparsity, scope)
+      chosen = prune.choose_units(PLAN, scores, sparsity, scope=scope)
       found = {name: units.tolist() for name, units in chosen.items()}
       assert found == _kept_units(masks)
 
@@ -202,7 +206,7 @@ def test_partial_masks_keep_what_has_anything_left():
 
 
 def test_structures_work_in_vmap_scan_and_grad():
-  structure = prune.neurons(PLAN)
+  structure = jax.jit(prune.neurons(PLAN), static_argnums=2)
   stack = jax.tree.map(lambda *x: jnp.stack(x), *map(_scores, range(3)))
   mapped = jax.vmap(lambda s: structure(s, 0.5, 'global'))(stack)
   _, scanned = jax.lax.scan(

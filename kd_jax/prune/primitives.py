@@ -232,21 +232,32 @@ def _same(walk, eqn, x: Value, y: Value) -> Value:
 
 
 def _scan(walk, eqn, values):
-  p = eqn.params
-  consts = values[: p['num_consts']]
-  carry = values[p['num_consts'] : p['num_consts'] + p['num_carry']]
+  body = eqn.params['jaxpr']
+  # What is stacked has one axis more outside than inside; versions of JAX
+  # write the numbers down in different ways.
+  stacked = _longer(eqn.invars, body.jaxpr.invars)
+  made = _longer(eqn.outvars, body.jaxpr.outvars)
+  first = len(values) - stacked
+  consts = values[: first - (len(eqn.outvars) - made)]
+  carry = values[len(consts) : first]
   sequences = []
-  for value in values[len(consts) + len(carry) :]:
+  for value in values[first:]:
     walk.fix(value.axes[0], f'the steps of {walk.at(eqn)}')
     sequences.append(without(value._replace(const=None), (0,)))
-  outputs = _loop(walk, eqn, p['jaxpr'], consts, carry, sequences)
-  stacked = [
+  outputs = _loop(walk, eqn, body, consts, carry, sequences)
+  steps = [
     Value(
       (f'the steps of {walk.at(eqn)}', *v.axes), v.zero and (False, *v.zero)
     )
     for v in outputs[len(carry) :]
   ]
-  return outputs[: len(carry)] + stacked
+  return outputs[: len(carry)] + steps
+
+
+def _longer(outside, inside) -> int:
+  return sum(
+    len(shape_of(a)) > len(shape_of(b)) for a, b in zip(outside, inside)
+  )
 
 
 def _while(walk, eqn, values):

@@ -5,6 +5,7 @@ on the host as lists of units (`choose_units`). Scores of parameters come from
 elsewhere; removing is in `shrink`.
 """
 
+import collections
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -253,22 +254,40 @@ def choose_units(
     raise ValueError(f'A sparsity is a share in [0, 1), not {sparsity}.')
   if multiple_of < 1:
     raise ValueError(f'multiple_of={multiple_of} is not 1 or more.')
-  units = unit_scores(plan, scores, pool=pool, norm=norm)
-  chosen = jax.device_get(_choose(units, sparsity, scope))
+  scores = jax.device_get(unit_scores(plan, scores, pool=pool, norm=norm))
+  ranks = {n: np.argsort(-s, kind='stable') for n, s in scores.items()}
+  counts = _counts(scores, ranks, sparsity, scope)
   return {
-    group.name: _rounded(
-      group, chosen[group.name], np.asarray(units[group.name]), multiple_of
+    group.name: np.sort(
+      ranks[group.name][: _rounded(group, counts[group.name], multiple_of)]
     )
     for group in plan.groups
   }
 
 
-def _rounded(group: Group, mask, scores, multiple_of) -> np.ndarray:
+def _counts(scores, ranks, sparsity, scope) -> dict[str, int]:
+  """group -> how many stay; as `_choose`, by sorting."""
+
+  def each():
+    return {n: int(kept_count(s.size, sparsity)) for n, s in scores.items()}
+
+  def together():
+    size = sum(s.size for s in scores.values())
+    others = int(kept_count(size, sparsity)) - len(scores)
+    rest = [
+      (-s[i], n) for n, s in scores.items() for i in np.sort(ranks[n][1:])
+    ]
+    rest = sorted(rest, key=lambda pair: pair[0])[: max(others, 0)]
+    more = collections.Counter(name for _, name in rest)
+    return {name: 1 + more[name] for name in scores}
+
+  scopes = {'global': together, 'layer': each}
+  return rules_lib.choose('pruning scope', scope, scopes)() if scores else {}
+
+
+def _rounded(group: Group, count: int, multiple_of: int) -> int:
   step = multiple_of // math.gcd(multiple_of, group.width)
-  count = min(group.size, -(-int(mask.sum()) // step) * step)
-  # Those that stay anyway first, then the best of the others.
-  order = np.lexsort((-scores, ~mask))
-  return np.sort(order[:count])
+  return min(group.size, -(-count // step) * step)
 
 
 def kept_from_masks(plan: Plan, masks: Mapping[str, Any]) -> dict[str, Any]:
