@@ -389,6 +389,7 @@ def test_what_is_kept_on_request_stays():
   forward, variables, batch = _setup(Normed(), x)
   plan = prune.find_groups(forward, variables, batch, keep=['.*:within'])
   assert [g.name for g in plan.groups] == ['conv:num_groups']
+  assert plan.frozen['params/conv:within'] == 'kept as asked'
   plan = prune.find_groups(
     forward, variables, batch, keep=['params/conv/kernel']
   )
@@ -396,6 +397,25 @@ def test_what_is_kept_on_request_stays():
   assert plan.frozen['params/conv/kernel[3]'] == 'kept as asked'
   with pytest.raises(ValueError, match="'covn' matches nothing"):
     prune.find_groups(forward, variables, batch, keep=['covn'])
+
+
+def test_an_axis_that_stays_in_part_says_so():
+  """Dense layers side by side, of which the first is returned too."""
+
+  def apply(params, x):
+    y = x @ params['w']
+    z = jnp.concatenate([y, x @ params['u']], axis=-1) @ params['v']
+    return jnp.concatenate([y, z], axis=-1)
+
+  x = np.random.default_rng(0).normal(size=(2, 5)).astype('f')
+  shapes = {'w': (5, 4), 'u': (5, 6), 'v': (10, 3)}
+  forward, variables, batch = _function(apply, shapes, x)
+  plan = prune.find_groups(forward, variables, batch)
+  assert [g.name for g in plan.groups] == ['u']
+  assert plan.frozen['params/v[0]'] == 'some of it: the output'
+  assert plan.frozen['params/w[1]'] == 'the output'
+  kept = {'u': [0, 3, 4]}
+  assert _difference(plan, kept, forward, variables, batch) < 1e-5
 
 
 def test_shapes_are_enough():

@@ -90,31 +90,21 @@ def find_groups(
   """
   analysis = _Analysis(forward, variables, batch)
   groups, frozen = analysis.groups()
-  names = [g.name for g in groups]
-  paths = [m.path for g in groups for m in g.members]
-  kept = rules_lib.match(
-    [(p, True) for p in keep],
-    [*names, *dict.fromkeys(paths), *frozen],
-    kind='pattern of what to keep',
-  )
+  names = [g.name for g in groups] + analysis.names
+  patterns = [(pattern, True) for pattern in keep]
+  kept = rules_lib.match(patterns, names, kind='pattern of what to keep')
   candidates, refused = [], {}
   for group in groups:
-    if group.name in kept or any(m.path in kept for m in group.members):
+    if kept.keys() & {group.name, *(m.path for m in group.members)}:
       refused[group.name] = 'kept as asked'
     else:
       candidates.append(group)
   accepted = analysis.sift([], candidates, refused)
-  for group in groups:
-    if group.name in refused:
-      for m in group.members:
-        frozen.setdefault(_axis_name(m), refused[group.name])
-  offered = {_axis_name(m) for g in accepted for m in g.members}
-  frozen = {
-    name: why
-    for name, why in sorted(frozen.items())
-    if name.startswith('params/') and name not in offered
-  }
-  return Plan(tuple(accepted), frozen, analysis.shapes)
+  return Plan(
+    tuple(accepted),
+    _frozen(frozen, groups, accepted, refused),
+    analysis.shapes,
+  )
 
 
 def check_shrunk(
@@ -143,6 +133,23 @@ def check_shrunk(
   reason = analysis.failure(plan, kept)
   if reason:
     raise ValueError(f'The shrunk model {reason}.')
+
+
+def _frozen(fixed, groups, accepted, refused) -> dict[str, str]:
+  """Why each axis of a parameter stays, or a part of it."""
+  offered = {_axis_name(m) for g in accepted for m in g.members}
+  found = {
+    name: f'some of it: {why}' if name in offered else why
+    for name, why in fixed.items()
+  }
+  for group in groups:
+    if group.name not in refused:
+      continue
+    axes = {_axis_name(m) for m in group.members} - offered
+    found |= dict.fromkeys(axes - found.keys(), refused[group.name])
+    if not axes:  # another kind of unit of the same axes is offered
+      found[f'params/{group.name}'] = refused[group.name]
+  return {n: found[n] for n in sorted(found) if n.startswith('params/')}
 
 
 def _axis_name(member: Member) -> str:

@@ -53,7 +53,8 @@ class Group(NamedTuple):
   Attributes:
     name: of the layer that makes them; whole heads, convolution groups and
       normalisation groups have ':heads', ':groups' or ':num_groups' after it,
-      and what leaves equally from each of those has ':within'.
+      and what leaves equally from each of those has ':within'; more groups of
+      the same layer have '#2', '#3', ...
     size: number of units; all but one may leave.
     width: positions that one unit has in the first member.
     members: what leaves with them.
@@ -79,7 +80,9 @@ class Plan(NamedTuple):
 
   Attributes:
     groups: independent of each other; any units of any of them can leave.
-    frozen: 'path[axis]' of a parameter -> why positions of it stay.
+    frozen: 'path[axis]' of a parameter -> why it stays, or some of it;
+      'params/' and the name of a group that was refused where other units of
+      the same axes can leave.
     shapes: path -> shape of every parameter and state of the model.
   """
 
