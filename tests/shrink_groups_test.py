@@ -16,10 +16,7 @@ from flax import linen as nn
 from kd_jax import adapters, models, prune, quantize
 from kd_jax.prune.tags import ALWAYS, Tags
 
-# These programs run once: to compile them is what takes time.
-_jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 FAMILIES = {
   'mlp': models.MLP(3, hidden=(8, 6)),
   'cnn': models.CNN(3, widths=(4, 6)),
@@ -95,8 +92,8 @@ def _difference(plan, kept, forward, variables, batch):
   """The largest difference between the masked and the shrunk model."""
   masks = prune.unit_masks(plan, kept)
   params = prune.apply_masks(variables['params'], masks)
-  masked = _jit(forward)({**variables, 'params': params}, batch)
-  shrunk = _jit(prune.shrunk_forward(forward, plan, kept))(
+  masked = jax.jit(forward)({**variables, 'params': params}, batch)
+  shrunk = jax.jit(prune.shrunk_forward(forward, plan, kept))(
     prune.shrink(plan, variables, kept), batch
   )
   masked, shrunk = (getattr(o, 'output', o) for o in (masked, shrunk))
@@ -264,11 +261,11 @@ def test_the_scale_of_the_scores_is_all_that_is_not_exact_within_heads():
   # d ** -0.5 is 4 ** -0.5 in the whole model and 2 ** -0.5 in the shrunk one.
   masks = prune.unit_masks(plan, kept)
   params = prune.apply_masks(variables['params'], masks)
-  masked = _jit(forward)({**variables, 'params': params}, batch).output
+  masked = jax.jit(forward)({**variables, 'params': params}, batch).output
   small = prune.shrink(plan, variables, kept)
   query = small['params']['block1']['attention']['query']
   query.update({k: v * 0.5**0.5 for k, v in query.items()})
-  shrunk = _jit(prune.shrunk_forward(forward, plan, kept))(small, batch)
+  shrunk = jax.jit(prune.shrunk_forward(forward, plan, kept))(small, batch)
   np.testing.assert_allclose(shrunk.output, masked, atol=1e-5)
 
 
@@ -390,7 +387,7 @@ def test_fake_quantized_models_shrink_with_their_observers():
   variables['quant_stats'] = quantize.init_quant_stats(
     forward, variables, batch
   )
-  state = _jit(functools.partial(forward, train=True))(variables, batch)
+  state = jax.jit(functools.partial(forward, train=True))(variables, batch)
   variables = {'params': variables['params'], **state.model_state}
   plan = prune.find_groups(forward, variables, batch)
   assert _names(plan) == {'conv1': 4, 'conv2': 6}

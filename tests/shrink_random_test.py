@@ -4,8 +4,6 @@ A seeded generator makes small networks of everything that convolutional
 networks are made of, and what is exact has to be so for random units.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +13,7 @@ from flax import nnx
 
 from kd_jax import adapters, prune
 
-_jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def _filled(shapes, seed=0):
@@ -55,8 +51,8 @@ def _difference(plan, kept, forward, variables, batch):
   """The largest difference between the masked and the shrunk model."""
   masks = prune.unit_masks(plan, kept)
   params = prune.apply_masks(variables['params'], masks)
-  masked = _jit(forward)({**variables, 'params': params}, batch)
-  shrunk = _jit(prune.shrunk_forward(forward, plan, kept))(
+  masked = jax.jit(forward)({**variables, 'params': params}, batch)
+  shrunk = jax.jit(prune.shrunk_forward(forward, plan, kept))(
     prune.shrink(plan, variables, kept), batch
   )
   masked, shrunk = (getattr(o, 'output', o) for o in (masked, shrunk))

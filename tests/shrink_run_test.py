@@ -14,9 +14,7 @@ from kd_jax import adapters, deploy, models, objectives, prune, step, weights
 from kd_jax.export import export_stablehlo, load_stablehlo, onnx
 from kd_jax.models import layers
 
-_jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 class Net(nn.Module):
@@ -79,7 +77,6 @@ def _masked(plan, kept, variables):
   }
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_a_step_of_the_shrunk_state_is_the_masked_step():
   _, forward, variables, plan = _setup()
   kept, batch = _kept(plan, variables), _batch()
@@ -99,7 +96,7 @@ def test_a_step_of_the_shrunk_state_is_the_masked_step():
   assert prune.kept_from_masks(plan, masks).keys() == kept.keys()
 
   def run(forward, state):
-    train_step = _jit(step.make_train_step(forward, objective, tx))
+    train_step = jax.jit(step.make_train_step(forward, objective, tx))
     losses = []
     for _ in range(2):
       state, metrics = train_step(state, batch, jax.random.key(0))
@@ -128,7 +125,6 @@ def _interceptors(plan, kept):
   return (prune.resized(plan.overrides(kept)),)
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_the_shrunk_model_folds_and_runs_on_integers_as_the_masked_one():
   model, forward, variables, plan = _setup()
   kept, batch = _kept(plan, variables), _batch()
@@ -145,20 +141,21 @@ def test_the_shrunk_model_folds_and_runs_on_integers_as_the_masked_one():
     *(3, 3, 1),
     len(kept['conv1']),
   )
-  run = _jit(deploy.integer_forward(model, interceptors=given))
+  run = jax.jit(deploy.integer_forward(model, interceptors=given))
   found = run(integers, batch).output
-  want = _jit(deploy.integer_forward(model))(whole, batch).output
+  want = jax.jit(deploy.integer_forward(model))(whole, batch).output
   np.testing.assert_allclose(found, want, atol=1e-5)
-  floats = _jit(prune.shrunk_forward(forward, plan, kept))(small, batch).output
+  floats = jax.jit(prune.shrunk_forward(forward, plan, kept))(
+    small, batch
+  ).output
   assert np.abs(found - floats).max() < 0.05 * np.abs(floats).max()
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_the_shrunk_model_is_saved_loaded_and_exported(tmp_path):
   model, forward, variables, plan = _setup()
   kept, batch = _kept(plan, variables), _batch()
   small = prune.shrink(plan, variables, kept)
-  want = _jit(prune.shrunk_forward(forward, plan, kept))(small, batch).output
+  want = jax.jit(prune.shrunk_forward(forward, plan, kept))(small, batch).output
   weights.save_weights(tmp_path / 'small.safetensors', small)
   (tmp_path / 'overrides.json').write_text(json.dumps(plan.overrides(kept)))
 
@@ -188,7 +185,6 @@ def test_the_shrunk_model_is_saved_loaded_and_exported(tmp_path):
   )
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_a_transformer_without_heads_is_exported(tmp_path):
   model = models.ViT(5, patch_size=3, width=12, depth=1, heads=3)
   batch = _batch()
@@ -198,7 +194,7 @@ def test_a_transformer_without_heads_is_exported(tmp_path):
   kept = {'block1/attention/query:heads': [0, 2], 'patch': range(0, 12, 2)}
   small = prune.shrink(plan, variables, kept)
   run = prune.shrunk_forward(forward, plan, kept)
-  want = _jit(run)(small, batch).output
+  want = jax.jit(run)(small, batch).output
   directory = export_stablehlo(
     lambda variables, images: run(variables, {'image': images}).output,
     small,
