@@ -184,6 +184,40 @@ def test_whole_normalisation_groups_leave_exactly():
   assert _difference(plan, within, forward, variables, batch) > 1e-3
 
 
+class Grouped(nn.Module):
+  """Numbers of groups that are written down, depthwise and of three."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(12, (1, 1), name='first')(x))
+    x = nn.Conv(12, (3, 3), feature_group_count=12, name='depthwise')(x)
+    x = nn.relu(nn.Conv(6, (1, 1), name='point')(x))
+    x = nn.Conv(9, (3, 3), feature_group_count=3, name='grouped')(x)
+    return nn.Dense(3, name='head')(x.mean(axis=(1, 2)))
+
+
+def test_groups_of_convolutions_leave_whole_or_uniformly():
+  x = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype('f')
+  forward, variables, batch = _setup(Grouped(), x)
+  plan = prune.find_groups(forward, variables, batch)
+  assert {g.name: (g.size, g.width) for g in plan.groups} == {
+    'first': (12, 1),
+    'point:groups': (3, 2),
+    'point:within': (2, 3),
+    'grouped:within': (3, 3),
+  }
+  # The kernel of a grouped convolution has the places of one group only.
+  (inner,) = [
+    m
+    for m in plan.group('point:within').members
+    if m.path == 'params/grouped/kernel'
+  ]
+  assert (inner.axis, inner.positions) == (2, ((0,), (1,)))
+  kept = _units(plan.groups)
+  assert plan.overrides(kept) == {}
+  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+
+
 def test_a_group_size_that_is_written_down_freezes_its_channels():
   x = np.zeros((2, 6, 6, 3), 'f')
   forward, variables, batch = _setup(Normed(None, 4), x)
