@@ -141,6 +141,25 @@ def test_a_split_axis_stays_a_grid():
   assert set(tags.atoms(other[5])) == {heads[1], within[2]}
 
 
+def test_a_product_that_has_to_be_one_of_its_factors_fixes_the_other():
+  tags = Tags()
+  axis = tags.fresh(4)
+  heads, within = tags.factor(axis, 2, 'heads', 'no')
+  tags.tie(axis, np.repeat(heads, 2), 'averaged')
+  assert [tags.is_fixed(t) for t in within] == [True, True]
+  assert not tags.is_fixed(heads[0]) and not tags.is_fixed(axis[3])
+  assert tags.find(heads[0]) != tags.find(heads[1])
+
+
+def test_joined_axes_count_the_first_as_the_major_one():
+  tags = Tags()
+  a, b = tags.fresh(2), tags.fresh(3)
+  assert tags.merge([None, b], [2, 3]).tolist() == [*b, *b]
+  assert tags.merge([a, None], [2, 3]).tolist() == [*np.repeat(a, 3)]
+  both = tags.merge([a, b], [2, 3])
+  assert tags.atoms(both[4]) == (a[1], b[1])
+
+
 def test_a_split_axis_whose_parts_cannot_leave_is_uniform():
   tags = Tags()
   axis = tags.fresh(6)
