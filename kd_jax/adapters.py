@@ -49,7 +49,8 @@ def from_linen(
   Returns:
     `forward(variables, batch, rng=None, *, train=False) -> Forward`. When
     training, all collections but `params` are updated, and `rng` feeds the
-    `dropout` stream.
+    `dropout` stream. Its attribute `intercepted`, `(*outer) -> forward`, makes
+    the same forward with more interceptors before the others.
 
   Raises:
     ValueError: when called, for a tap that is no submodule's path.
@@ -63,6 +64,7 @@ def from_linen(
     ((2, 3), (2, 4))
   """
   wanted = frozenset(taps)
+  given = tuple(interceptors)
   if axis_name is not None:
     # Innermost, so that the others see every layer's inputs as under jit.
     interceptors = (*interceptors, _global_batch(axis_name))
@@ -102,6 +104,17 @@ def from_linen(
         _raise_unknown_tap(model, variables, x, options, missing)
     return Forward(output, features, {**state, **updated} if train else state)
 
+  def intercepted(*outer):
+    return from_linen(
+      model,
+      taps=taps,
+      interceptors=(*outer, *given),
+      axis_name=axis_name,
+      image=image,
+      train_argument=train_argument,
+    )
+
+  forward.intercepted = intercepted
   return forward
 
 

@@ -1,4 +1,4 @@
-"""The command line: `kd-jax run | compare | evaluate | report`.
+"""The command line: `kd-jax run | compare | evaluate | shrink | report`.
 
 Owns flags, messages and exit codes; everything else is a call.
 """
@@ -19,6 +19,8 @@ kd-jax: a large model into a small fast one, in JAX.
   kd-jax compare  --config FILE --workdir DIR   train one student with every
                   method of distillation and several seeds, and tabulate
   kd-jax evaluate --workdir DIR [--split SPLIT] measure what a run made
+  kd-jax shrink   --workdir DIR --sparsity X    remove channels and heads of a
+                  trained student, and print what can leave and what it costs
   kd-jax report   --workdir DIR                 print the report of a run
 
 run and compare:
@@ -36,6 +38,14 @@ run:
 evaluate:
   --split SPLIT           train, validation or test (default)
 
+shrink:
+  --sparsity X            share of the units that leave, 0.5 (default)
+  --stage STAGE           the student of distill (default) or alone
+  --scope SCOPE           global (default): one ranking of all units; layer:
+                          one in each group
+  --keep A,B              patterns of groups and parameters that stay
+  --multiple_of N         rounds the channels that a group keeps up
+
 all:
   --debug                 shows the traceback of an error
 """
@@ -43,7 +53,7 @@ EXAMPLES = {
   'run': 'configs/digits.py',
   'compare': 'configs/compare_digits.py',
 }
-COMMANDS = ('run', 'compare', 'evaluate', 'report')
+COMMANDS = ('run', 'compare', 'evaluate', 'shrink', 'report')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +109,12 @@ def _parse(command: str, words: list[str]) -> flags.FlagValues:
     _define_config(command, words, values)
   if command == 'evaluate':
     flags.DEFINE_string('split', 'test', 'split', flag_values=values)
+  if command == 'shrink':
+    flags.DEFINE_float('sparsity', 0.5, 'share to remove', flag_values=values)
+    flags.DEFINE_string('stage', 'distill', 'whose student', flag_values=values)
+    flags.DEFINE_string('scope', 'global', 'ranking', flag_values=values)
+    flags.DEFINE_list('keep', [], 'what stays', flag_values=values)
+    flags.DEFINE_integer('multiple_of', 1, 'of channels', flag_values=values)
   program = f'kd-jax {command}'
   argv, sys.argv = sys.argv, [program, *words]
   try:

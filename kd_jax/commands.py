@@ -7,7 +7,7 @@ import ml_collections
 from rich.console import Console
 from rich.table import Table
 
-from kd_jax import assess, recipe
+from kd_jax import assess, recipe, shrunk
 from kd_jax import compare as compare_lib
 from kd_jax import report as report_lib
 from kd_jax.report import comparison
@@ -60,6 +60,31 @@ def evaluate(values: Any) -> int:
   for name, numbers in scores.items():
     table.add_row(name, *(f'{numbers[c]:.4f}' for c in columns))
   Console().print(table)
+  return 0
+
+
+def shrink(values: Any) -> int:
+  """`kd-jax shrink`."""
+  stored = _stored(values.workdir)
+  made = shrunk.shrink_student(
+    stored,
+    values.stage,
+    sparsity=values.sparsity,
+    scope=values.scope,
+    keep=values.keep,
+    multiple_of=values.multiple_of,
+  )
+  print(made.plan)
+  table = Table(
+    title=f'{values.stage}, {values.sparsity:.0%} of the units gone'
+  )
+  table.add_column('')
+  for column in made.before._fields:
+    table.add_column(column, justify='right')
+  for name, cost in (('before', made.before), ('after', made.after)):
+    table.add_row(name, *(f'{number:,}' for number in cost))
+  Console().print(table)
+  print(f'Weights and overrides: {made.directory}')
   return 0
 
 

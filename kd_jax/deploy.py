@@ -23,6 +23,7 @@ def integer_forward(
   simulate: bool = False,
   taps: Sequence[str] = (),
   axis_name: str | None = None,
+  interceptors: Sequence[adapters.Interceptor] = (),
 ) -> StudentFn:
   """The forward of a linen model whose layers `quantize.convert` replaced.
 
@@ -30,11 +31,14 @@ def integer_forward(
     model: the module that was trained; it is not edited.
     simulate: see `quantize.execute_integers`.
     taps: see `adapters.from_linen`, and so is `axis_name`.
+    interceptors: others, which go first, such as `prune.resized(...)` for a
+      shrunk model.
   """
   return adapters.from_linen(
     model,
     taps=taps,
     interceptors=(
+      *interceptors,
       quantize.skip_folded_batch_norms,
       quantize.execute_integers(simulate=simulate),
     ),
@@ -46,6 +50,8 @@ def post_training_int8(
   model: adapters.LinenModule,
   variables: Variables,
   batches: Iterable[Batch],
+  *,
+  interceptors: Sequence[adapters.Interceptor] = (),
 ) -> dict[str, Any]:
   """A trained linen model on integers, without further training.
 
@@ -56,6 +62,7 @@ def post_training_int8(
     model: the module.
     variables: its trained variables.
     batches: pre-processed batches to calibrate with; a few are enough.
+    interceptors: others, as for `integer_forward`.
 
   Returns:
     What `integer_forward` runs with.
@@ -67,7 +74,7 @@ def post_training_int8(
   # Without its train argument the model stays in evaluation mode, whatever
   # the observers, which learn in training only, are told.
   forward = adapters.from_linen(
-    model, interceptors=(interceptor,), train_argument=None
+    model, interceptors=(*interceptors, interceptor), train_argument=None
   )
 
   @jax.jit
@@ -87,14 +94,18 @@ def post_training_int8(
   if example is None:
     raise ValueError('There is no batch to calibrate with.')
   return quantize.convert(
-    fold(model, variables, example),
+    fold(model, variables, example, interceptors=interceptors),
     [('.*/kernel', WEIGHTS)],
     [('.*', ACTIVATIONS)],
   )
 
 
 def fold(
-  model: adapters.LinenModule, variables: Variables, batch: Batch
+  model: adapters.LinenModule,
+  variables: Variables,
+  batch: Batch,
+  *,
+  interceptors: Sequence[adapters.Interceptor] = (),
 ) -> dict[str, Any]:
   """Folds every BatchNorm that directly follows a layer of a linen model.
 
@@ -102,10 +113,11 @@ def fold(
     model: the module.
     variables: its variables.
     batch: one batch; only its shapes and dtypes matter.
+    interceptors: others, as for `integer_forward`.
   """
 
   def make_forward(interceptor):
-    return adapters.from_linen(model, interceptors=(interceptor,))
+    return adapters.from_linen(model, interceptors=(*interceptors, interceptor))
 
   norms = quantize.foldable_batch_norms(make_forward, variables, batch)
   return quantize.fold_batch_norm(variables, norms)

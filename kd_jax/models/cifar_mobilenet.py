@@ -29,18 +29,20 @@ _TAPPED = (2, 3, 5, 7)
 class InvertedResidual(nn.Module):
   """Expands by 1x1, filters depthwise by 3x3 and projects by 1x1, linearly.
 
-  The input is added where the shape does not change.
+  The input may be added; the network does so where no shape changes.
 
   Attributes:
     width: output channels.
     expansion: channels inside, in multiples of the input's.
     stride: of the depthwise convolution.
+    residual: whether the input is added.
     dtype: dtype of the computation.
   """
 
   width: int
   expansion: int
   stride: int = 1
+  residual: bool = False
   dtype: jax.typing.DTypeLike = 'float32'
 
   @nn.compact
@@ -52,10 +54,10 @@ class InvertedResidual(nn.Module):
     inner = x.shape[-1] * self.expansion
     y = nn.relu(conv_norm(x, 'conv1', 'norm1', inner, 1))
     y = conv_norm(
-      y, 'conv2', 'norm2', inner, 3, stride=self.stride, groups=inner
+      y, 'conv2', 'norm2', inner, 3, stride=self.stride, groups=y.shape[-1]
     )
     y = conv_norm(nn.relu(y), 'conv3', 'norm3', self.width, 1)
-    if self.stride != 1 or x.shape[-1] != self.width:
+    if not self.residual:
       return y
     return layers.Add(name='add')(x, y)
 
@@ -124,17 +126,21 @@ class CifarMobileNetV2(nn.Module):
     conv_norm = functools.partial(
       layers.conv_norm, train=train, dtype=self.dtype
     )
-    x = conv_norm(x, 'stem', 'stem_norm', int(32 * self.width), 3, stride=2)
+    made = int(32 * self.width)
+    x = conv_norm(x, 'stem', 'stem_norm', made, 3, stride=2)
     x = nn.relu(x)
     for stage, (expansion, width, blocks, stride) in enumerate(STAGES, start=1):
       for block in range(1, blocks + 1):
+        channels = int(width * self.width)
         x = InvertedResidual(
-          int(width * self.width),
+          channels,
           self.expansion if expansion is None else expansion,
           stride=stride if block == 1 else 1,
+          residual=made == channels and (block > 1 or stride == 1),
           dtype=self.dtype,
           name=f'stage{stage}_block{block}',
         )(x, train)
+        made = channels
     last = int(1280 * max(self.width, 1.0))
     x = nn.relu(conv_norm(x, 'last', 'last_norm', last, 1))
     return layers.classify(

@@ -95,6 +95,7 @@ class ImageNetResNet(nn.Module):
         x = block_class(
           self.width * 2 ** (stage - 1),
           stride=2 if stage > 1 and block == 1 else 1,
+          project=block == 1 and (stage > 1 or self.bottleneck),
           dtype=self.dtype,
           name=f'stage{stage}_block{block}',
         )(x, train)

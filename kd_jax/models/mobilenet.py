@@ -155,18 +155,20 @@ class InvertedResidual(nn.Module):
   """Expands by 1x1, filters depthwise by 3x3 and projects by 1x1, linearly.
 
   The first two have ReLU6; without expansion (1) there is no first one. The
-  input is added where the shape does not change.
+  input is added where asked for.
 
   Attributes:
     width: output channels.
     expansion: channels inside, in multiples of the input's.
     stride: of the depthwise convolution.
+    residual: whether the input is added.
     dtype: dtype of the computation.
   """
 
   width: int
   expansion: int
   stride: int = 1
+  residual: bool = False
   dtype: jax.typing.DTypeLike = 'float32'
 
   @nn.compact
@@ -180,10 +182,10 @@ class InvertedResidual(nn.Module):
     if self.expansion != 1:
       y = nn.relu6(conv_norm(y, 'conv1', 'norm1', inner, 1))
     y = conv_norm(
-      y, 'conv2', 'norm2', inner, 3, stride=self.stride, groups=inner
+      y, 'conv2', 'norm2', inner, 3, stride=self.stride, groups=y.shape[-1]
     )
     y = conv_norm(nn.relu6(y), 'conv3', 'norm3', self.width, 1)
-    if self.stride != 1 or x.shape[-1] != self.width:
+    if not self.residual:
       return y
     return layers.Add(name='add')(x, y)
 
@@ -239,18 +241,21 @@ class MobileNetV2(nn.Module):
     conv_norm = functools.partial(
       layers.conv_norm, train=train, dtype=self.dtype
     )
-    stem = make_divisible(32 * self.width)
-    x = nn.relu6(conv_norm(x, 'stem', 'stem_norm', stem, 3, stride=2))
+    made = make_divisible(32 * self.width)
+    x = nn.relu6(conv_norm(x, 'stem', 'stem_norm', made, 3, stride=2))
     for stage, row in enumerate(V2_STAGES, start=1):
       expansion, width, blocks, stride = row
       for block in range(1, blocks + 1):
+        channels = make_divisible(width * self.width)
         x = InvertedResidual(
-          make_divisible(width * self.width),
+          channels,
           expansion,
           stride=stride if block == 1 else 1,
+          residual=made == channels and (block > 1 or stride == 1),
           dtype=self.dtype,
           name=f'stage{stage}_block{block}',
         )(x, train)
+        made = channels
     last = make_divisible(1280 * max(self.width, 1.0))
     x = nn.relu6(conv_norm(x, 'last', 'last_norm', last, 1))
     return layers.classify(

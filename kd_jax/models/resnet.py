@@ -22,11 +22,13 @@ class BasicBlock(nn.Module):
   Attributes:
     width: output channels.
     stride: of the first convolution and the projection.
+    project: whether the shortcut is projected.
     dtype: dtype of the computation.
   """
 
   width: int
   stride: int = 1
+  project: bool = False
   dtype: jax.typing.DTypeLike = 'float32'
 
   @nn.compact
@@ -37,7 +39,7 @@ class BasicBlock(nn.Module):
     )
     y = conv_norm(x, 'conv1', 'norm1', self.width, 3, stride=self.stride)
     y = conv_norm(nn.relu(y), 'conv2', 'norm2', self.width, 3)
-    if x.shape[-1] != self.width or self.stride != 1:
+    if self.project:
       x = conv_norm(
         x, 'conv_shortcut', 'norm_shortcut', self.width, 1, stride=self.stride
       )
@@ -53,11 +55,13 @@ class Bottleneck(nn.Module):
   Attributes:
     width: channels of the 3x3 convolution; the output has four times as many.
     stride: of the 3x3 convolution and the projection.
+    project: whether the shortcut is projected.
     dtype: dtype of the computation.
   """
 
   width: int
   stride: int = 1
+  project: bool = False
   dtype: jax.typing.DTypeLike = 'float32'
 
   @nn.compact
@@ -72,7 +76,7 @@ class Bottleneck(nn.Module):
       nn.relu(y), 'conv2', 'norm2', self.width, 3, stride=self.stride
     )
     y = conv_norm(nn.relu(y), 'conv3', 'norm3', out, 1)
-    if x.shape[-1] != out or self.stride != 1:
+    if self.project:
       x = conv_norm(
         x, 'conv_shortcut', 'norm_shortcut', out, 1, stride=self.stride
       )
@@ -150,11 +154,12 @@ class CifarResNet(nn.Module):
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """`[B, H, W, C]` images -> `[B, num_classes]` logits."""
     blocks = _blocks(self.depth)
+    made = self.width if self.stem_width is None else self.stem_width
     x = layers.conv_norm(
       x,
       'stem',
       'stem_norm',
-      self.width if self.stem_width is None else self.stem_width,
+      made,
       3,
       train=train,
       dtype=self.dtype,
@@ -162,12 +167,16 @@ class CifarResNet(nn.Module):
     x = nn.relu(x)
     for stage in (1, 2, 3):
       for block in range(1, blocks + 1):
+        width = self.width * 2 ** (stage - 1)
+        stride = 2 if stage > 1 and block == 1 else 1
         x = BasicBlock(
-          self.width * 2 ** (stage - 1),
-          stride=2 if stage > 1 and block == 1 else 1,
+          width,
+          stride=stride,
+          project=stride != 1 or made != width,
           dtype=self.dtype,
           name=f'stage{stage}_block{block}',
         )(x, train)
+        made = width
     return layers.classify(
       x,
       self.num_classes,
@@ -235,6 +244,8 @@ class CifarBottleneckResNet(nn.Module):
         x = Bottleneck(
           self.width * 2 ** (stage - 1),
           stride=2 if stage > 1 and block == 1 else 1,
+          # From w to 4w channels, also where the resolution stays.
+          project=block == 1,
           dtype=self.dtype,
           name=f'stage{stage}_block{block}',
         )(x, train)

@@ -88,7 +88,7 @@ class ShuffleUnitV1(nn.Module):
     y = conv_norm(x, 'conv1', 'norm1', inner, 1, groups=self.first_groups)
     y = layers.ChannelShuffle(self.first_groups, name='shuffle')(nn.relu(y))
     y = conv_norm(
-      y, 'conv2', 'norm2', inner, 3, stride=self.stride, groups=inner
+      y, 'conv2', 'norm2', inner, 3, stride=self.stride, groups=y.shape[-1]
     )
     y = conv_norm(nn.relu(y), 'conv3', 'norm3', width, 1, groups=self.groups)
     if self.stride == 1:
@@ -214,7 +214,9 @@ class ShuffleUnitV2(nn.Module):
       )
       x = conv_norm(x, 'conv_shortcut2', 'norm_shortcut2', half, 1)
     y = nn.relu(conv_norm(y, 'conv1', 'norm1', half, 1))
-    y = conv_norm(y, 'conv2', 'norm2', half, 3, stride=self.stride, groups=half)
+    y = conv_norm(
+      y, 'conv2', 'norm2', half, 3, stride=self.stride, groups=y.shape[-1]
+    )
     y = conv_norm(y, 'conv3', 'norm3', half, 1)
     y = layers.Concatenate(name='concatenate')(x, y)
     return nn.relu(layers.ChannelShuffle(2, name='shuffle')(y))

@@ -295,7 +295,7 @@ class ViT(nn.Module):
       kernel_init=_INIT,
       name='patch',
     )(x)
-    x = x.reshape(x.shape[0], -1, self.width)
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
     x = Tokens(self.distilled, self.dtype, name='tokens')(x)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     for i in range(1, self.depth + 1):

@@ -19,6 +19,7 @@ class PreactivationBlock(nn.Module):
   Attributes:
     width: output channels.
     stride: of the first convolution and the projection.
+    project: whether the shortcut is projected.
     dropout: rate before the second convolution.
     dtype: dtype of the computation.
 
@@ -29,6 +30,7 @@ class PreactivationBlock(nn.Module):
 
   width: int
   stride: int = 1
+  project: bool = False
   dropout: float = 0.0
   dtype: jax.typing.DTypeLike = 'float32'
 
@@ -45,7 +47,7 @@ class PreactivationBlock(nn.Module):
       return nn.relu(layers.batch_norm(name, train=train, dtype=self.dtype)(x))
 
     y = norm_relu(x, 'norm1')
-    if x.shape[-1] != self.width or self.stride != 1:
+    if self.project:
       x = conv(y, 'conv_shortcut', 1, self.stride)
     y = norm_relu(conv(y, 'conv1', 3, self.stride), 'norm2')
     y = nn.Dropout(self.dropout, deterministic=not train)(y)
@@ -120,16 +122,21 @@ class WideResNet(nn.Module):
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """`[B, H, W, C]` images -> `[B, num_classes]` logits."""
     blocks = _blocks(self.depth)
-    x = layers.convolution('stem', 16, 3, dtype=self.dtype)(x)
+    made = 16
+    x = layers.convolution('stem', made, 3, dtype=self.dtype)(x)
     for stage in (1, 2, 3):
       for block in range(1, blocks + 1):
+        width = 16 * self.widen_factor * 2 ** (stage - 1)
+        stride = 2 if stage > 1 and block == 1 else 1
         x = PreactivationBlock(
-          16 * self.widen_factor * 2 ** (stage - 1),
-          stride=2 if stage > 1 and block == 1 else 1,
+          width,
+          stride=stride,
+          project=stride != 1 or made != width,
           dropout=self.dropout,
           dtype=self.dtype,
           name=f'stage{stage}_block{block}',
         )(x, train)
+        made = width
     x = layers.batch_norm('last_norm', train=train, dtype=self.dtype)(x)
     return layers.classify(
       nn.relu(x), self.num_classes, train=train, dtype=self.dtype

@@ -1,11 +1,20 @@
 """Pruning: scores, structures, schedules, and wrappers that keep zeros zero."""
 
+from kd_jax.prune.costs import LayerCost as LayerCost
+from kd_jax.prune.costs import layer_costs as layer_costs
+from kd_jax.prune.groups import check_shrunk as check_shrunk
+from kd_jax.prune.groups import find_groups as find_groups
 from kd_jax.prune.masks import apply_masks as apply_masks
 from kd_jax.prune.masks import largest as largest
 from kd_jax.prune.masks import magnitude_masks as magnitude_masks
+from kd_jax.prune.plan import Attribute as Attribute
+from kd_jax.prune.plan import Group as Group
+from kd_jax.prune.plan import Member as Member
+from kd_jax.prune.plan import Plan as Plan
 from kd_jax.prune.report import LayerSparsity as LayerSparsity
 from kd_jax.prune.report import sparsity_report as sparsity_report
 from kd_jax.prune.report import total as total
+from kd_jax.prune.resize import resized as resized
 from kd_jax.prune.schedules import constant as constant
 from kd_jax.prune.schedules import cubic as cubic
 from kd_jax.prune.schedules import linear as linear
@@ -22,6 +31,13 @@ from kd_jax.prune.scores import movement as movement
 from kd_jax.prune.scores import random as random
 from kd_jax.prune.scores import snip as snip
 from kd_jax.prune.scores import taylor as taylor
+from kd_jax.prune.selection import choose_units as choose_units
+from kd_jax.prune.selection import kept_from_masks as kept_from_masks
+from kd_jax.prune.selection import neurons as neurons
+from kd_jax.prune.selection import unit_scores as unit_scores
+from kd_jax.prune.shrink import shrink as shrink
+from kd_jax.prune.shrink import shrunk_forward as shrunk_forward
+from kd_jax.prune.shrink import unit_masks as unit_masks
 from kd_jax.prune.sparse_training import sparse_train as sparse_train
 from kd_jax.prune.structures import Structure as Structure
 from kd_jax.prune.structures import block as block

@@ -29,6 +29,7 @@ def multiply_accumulates(fn: Callable[..., Any], *args: Any) -> int:
 
 
 def _count(jaxpr: Any) -> int:
+  """Of one run of a jaxpr; the steps of a scan multiply."""
   total = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == 'dot_general':
@@ -45,7 +46,7 @@ def _count(jaxpr: Any) -> int:
       for inner in value if isinstance(value, (tuple, list)) else (value,):
         inner = getattr(inner, 'jaxpr', inner)
         if hasattr(inner, 'eqns'):
-          total += _count(inner)
+          total += _count(inner) * eqn.params.get('length', 1)
   return total
 
 

@@ -1,0 +1,151 @@
+"""A trained student made smaller, and the files that say how.
+
+Owns `shrink/` of a work directory: `weights.safetensors` and `shrink.json`,
+which a model's code and `load_shrunk` turn into a forward again. What can leave
+and how is in `prune`.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax import adapters, prune, rules
+from kd_jax.run import Run
+from kd_jax.types import StudentFn
+from kd_jax.weights import load_weights, save_weights
+from kd_jax.workdir import read_json, write_json
+
+FORMAT = 'kd_jax.shrink.1'
+_FILE = 'shrink.json'
+
+
+class Cost(NamedTuple):
+  """The cost of a network.
+
+  Attributes:
+    macs: multiply-accumulates of one example.
+    parameters: entries.
+    bytes: of the parameters.
+  """
+
+  macs: int
+  parameters: int
+  bytes: int
+
+
+class Shrunk(NamedTuple):
+  """What `shrink_student` made.
+
+  Attributes:
+    plan: what could leave.
+    before: cost of the whole student.
+    after: cost of the smaller one.
+    directory: where its files are.
+  """
+
+  plan: prune.Plan
+  before: Cost
+  after: Cost
+  directory: Path
+
+
+def shrink_student(
+  run: Run,
+  stage: str = 'distill',
+  *,
+  sparsity: float = 0.5,
+  scope: str = 'global',
+  keep: Sequence[str] = (),
+  multiple_of: int = 1,
+) -> Shrunk:
+  """Removes the units of least magnitude from a trained student.
+
+  Args:
+    run: a run whose stage is finished.
+    stage: 'distill' or 'alone'.
+    sparsity: share of the units that leave, in [0, 1).
+    scope: see `prune.choose_units`, and so is `multiple_of`.
+    keep: see `prune.find_groups`.
+    multiple_of: of the channels that a group keeps.
+
+  Returns:
+    The plan, the costs, and the directory with the smaller student.
+
+  Raises:
+    ValueError: if the stage is not finished or unknown, nothing can leave, or
+      the smaller student does not run.
+  """
+  parts = {'distill': 'student', 'alone': 'alone'}
+  part = rules.choose('stage with a student', stage, parts)
+  variables = run.student(stage).variables
+  forward = adapters.from_linen(run.model(part))
+  plan = prune.find_groups(forward, variables, run.example, keep=keep)
+  if not plan.groups:
+    raise ValueError(f'Nothing can leave the student of {stage!r}.')
+  params = variables['params']
+  names = rules.leaf_names(params)
+  scores = dict(zip(names, map(jnp.abs, jax.tree.leaves(params))))
+  kept = prune.choose_units(
+    plan, scores, sparsity, scope=scope, multiple_of=multiple_of
+  )
+  prune.check_shrunk(plan, kept, forward, variables, run.example)
+  small = prune.shrink(plan, variables, kept)
+  directory = run.workdir.stage('shrink')
+  save_weights(directory / 'weights.safetensors', small)
+  about = {
+    'format': FORMAT,
+    'stage': stage,
+    'sparsity': sparsity,
+    'scope': scope,
+    'kept': {g.name: [len(kept[g.name]), g.size] for g in plan.groups},
+    'overrides': plan.overrides(kept),
+  }
+  write_json(directory / _FILE, about)
+  return Shrunk(
+    plan,
+    _cost(forward, variables, run.example),
+    _cost(prune.shrunk_forward(forward, plan, kept), small, run.example),
+    directory,
+  )
+
+
+def _cost(forward, variables, batch) -> Cost:
+  rows = prune.layer_costs(forward, variables, batch)
+  return Cost(
+    sum(r.macs for r in rows),
+    sum(r.parameters for r in rows),
+    sum(r.bytes for r in rows),
+  )
+
+
+def load_shrunk(
+  directory: str | os.PathLike[str], model: adapters.LinenModule, **options: Any
+) -> tuple[StudentFn, dict[str, Any]]:
+  """The smaller student of a directory, to run or to train on.
+
+  Args:
+    directory: what `shrink_student` wrote.
+    model: the module that was shrunk, as it is written.
+    **options: others of `adapters.from_linen`.
+
+  Returns:
+    `(forward, variables)`.
+
+  Raises:
+    ValueError: if the files are missing or were not written by kd_jax.
+  """
+  directory = Path(directory)
+  about = read_json(directory / _FILE)
+  if about.get('format') != FORMAT:
+    raise ValueError(
+      f'{directory / _FILE} holds {about.get("format")!r}, not {FORMAT!r}.'
+    )
+  forward = adapters.from_linen(model, **options)
+  return (
+    forward.intercepted(prune.resized(about['overrides'])),
+    load_weights(directory / 'weights.safetensors'),
+  )

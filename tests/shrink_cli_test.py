@@ -1,0 +1,98 @@
+"""`kd-jax shrink`: the plan, the files, the messages."""
+
+import json
+import pathlib
+import runpy
+import shutil
+
+import jax
+import ml_collections
+import pytest
+
+from kd_jax import adapters, cli, shrunk, workdir
+from kd_jax.run import Run
+from kd_jax.weights import save_weights
+
+
+@pytest.fixture
+def directory(finished, tmp_path):
+  """A copy of the work directory that a test may change."""
+  return pathlib.Path(shutil.copytree(finished, tmp_path / 'run'))
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, data_dir):
+  """A work directory in which 'distill' is finished, without training."""
+  config = _config(data_dir)
+  path = tmp_path_factory.mktemp('shrink') / 'run'
+  folder = workdir.Workdir(path, config.to_dict())
+  folder.write_config()
+  run = Run(config, folder)
+  model = run.model('student')
+  variables = adapters.init_linen(model, jax.random.key(0), run.example)
+  save_weights(folder.stage('distill') / 'weights.safetensors', variables)
+  folder.finish('distill', {})
+  return folder.path
+
+
+def _config(data_dir):
+  path = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
+  config = runpy.run_path(str(path))['get_config']('tiny')
+  config.data.data_dir = str(data_dir)
+  config.student.model = {'name': 'cnn', 'widths': (8, 6)}
+  return config
+
+
+def test_the_command_writes_a_smaller_student(directory, capsys):
+  words = ['shrink', f'--workdir={directory}', '--sparsity=0.5']
+  assert cli.main([*words, '--scope=layer', '--keep=conv2']) == 0
+  printed = capsys.readouterr().out
+  assert 'conv1' in printed and 'kept as asked' in printed
+  assert 'before' in printed and 'after' in printed
+  about = json.loads((directory / 'shrink' / 'shrink.json').read_text())
+  assert about['kept'] == {'conv1': [4, 8]}
+  assert about['format'] == shrunk.FORMAT and about['overrides'] == {}
+
+  stored = workdir.Workdir(directory)
+  run = Run(ml_collections.ConfigDict(stored.config), stored)
+  forward, variables = shrunk.load_shrunk(
+    directory / 'shrink', run.model('student')
+  )
+  assert variables['params']['conv2']['kernel'].shape == (3, 3, 4, 6)
+  assert forward(variables, run.example).output.shape == (1, 10)
+  made = shrunk.shrink_student(run, sparsity=0.75, scope='layer')
+  # Both convolutions lose three quarters, the head three quarters of one side.
+  assert made.after.macs < 0.3 * made.before.macs
+  params = variables['params']
+  assert made.after.parameters < sum(x.size for x in jax.tree.leaves(params))
+  assert made.after.bytes == 4 * made.after.parameters
+
+
+BAD = {
+  'stage': ('--stage=distil', "Unknown stage with a student 'distil'"),
+  'unfinished': ('--stage=alone', "Stage 'alone' is not finished"),
+  'sparsity': ('--sparsity=1', 'a share in [0, 1), not 1.0'),
+  'scope': ('--scope=all', "Unknown pruning scope 'all'"),
+  'keep': ('--keep=conv9', "'conv9' matches nothing"),
+  'nothing': ('--keep=conv.*', 'Nothing can leave'),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_a_bad_flag_gets_one_sentence(case, directory, capsys):
+  flag, expected = BAD[case]
+  assert cli.main(['shrink', f'--workdir={directory}', flag]) == 2
+  error = capsys.readouterr().err
+  assert expected in error and error.count('\n') == 1
+  assert not (directory / 'shrink').exists()
+
+
+def test_foreign_files_are_refused(directory):
+  cli.main(['shrink', f'--workdir={directory}'])
+  path = directory / 'shrink' / 'shrink.json'
+  path.write_text(json.dumps({'format': 'other'}))
+  with pytest.raises(ValueError, match="holds 'other', not 'kd_jax.shrink.1'"):
+    shrunk.load_shrunk(directory / 'shrink', None)
+  shutil.rmtree(directory / 'shrink')
+  with pytest.raises(ValueError, match='cannot be read'):
+    shrunk.load_shrunk(directory / 'shrink', None)
