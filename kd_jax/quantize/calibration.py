@@ -137,8 +137,9 @@ def mean_squared_error(
     offsets = jnp.arange(8, -9, -1) * step
     return jnp.clip(share + offsets, 1 / 2048, 1.0)
 
+  coarse = jnp.arange(32, 0, -1) / 32
   both = best(
-    jnp.arange(32, 0, -1) / 32,
+    coarse,
     lambda f: squared_error(b, f * low, f * high, spec),
   )
   if spec.symmetric:
@@ -148,13 +149,13 @@ def mean_squared_error(
       )
     return _result(stats, both * low, both * high)
   below = above = both
-  for step in (1 / 256, 1 / 256, 1 / 2048):
+  for step in (None, 1 / 256, 1 / 256, 1 / 2048):
     above = best(
-      near(above, step),
+      near(above, step) if step else coarse,
       lambda f, at=below: squared_error(b, at * low, f * high, spec),
     )
     below = best(
-      near(below, step),
+      near(below, step) if step else coarse,
       lambda f, at=above: squared_error(b, f * low, at * high, spec),
     )
   return _result(stats, below * low, above * high)

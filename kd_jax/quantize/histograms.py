@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 BINS = 4096
 _HALF = BINS // 2
@@ -133,7 +134,7 @@ def of(x: jax.Array, axis_name: str | None = None) -> Stats:
   index = jnp.clip(index, 0, BINS - 1)
   # In integers: a float32 sum of ones stops at 2**24.
   counted = finite & (x != 0)
-  counts = jnp.zeros(BINS, jnp.int32).at[index].add(counted.astype(jnp.int32))
+  counts = _count(index, counted.astype(jnp.int32))
   zeros = jnp.sum(finite & (x == 0), dtype=jnp.int32)
   if axis_name is not None:
     counts, zeros = jax.lax.psum((counts, zeros), axis_name)
@@ -142,6 +143,14 @@ def of(x: jax.Array, axis_name: str | None = None) -> Stats:
     'counts': counts.astype(jnp.float32),
     'exponent': exponent,
   }
+
+
+def _count(index, ones):
+  options = {}
+  if any(part is not None for part in jax.typeof(index).sharding.spec):
+    # On a mesh with explicit axes the sum is on every device.
+    options['out_sharding'] = PartitionSpec()
+  return jnp.zeros(BINS, ones.dtype).at[index].add(ones, **options)
 
 
 def merge(a: Stats, b: Stats) -> Stats:

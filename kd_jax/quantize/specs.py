@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 
@@ -165,8 +166,29 @@ def _blocks(x, spec):
   if spec.group_size is None:
     return x, kept, ()
   at = x.ndim - 2
-  x = x.reshape(*x.shape[:at], -1, spec.group_size, x.shape[-1])
+  groups = x.shape[at] // spec.group_size
+  x = _whole_groups(x, groups)
+  x = x.reshape(*x.shape[:at], groups, spec.group_size, x.shape[-1])
   return x, {i + (i > at) for i in kept} | {at}, (at + 1,)
+
+
+def _whole_groups(x, groups):
+  """On a mesh with explicit axes: no group lies on several devices."""
+  sharding = jax.typeof(x).sharding
+  parts = [*sharding.spec]
+  names = parts[-2] if isinstance(parts[-2], tuple) else (parts[-2],)
+  sizes = [sharding.mesh.shape[name] for name in names if name is not None]
+  if groups % math.prod(sizes):
+    parts[-2] = None
+    return jax.sharding.reshard(x, PartitionSpec(*parts))
+  return x
+
+
+def _gathered(x):
+  """On a mesh with explicit axes: the array on every device."""
+  if any(part is not None for part in jax.typeof(x).sharding.spec):
+    return jax.sharding.reshard(x, PartitionSpec())
+  return x
 
 
 def extremes(
@@ -216,7 +238,8 @@ def rows(
     ValueError: see `check`.
   """
   check(spec, x.shape, name)
-  x, kept, new = _blocks(x, spec)
+  # Blocks are reordered, which explicit axes of a mesh would not survive.
+  x, kept, new = _blocks(_gathered(x), spec)
   others = [i for i in range(x.ndim) if i not in kept]
   shape = [x.shape[i] if i in kept else 1 for i in range(x.ndim)]
   shape = tuple(n for i, n in enumerate(shape) if i not in new)
@@ -251,4 +274,8 @@ def per_group(values: jax.Array, like: Any) -> jax.Array:
   groups, size = values.shape[-2], like.shape[-2]
   if groups in (1, size):
     return values
-  return jnp.repeat(values, size // groups, axis=-2)
+  # Unlike jnp.repeat, this keeps the explicit axes of a mesh.
+  *outer, width = values.shape
+  repeated = (*outer, size // groups, width)
+  repeated = jnp.broadcast_to(values[..., None, :], repeated)
+  return repeated.reshape(*values.shape[:-2], size, width)
