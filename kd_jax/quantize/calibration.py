@@ -215,16 +215,15 @@ def octav(
 
   def update_both(_, ends):
     low, high = ends
-    n_above, s_above = histograms.above(b, jnp.maximum(high, 0))
-    n_below, s_below = histograms.above(mirrored, jnp.maximum(-low, 0))
+    n_above, s_above = histograms.above(b, high)
+    n_below, s_below = histograms.above(mirrored, -low)
     inside = c * jnp.maximum(total - n_above - n_below, 0)
     above, below = inside + n_above, inside + n_below
     new_high = (s_above + inside * low) / jnp.where(above > 0, above, 1)
     new_low = (inside * high - s_below) / jnp.where(below > 0, below, 1)
     return jnp.minimum(new_low, 0), jnp.maximum(new_high, 0)
 
-  tiny = jnp.finfo(jnp.float32).tiny
-  start = (0 * lowest - tiny, 0 * highest + tiny)
+  start = (jnp.zeros_like(lowest), jnp.zeros_like(highest))
   low, high = jax.lax.fori_loop(0, iterations, update_both, start)
   return _result(stats, low, high)
 

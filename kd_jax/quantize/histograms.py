@@ -226,14 +226,15 @@ def above(b: Bins, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   Args:
     b: bins.
-    threshold: scalar, in the units of the bins.
+    threshold: scalar in the units of the bins, not negative.
   """
   width = b.right - b.left
   inside = jnp.clip(b.right - threshold, 0, width) / jnp.where(
     width > 0, width, 1
   )
-  # Values that are all the same are above it if they reach it.
-  part = jnp.where(width > 0, inside, b.left >= threshold)
+  # Values that are all the same are above it if they reach it; zeros never.
+  same = (b.left >= threshold) & (b.left > 0)
+  part = jnp.where(width > 0, inside, same)
   counts = b.counts * part
   middle = (jnp.maximum(b.left, threshold) + b.right) / 2
   middle = jnp.where(width > 0, middle, b.left)
