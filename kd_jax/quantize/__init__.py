@@ -24,16 +24,18 @@ from kd_jax.quantize.fold import (
 )
 from kd_jax.quantize.int8 import convert as convert
 from kd_jax.quantize.int8 import execute_integers as execute_integers
-from kd_jax.quantize.learned import (
-  init_learned_activations as init_learned_activations,
-)
 from kd_jax.quantize.learned import init_lsq_params as init_lsq_params
-from kd_jax.quantize.learned import learned_activations as learned_activations
-from kd_jax.quantize.learned import learned_ranges as learned_ranges
 from kd_jax.quantize.learned import lsq as lsq
 from kd_jax.quantize.learned import lsq_gradient_factor as lsq_gradient_factor
 from kd_jax.quantize.learned import lsq_params as lsq_params
 from kd_jax.quantize.learned import pact as pact
+from kd_jax.quantize.learned_inputs import (
+  init_learned_activations as init_learned_activations,
+)
+from kd_jax.quantize.learned_inputs import (
+  learned_activations as learned_activations,
+)
+from kd_jax.quantize.learned_inputs import learned_ranges as learned_ranges
 from kd_jax.quantize.observers import Observer as Observer
 from kd_jax.quantize.observers import ema_min_max as ema_min_max
 from kd_jax.quantize.observers import entropy as entropy

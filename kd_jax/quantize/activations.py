@@ -159,7 +159,9 @@ def quantize_activations(
       inputs.write(scope, COLLECTION, names, stats)
     return x
 
-  return inputs.intercept_inputs(round_input)
+  return inputs.intercept_inputs(
+    round_input, lambda layer: rules_lib.first(rules, layer) is not None
+  )
 
 
 def init_quant_stats(

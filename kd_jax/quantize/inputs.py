@@ -91,7 +91,9 @@ def _is_float(x):
   return is_array and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def intercept_inputs(round_input: RoundInput) -> Callable[..., Any]:
+def intercept_inputs(
+  round_input: RoundInput, chosen: Callable[[str], bool]
+) -> Callable[..., Any]:
   """An interceptor that hands the inputs of layers to a function.
 
   Args:
@@ -99,13 +101,15 @@ def intercept_inputs(round_input: RoundInput) -> Callable[..., Any]:
       '/'-joined path, and where in the scope something about this input is
       to be kept, see `read`. The products inside of linen's attention are
       layers of their own, '<attention>/scores' and '<attention>/context'.
+    chosen: whether the function does more than mark the inputs of a layer, by
+      the layer's path.
 
   Returns:
     An interceptor for `flax.linen.intercept_methods`.
 
   Raises:
-    ValueError: when run, for an attention function whose products cannot be
-      replaced.
+    ValueError: when run, if a product is chosen in an attention whose
+      function does not let it be replaced.
   """
 
   def interceptor(next_fun, args, kwargs, context):
@@ -120,14 +124,32 @@ def intercept_inputs(round_input: RoundInput) -> Callable[..., Any]:
       if not first:
         return next_fun(*args, **kwargs)
       if attention:
-        fn = _rounded_attention(
-          module,
-          lambda product, name, x: round_input(
-            scope, f'{path}/{product}'.lstrip('/'), (product, name), x
-          ),
-        )
-        with _set(module, 'attention_fn', fn):
-          return next_fun(*args, **kwargs)
+        layers = {name: f'{path}/{name}'.lstrip('/') for name in PRODUCTS}
+        if _has_products(module):
+          fn = _rounded_attention(
+            module.attention_fn,
+            lambda product, name, x: round_input(
+              scope, layers[product], (product, name), x
+            ),
+          )
+          with _set(module, 'attention_fn', fn):
+            return next_fun(*args, **kwargs)
+        if any(map(chosen, layers.values())):
+          raise ValueError(
+            f'{path}: the products of its attention_fn cannot be quantized, as '
+            f'it has no arguments {" and ".join(PRODUCTS.values())}; a rule '
+            'with None leaves them out.'
+          )
+        for product, layer in layers.items():
+          args, kwargs = map_inputs(
+            lambda name, x, layer=layer, product=product: round_input(
+              scope, layer, (product, name), x
+            ),
+            module,
+            args,
+            kwargs,
+          )
+        return next_fun(*args, **kwargs)
       args, kwargs = map_inputs(
         lambda name, x: round_input(scope, path, (name,), x),
         module,
@@ -170,15 +192,12 @@ def _set(module: Any, name: str, value: Any) -> Iterator[None]:
       attributes.pop(name, None)
 
 
-def _rounded_attention(module, round_operand):
-  attention_fn = module.attention_fn
-  parameters = inspect.signature(attention_fn).parameters
-  if not {*PRODUCTS.values()} <= {*parameters}:
-    raise ValueError(
-      f'{"/".join(module.path)}: the products of its attention_fn cannot be '
-      f'quantized, as it has no arguments {" and ".join(PRODUCTS.values())}.'
-    )
+def _has_products(module):
+  parameters = inspect.signature(module.attention_fn).parameters
+  return {*PRODUCTS.values()} <= {*parameters}
 
+
+def _rounded_attention(attention_fn, round_operand):
   def rounded(product, einsum):
     def compute(equation, *operands):
       operands = [
