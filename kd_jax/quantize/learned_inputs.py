@@ -71,6 +71,8 @@ def learned_activations(
     if scope.is_mutable_collection(COLLECTION):
       first = _initial_step if method == 'lsq' else _initial_alpha
       value = first(jax.lax.stop_gradient(x), spec)
+      if spec.axis is None:
+        value = value.reshape(())
       inputs.write(scope, COLLECTION, names, value)
     return x
 
@@ -107,8 +109,8 @@ def init_learned_activations(
 
   A batch is run through the model in training mode, unrounded, and every
   parameter starts from the values that its layer saw: LSQ's step by
-  `learned.initial_step`, PACT's alpha at the largest. A layer called several times
-  starts from the last call.
+  `learned.initial_step`, PACT's alpha at the largest. A layer called several
+  times starts from the last call.
 
   Args:
     student_fn: a forward with `learned_activations` among its interceptors.
@@ -168,6 +170,9 @@ def learned_ranges(
   Returns:
     `(params without them, quant_stats)`: the state of a `min_max` observer for
     each, whose range gives the learned scale.
+
+  Raises:
+    ValueError: for a range per axis.
   """
   flat = traverse_util.flatten_dict(params, sep='/')
   stats: dict[str, ArrayLike] = {}
@@ -177,10 +182,10 @@ def learned_ranges(
     if spec is None or layer.split('/')[0] == learned.STEPS:
       continue
     value = jnp.maximum(flat.pop(name), learned.LEAST)
+    if spec.axis is not None:
+      raise ValueError(f'{name}: only a range per tensor can be observed.')
     if entry.endswith(SUFFIXES['lsq']):
-      value = value * (
-        spec.qmax if spec.symmetric else learned.codes_from_zero(spec)[1]
-      )
+      value = value * learned.codes_from_zero(spec)[1]
     path = f'{layer}/{entry.rsplit("_", 1)[0]}'
     stats[f'{path}/low'] = -value if spec.symmetric else jnp.zeros_like(value)
     stats[f'{path}/high'] = value
