@@ -88,7 +88,7 @@ def test_rounding_per_channel_before_folding_is_rounding_after_it(bits):
 
 SPECS = {
   'tensor': QuantSpec(),
-  'groups': QuantSpec(bits=4, axis=-1, group_size=1),
+  'groups': QuantSpec(bits=4, group_size=1),
   'affine': QuantSpec(symmetric=False, narrow=False),
 }
 

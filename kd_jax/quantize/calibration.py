@@ -127,38 +127,32 @@ def mean_squared_error(
   if spec.symmetric:
     high = jnp.maximum(-low, high)
     low = -high
-
-  def best(shares, error):
-    # The first of equal errors wins: the widest range.
-    errors = jax.lax.map(error, shares, batch_size=8)
-    return shares[jnp.argmin(errors)]
-
-  def near(share, step):
-    offsets = jnp.arange(8, -9, -1) * step
-    return jnp.clip(share + offsets, 1 / 2048, 1.0)
-
-  coarse = jnp.arange(32, 0, -1) / 32
-  both = best(
-    coarse,
-    lambda f: squared_error(b, f * low, f * high, spec),
-  )
+  # Which ends are moved, and whether from where they are, by steps of what.
+  both, below, above = (True, True), (True, False), (False, True)
+  stages = [(both, False, 1 / 32)]
   if spec.symmetric:
-    for step in (1 / 256, 1 / 2048):
-      both = best(
-        near(both, step), lambda f: squared_error(b, f * low, f * high, spec)
-      )
-    return _result(stats, both * low, both * high)
-  below = above = both
-  for step in (None, 1 / 256, 1 / 256, 1 / 2048):
-    above = best(
-      near(above, step) if step else coarse,
-      lambda f, at=below: squared_error(b, at * low, f * high, spec),
-    )
-    below = best(
-      near(below, step) if step else coarse,
-      lambda f, at=above: squared_error(b, f * low, at * high, spec),
-    )
-  return _result(stats, below * low, above * high)
+    stages += [(both, True, 1 / 256), (both, True, 1 / 2048)]
+  else:
+    stages += [(above, False, 1 / 32), (below, False, 1 / 32)]
+    for step in (1 / 256, 1 / 256, 1 / 2048):
+      stages += [(above, True, step), (below, True, step)]
+  moved, near, steps = (jnp.array(column) for column in zip(*stages))
+
+  def error(shares):
+    return squared_error(b, shares[0] * low, shares[1] * high, spec)
+
+  def search(shares, stage):
+    moved, near, step = stage
+    # In falling order: the first of equal errors wins, the widest range.
+    centre = jnp.where(near, shares, 0.5)
+    offsets = jnp.arange(16, -16, -1, dtype=jnp.float32)[:, None] * step
+    tried = jnp.clip(centre[None] + offsets, 1 / 2048, 1)
+    tried = jnp.where(moved[None], tried, shares[None])
+    errors = jax.lax.map(error, tried, batch_size=8)
+    return tried[jnp.argmin(errors)], None
+
+  shares, _ = jax.lax.scan(search, jnp.ones(2), (moved, near, steps))
+  return _result(stats, shares[0] * low, shares[1] * high)
 
 
 def octav(

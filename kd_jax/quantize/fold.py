@@ -8,11 +8,11 @@ gamma * (conv(x, w) + b - mean) / sqrt(var + eps) + beta is a convolution with
 w * g and bias (b - mean) * g + beta, where g = gamma / sqrt(var + eps) per
 output channel.
 
-With a symmetric scale per output channel, rounding before folding is rounding
-after it: the scale of w * g is |g| times that of w, so the codes are the same
-but for the sign of g, and Q(w * g) / g = Q(w). Training needs to simulate
-nothing. With a scale for several channels it is not so: see
-`simulate_folding`.
+With symmetric scales that no two output channels share, rounding before
+folding is rounding after it: the scale of w * g is |g| times that of w, so the
+codes are the same but for the sign of g, and Q(w * g) / g = Q(w). Training
+needs to simulate nothing. With a scale for several output channels, or affine
+codes, it is not so: see `simulate_folding`.
 """
 
 from collections.abc import Callable, Mapping
@@ -160,8 +160,9 @@ def simulate_folding(
   other parameters that rules choose become Q(w). No gradient reaches g; the
   kernels get the straight-through gradient.
 
-  Use it in place of `fake_quant_params` where scales are per tensor or per
-  group, inside of the student function, as it needs the statistics:
+  Use it in place of `fake_quant_params` where output channels share a scale,
+  per tensor or per group without `axis=-1`, inside of the student function,
+  as it needs the statistics:
 
       def folding_fn(variables, batch, rng, *, train):
         variables = quantize.simulate_folding(variables, norms, rules)
