@@ -168,11 +168,13 @@ DATA = {
   'relu': _relu_t3,
   'shifted': lambda rng, size: rng.normal(size=size) + 1.0,
 }
-RANGES = {
-  (name, spec): jax.jit(lambda s, o=o, spec=spec: o.range(s, spec))
-  for name, o in HISTOGRAM.items()
-  for spec in SPECS
-}
+
+
+@functools.cache
+def _find(name, spec, **options):
+  """An observer's `stats -> range`, compiled once for all tests."""
+  observer = getattr(quantize, name)(**options)
+  return jax.jit(lambda stats: observer.range(stats, spec))
 
 
 def _data(name, size=20_000):
@@ -229,7 +231,7 @@ def test_the_error_of_a_histogram_is_that_of_the_values(name, spec):
 @pytest.mark.parametrize('name', DATA)
 def test_mse_finds_a_range_as_good_as_any(name, spec):
   x = _data(name)
-  got = _error(x, *RANGES['mse', spec](ONE(x)), spec)
+  got = _error(x, *_find('mse', spec)(ONE(x)), spec)
   low, high = min(x.min(), 0), x.max()
   if spec.symmetric:
     low, high = -max(-low, high), max(-low, high)
@@ -247,8 +249,8 @@ def test_mse_finds_a_range_as_good_as_any(name, spec):
 def test_octav_is_the_fixed_point_on_the_values(name, spec, ignore_zeros):
   x = _data(name).astype(np.float64)
   stats = ONE(x.astype('f'))
-  observer = quantize.octav(ignore_zeros=ignore_zeros)
-  got = jax.jit(lambda s: observer.range(s, spec))(stats)
+  options = {'ignore_zeros': True} if ignore_zeros else {}
+  got = _find('octav', spec, **options)(stats)
   counted = x[x != 0] if ignore_zeros else x
   c = 4.0**-spec.bits / 12
   if spec.symmetric:
@@ -300,9 +302,8 @@ def test_entropy_has_the_least_divergence(name, spec):
   if not spec.symmetric and x.min() >= 0:
     levels *= 2
   used = int(np.ceil(size.max() / width))
-  observer = quantize.entropy(stride=64)
-  low, high = jax.jit(lambda s: observer.range(s, spec))(stats)
-  tried = [k for k in range(2048, spec.qmax, -64) if levels <= k < used]
+  low, high = _find('entropy', spec)(stats)
+  tried = [k for k in range(2048, spec.qmax, -8) if levels <= k < used]
   divergences = {k: _divergence(counts, k, levels) for k in [used, *tried]}
   a = float(max(-low, high))
   kept = int(np.ceil(a / width))
@@ -321,7 +322,7 @@ def test_criteria_are_in_the_order_that_is_known_of_them(name):
   x, got = _data(name, 200_000), {}
   stats = ONE(x)
   for criterion in ('mse', 'octav'):
-    low, high = RANGES[criterion, SYMMETRIC](stats)
+    low, high = _find(criterion, SYMMETRIC)(stats)
     got[criterion] = _decibels(x, SYMMETRIC, low, high)
   low, high = quantize.percentile(99.9).range(stats, SYMMETRIC)
   got['99.9'] = _decibels(x, SYMMETRIC, low, high)
@@ -333,7 +334,7 @@ def test_criteria_are_in_the_order_that_is_known_of_them(name):
   four = QuantSpec(bits=4)
   extremes = _decibels(x, four, x.min(), x.max())
   for criterion in ('mse', 'octav'):
-    clipped = _decibels(x, four, *RANGES[criterion, four](stats))
+    clipped = _decibels(x, four, *_find(criterion, four)(stats))
     assert clipped > extremes + 4
 
 
@@ -341,8 +342,7 @@ def test_criteria_are_in_the_order_that_is_known_of_them(name):
 @pytest.mark.parametrize('name', ['percentile', 'octav', 'mse', 'entropy'])
 def test_zeros_of_pruned_weights_can_be_ignored(name, spec):
   options = {'ignore_zeros': True} if name in ('percentile', 'octav') else {}
-  observer = getattr(quantize, name)(**options)
-  find = jax.jit(lambda s: observer.range(s, spec))
+  find = _find(name, spec, **options)
   x = _data('normal', 3000)
   pruned = np.concatenate([x, np.zeros(27_000, 'f')])
   np.testing.assert_allclose(
@@ -366,7 +366,7 @@ def test_zeros_of_pruned_weights_can_be_ignored(name, spec):
 )
 def test_degenerate_values_give_finite_ranges(values, name, spec):
   x = np.array(values * 50, 'f')
-  low, high = RANGES[name, spec](ONE(x))
+  low, high = _find(name, spec)(ONE(x))
   assert np.isfinite(low) and np.isfinite(high)
   assert min(x.min(), 0) <= low <= 0 <= high <= max(x.max(), 0)
   if len(set(values)) == 1:
@@ -380,7 +380,7 @@ def test_what_is_not_finite_stays_visible(name, bad):
   x = np.array([0.5, bad, -1.0], 'f')
   stats = ONE(x)
   assert stats['counts'].sum() == 2
-  low, high = RANGES[name, AFFINE](stats)
+  low, high = _find(name, AFFINE)(stats)
   assert not np.isfinite(high - low)
 
 
@@ -421,7 +421,8 @@ def test_eight_devices_see_what_one_sees(name):
   if name == 'ema':
     return
   # Hosts that each saw a part, in any order.
-  parts = [see(None, part) for part in jnp.split(batches, 4, axis=1)]
+  alone = jax.jit(functools.partial(see, None))
+  parts = [alone(part) for part in jnp.split(batches, 4, axis=1)]
   merged = functools.reduce(observer.merge, parts[::-1])
   _equal(merged | {'count': want['count']}, want)
 
@@ -448,11 +449,11 @@ def test_collections_of_stacks_and_blocks_are_merged(name):
   observer, rng = OBSERVERS[name], _rng()
   x = jnp.asarray(rng.normal(size=(2, 3, 50)), jnp.float32)
   see = lambda x: observer.update(observer.init(), x, None)
+  stack = jax.jit(jax.vmap(see))
   a, b = (
-    {'dense': {'input0': see(v[0])}, 'stack': {'input0': jax.vmap(see)(v)}}
-    for v in x
+    {'dense': {'input0': see(v[0])}, 'stack': {'input0': stack(v)}} for v in x
   )
-  merged = quantize.merge_stats(observer, a, b)
+  merged = jax.jit(lambda a, b: quantize.merge_stats(observer, a, b))(a, b)
   _equal(
     merged['dense']['input0'],
     observer.merge(a['dense']['input0'], b['dense']['input0']),
