@@ -271,6 +271,9 @@ def test_products_keep_their_precision_and_subclasses_are_quantized_once():
   want = plain(variables, batch, train=True)
   got = precise(variables, batch, train=True)
   np.testing.assert_allclose(got.output, want.output, rtol=1e-5, atol=1e-6)
+  text = str(jax.make_jaxpr(lambda v: precise(v, batch).output)(variables))
+  highest = text.count('(Precision.HIGHEST, Precision.HIGHEST)')
+  assert highest == text.count('dot_general[') == 6
 
   def make(**options):
     return nn.SelfAttention(
