@@ -90,9 +90,11 @@ LOSSES = {
 # Sums over the positions of a sequence, divided by the batch alone.
 SUMMED = r'gkd_jsd_.*'
 FAKE_QUANT = r'weight_sym_.*|activation_asym_.*'
+LEARNED = r'lsq_.*'
 MASKS = r'magnitude_(global|layer)_.*'
 CHANNELS = r'channel_l[12]_.*'
 N_M = r'n_m_.*'
+COMPRESSED = (FAKE_QUANT, LEARNED, MASKS, CHANNELS, N_M)
 OTHERS = ('int8_matmul', 'cubic_schedule')
 # Known cases: one that vanishes from the files must not pass in silence.
 REQUIRED = {
@@ -121,6 +123,8 @@ REQUIRED = {
     'weight_sym_channel_int4_narrow',
     'activation_asym_tensor_int8_clipped',
     'activation_asym_tensor_int4_clipped',
+    'lsq_tensor_int8',
+    'lsq_tensor_int4',
     'int8_matmul',
     'magnitude_global_0.5',
     'magnitude_global_0.9',
@@ -158,7 +162,7 @@ def test_every_implemented_case_is_in_the_files_and_checked():
   checked = {
     'kd_losses': {n for p in LOSSES for n in _matching(p, LOSS_CASES)},
     'compression': {
-      *_matching(f'{FAKE_QUANT}|{MASKS}|{CHANNELS}|{N_M}', COMPRESSION_CASES),
+      *_matching('|'.join(COMPRESSED), COMPRESSION_CASES),
       *(name for name in OTHERS if name in COMPRESSION_CASES),
     },
   }
@@ -244,6 +248,26 @@ def test_affine_scale_and_zero_point(name):
   got = quantize.scale_and_zero_point(*case['range'], _spec(case))
   np.testing.assert_allclose(got[0], case['scale'], rtol=1e-6)
   assert int(got[1]) == case['zero_point']
+
+
+@pytest.mark.parametrize('name', _matching(LEARNED, COMPRESSION_CASES))
+def test_learned_step_size(name):
+  case = COMPRESSION_CASES[name]
+  x = jnp.asarray(ARRAYS[f'input/{case["input"]}'])
+  first, last, factor = (case[k] for k in ('qmin', 'qmax', 'grad_factor'))
+  value, vjp = jax.vjp(
+    lambda x, step: quantize.lsq(x, step, first, last, factor),
+    x,
+    jnp.float32(case['scale']),
+  )
+  cotangent = jnp.asarray(ARRAYS[f'input/{case["cotangent"]}'])
+  to_x, to_step = vjp(cotangent)
+  _close(value, ARRAYS[f'{name}/value'], 1e-5)
+  _close(to_x, ARRAYS[f'{name}/grad'], 1e-4)
+  _close(to_step, ARRAYS[f'{name}/scale_grad'], 1e-4)
+  # The factor is the paper's, with the number of values for N.
+  want = quantize.lsq_gradient_factor(x.size, last)
+  np.testing.assert_allclose(factor, want, rtol=1e-6)
 
 
 def test_int8_matmul():

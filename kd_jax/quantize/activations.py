@@ -1,8 +1,10 @@
 """Fake-quant of activations: one interceptor, observers in `quant_stats`.
 
-The inputs of every chosen layer are rounded to the grid of their observer's
-range. The model is not edited: `adapters.from_linen` runs the interceptor
-inside the forward, so it is traced once and scoped to that forward.
+Owns the interceptor for linen models, the collection `quant_stats` with its
+observers' states, and the same as a plain function for nnx modules and
+functions. The inputs of every chosen layer are rounded to the grid of their
+observer's range. The model is not edited: `adapters.from_linen` runs the
+interceptor inside the forward, so it is traced once and scoped to that forward.
 """
 
 from collections.abc import Callable
@@ -12,84 +14,154 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import rules as rules_lib
-from kd_jax.quantize import observers
-from kd_jax.quantize.fake_quant import (
-  QuantSpec,
-  fake_quant,
-  scale_and_zero_point,
-)
+from kd_jax.quantize import inputs, observers, specs
+from kd_jax.quantize.fake_quant import fake_quant
+from kd_jax.quantize.inputs import LAYERS as LAYERS
+from kd_jax.quantize.inputs import input_name as input_name
+from kd_jax.quantize.inputs import is_quantizable as is_quantizable
+from kd_jax.quantize.specs import QuantSpec, scale_and_zero_point
 from kd_jax.types import Batch, StudentFn, Variables
 
 COLLECTION = 'quant_stats'
-# Layers whose inputs are quantized, by the name of their class or of one of
-# its bases. Add and GlobalAveragePool (models.layers) are there so that a
-# runtime finds integers on both sides of a residual sum and of the pooling.
-LAYERS = frozenset({'Conv', 'Dense', 'Add', 'GlobalAveragePool'})
 
 
-def is_quantizable(module: Any) -> bool:
-  """Whether a linen module is of a kind that `LAYERS` names."""
-  return any(base.__name__ in LAYERS for base in type(module).__mro__)
+def activation(
+  stats: observers.Stats | None,
+  x: jax.Array,
+  spec: QuantSpec,
+  observer: observers.Observer | None = None,
+  *,
+  learning: bool = True,
+  begin: int = 0,
+  axis_name: str | None = None,
+) -> tuple[jax.Array, observers.Stats | None]:
+  """Fake-quantizes one activation: for nnx modules and plain functions.
+
+  Args:
+    stats: the observer's state, None before the first batch; a spec with
+      `dynamic` has none and keeps None.
+    x: `[B, ...]`, float.
+    spec: the quantizer; with an `axis` every index of it has its own range.
+    observer: how the range is learned; `observers.ema_min_max()` when None.
+    learning: whether the observer learns from this batch, before it is rounded.
+    begin: number of batches that the observer sees before anything is rounded.
+    axis_name: the mapped axis that the batch is spread over, under
+      `shard_map` or `pmap`.
+
+  Returns:
+    `(rounded x, new stats)`. Without any batch seen x is left as it is. The
+    gradient passes straight through to the values inside the range.
+
+  Raises:
+    ValueError: for a spec with groups, or without the axes that it names.
+
+  Example:
+    >>> x = jnp.array([0.0, 0.26, 2.55])
+    >>> spec = QuantSpec(symmetric=False, narrow=False)
+    >>> rounded, stats = activation(None, x, spec)
+    >>> [round(v, 4) for v in rounded.tolist()], float(stats['count'])
+    ([0.0, 0.26, 2.55], 1.0)
+  """
+  if spec.group_size is not None:
+    raise ValueError(
+      f'activation: group_size={spec.group_size} is for weights; activations '
+      'have a range per tensor or per axis.'
+    )
+  if spec.dynamic:
+    return _rounded(x, *_range_of_batch(x, spec, axis_name), spec), stats
+  observer = observer or observers.ema_min_max()
+  if stats is None:
+    stats = observers.init_stats(observer, x, spec)
+  if learning:
+    stats = observers.observe(observer, stats, x, spec, axis_name)
+  low, high = observers.observed_range(observer, stats, x, spec)
+  rounded = _rounded(x, low, high, spec)
+  if learning and begin == 0:
+    return rounded, stats
+  # Those seen before this batch in training, and any at all in evaluation.
+  needed = begin + 1 if learning else max(begin, 1)
+  return jnp.where(jnp.max(stats['count']) >= needed, rounded, x), stats
 
 
-def input_name(index: int) -> str:
-  """The name in `quant_stats` of a layer's input by position."""
-  return f'input{index}'
+def _rounded(x, low, high, spec):
+  scale, zero_point = scale_and_zero_point(low, high, spec)
+  return fake_quant(x, scale, zero_point, spec.qmin, spec.qmax)
+
+
+def _range_of_batch(x, spec, axis_name):
+  low, high = specs.extremes(jax.lax.stop_gradient(x), spec, 'activation')
+  axes = spec.axis if isinstance(spec.axis, tuple) else (spec.axis,)
+  per_example = {0, -x.ndim} & {*axes}
+  if axis_name is not None and not per_example:
+    low = jax.lax.pmin(low, axis_name)
+    high = jax.lax.pmax(high, axis_name)
+  return low, high
 
 
 def quantize_activations(
   rules: rules_lib.Rules[QuantSpec],
   *,
   observer: observers.Observer | None = None,
+  begin: int = 0,
   axis_name: str | None = None,
 ) -> Callable[..., Any]:
   """An interceptor that fake-quantizes the inputs of linen layers.
 
   In a forward that may change `quant_stats` (training, calibration) the
   observers learn from the batch first and the new range is used; otherwise
-  the stored range is. A layer that has seen no batch is left unquantized.
+  the stored range is. A layer that has seen no batch is left unquantized. A
+  layer that is called several times has one observer, which sees every call.
+
+  Layers are those whose class, or one of its bases, `LAYERS` names: Conv,
+  Dense, DenseGeneral, Einsum, and of `models` Add, Concatenate,
+  GlobalAveragePool, Scores and Context. Both products of linen's
+  MultiHeadDotProductAttention are layers of their own, `<attention>/scores`
+  and `<attention>/context`. In scanned blocks the scan must carry the
+  collection, `variable_axes={'quant_stats': 0, ...}`.
+
+  For several observers use several interceptors, each with its own rules.
 
   Args:
-    rules: `(pattern, QuantSpec or None)` pairs on '/'-joined layer paths, of
-      Conv, Dense, Add and GlobalAveragePool layers. That every rule matches
-      something is checked by `init_quant_stats`.
-    observer: how ranges are learned; `ema_min_max()` when None.
+    rules: `(pattern, QuantSpec or None)` pairs on '/'-joined layer paths.
+      That every rule matches something is checked by `init_quant_stats`.
+    observer: how ranges are learned; `ema_min_max()` when None. See
+      `delays.freeze_observer` to stop it.
+    begin: calls that the observer sees before anything is rounded.
     axis_name: the mapped axis under `shard_map` or `pmap`.
 
   Returns:
     An interceptor for `flax.linen.intercept_methods`.
   """
-  observer = observer or observers.ema_min_max()
 
-  def interceptor(next_fun, args, kwargs, context):
-    module = context.module
-    if context.method_name != '__call__' or not is_quantizable(module):
-      return next_fun(*args, **kwargs)
-    path = '/'.join(module.path)
-    spec = rules_lib.first(rules, path)
+  def round_input(scope, layer, names, x):
+    spec = rules_lib.first(rules, layer)
     if spec is None:
-      return next_fun(*args, **kwargs)
-    inputs = [
-      _observe(module.scope, observer, spec, input_name(i), x, axis_name)
-      for i, x in enumerate(args)
-    ]
-    return next_fun(*inputs, **kwargs)
-
-  return interceptor
-
-
-def _observe(scope, observer, spec, name, x, axis_name):
-  known = scope.has_variable(COLLECTION, name)
-  learning = scope.is_mutable_collection(COLLECTION)
-  if not (known or learning):
+      return inputs.mark(x, 'float', layer)
+    if spec.dynamic:
+      x, _ = activation(None, x, spec, axis_name=axis_name)
+      return inputs.mark(x, 'dynamic', layer)
+    stats = inputs.read(scope, COLLECTION, names)
+    learning = scope.is_mutable_collection(COLLECTION)
+    if stats is None:
+      x = inputs.mark(x, 'static', layer)
+      if not learning:
+        return x
+    x, stats = activation(
+      stats,
+      x,
+      spec,
+      observer,
+      learning=learning,
+      begin=begin,
+      axis_name=axis_name,
+    )
+    if learning:
+      inputs.write(scope, COLLECTION, names, stats)
     return x
-  stats = scope.get_variable(COLLECTION, name) if known else observer.init()
-  if learning:
-    stats = observer.update(stats, x, axis_name)
-    scope.put_variable(COLLECTION, name, stats)
-  scale, zero_point = scale_and_zero_point(*observer.range(stats), spec)
-  quantized = fake_quant(x, scale, zero_point, spec.qmin, spec.qmax)
-  return quantized if learning else jnp.where(stats['count'] > 0, quantized, x)
+
+  return inputs.intercept_inputs(
+    round_input, lambda layer: rules_lib.first(rules, layer) is not None
+  )
 
 
 def init_quant_stats(
@@ -109,25 +181,32 @@ def init_quant_stats(
     rules: the activation rules, to check that each matches a layer.
 
   Returns:
-    The collection; merge it as `variables | {'quant_stats': stats}`.
+    The collection; merge it as `variables | {'quant_stats': stats}`. Empty if
+    all ranges are dynamic.
 
   Raises:
-    ValueError: if no layer is quantized, or a rule matches no layer.
+    ValueError: if no layer is quantized, a rule matches no layer, with None as
+      value too, or a layer lies in a scan that does not carry `quant_stats`.
   """
-  forward = jax.eval_shape(
-    lambda variables, batch, rng: student_fn(variables, batch, rng, train=True),
-    dict(variables),
-    dict(batch),
-    jax.random.key(0),
-  )
-  stats = forward.model_state.get(COLLECTION)
-  if not stats:
+  variables = {k: v for k, v in variables.items() if k != COLLECTION}
+  marked, state = inputs.marked_layers(student_fn, variables, batch)
+  static = marked.get('static', set())
+  dynamic = marked.get('dynamic', set())
+  if not static and not dynamic:
     raise ValueError(
       'No layer of the model is quantized: the rules match no '
       f'{", ".join(sorted(LAYERS))} layer.'
     )
+  layers = sorted(set().union(*marked.values()))
+  rules_lib.match(rules, layers, kind='activation rule')
+  stats = state.get(COLLECTION, {})
   # A leaf is <layer path>/input<i>/<statistic>.
-  layers = {n.rsplit('/', 2)[0] for n in rules_lib.leaf_names(stats)}
-  used = [rule for rule in rules if rule[1] is not None]
-  rules_lib.match(used, sorted(layers), kind='activation rule')
+  paths = (name.split('/')[:-2] for name in rules_lib.leaf_names(stats))
+  observed = {'/'.join(path) for path in paths}
+  lost = sorted(static - observed)
+  if lost:
+    raise ValueError(
+      f'The observer of {lost[0]!r} has nowhere to be kept: a scan or map '
+      f"around it must carry it, with variable_axes={{'{COLLECTION}': 0}}."
+    )
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stats)

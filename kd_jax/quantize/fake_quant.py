@@ -1,12 +1,13 @@
-"""Uniform quantization: specs, scales, codes, and the straight-through map.
+"""Uniform quantization: codes, the straight-through map, and weights.
 
-real = scale * (code - zero_point), codes integers in [qmin, qmax]. Rounding
-is half to even, as in XLA and ONNX. Scales and codes are computed in float32
-whatever the tensor's dtype. Weights are quantized here, as a map from pytree
-to pytree; activations in `activations`.
+Owns rounding to the grid of a scale and zero point, and the quantization of
+weights as a map from pytree to pytree. What a quantizer is stands in `specs`;
+activations are quantized in `activations`, learned steps in `learned`.
+
+Rounding is half to even, as in XLA and ONNX. Codes are computed in float32
+whatever the tensor's dtype.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -15,84 +16,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd_jax import rules as rules_lib
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantSpec:
-  """How one tensor is quantized.
-
-  Attributes:
-    bits: 8 or 4.
-    symmetric: zero_point 0 and a scale of max|x| / qmax; otherwise affine,
-      with a range widened to contain 0 so that 0 is exact.
-    narrow: leaves the most negative code unused: [-127, 127] for 8 bits, so
-      that the codes are symmetric as well.
-    axis: the axis with a scale of its own per index (the output channels of a
-      kernel are -1), or None for one scale per tensor.
-  """
-
-  bits: int = 8
-  symmetric: bool = True
-  narrow: bool = True
-  axis: int | None = None
-
-  def __post_init__(self):
-    if self.bits not in (4, 8):
-      raise ValueError(f'QuantSpec: bits={self.bits} is not 4 or 8.')
-
-  @property
-  def qmin(self) -> int:
-    """The smallest code."""
-    return -(2 ** (self.bits - 1)) + int(self.narrow)
-
-  @property
-  def qmax(self) -> int:
-    """The largest code."""
-    return 2 ** (self.bits - 1) - 1
-
-
-INT8_WEIGHTS = QuantSpec(bits=8, symmetric=True, narrow=True, axis=-1)
-INT8_ACTIVATIONS = QuantSpec(bits=8, symmetric=False, narrow=False)
-
-
-def scale_and_zero_point(
-  low: ArrayLike, high: ArrayLike, spec: QuantSpec
-) -> tuple[jax.Array, jax.Array]:
-  """The scale and zero point that cover a range of values.
-
-  symmetric: scale = max(-low, high) / qmax, zero_point = 0.
-  affine: scale = (high - low) / (qmax - qmin) after widening the range to
-  contain 0, zero_point = clip(round(qmin - low / scale), qmin, qmax).
-  An empty range gets scale 1: zeros stay zeros.
-
-  Args:
-    low: smallest value, any shape.
-    high: largest value, same shape.
-    spec: the quantizer.
-
-  Returns:
-    `(scale, zero_point)`, float32 of that shape; the zero point is integral.
-
-  References:
-    Jacob et al., "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference", 2018, arXiv:1712.05877.
-
-  Example:
-    >>> scale, zero_point = scale_and_zero_point(0.0, 2.55, INT8_ACTIVATIONS)
-    >>> round(float(scale), 4), int(zero_point)
-    (0.01, -128)
-  """
-  low = jnp.minimum(jnp.asarray(low, jnp.float32), 0.0)
-  high = jnp.maximum(jnp.asarray(high, jnp.float32), 0.0)
-  if spec.symmetric:
-    scale = jnp.maximum(-low, high) / spec.qmax
-  else:
-    scale = (high - low) / (spec.qmax - spec.qmin)
-  scale = jnp.where(scale > 0, scale, 1.0)
-  if spec.symmetric:
-    return scale, jnp.zeros_like(scale)
-  zero_point = jnp.round(spec.qmin - low / scale)
-  return scale, jnp.clip(zero_point, spec.qmin, spec.qmax)
+from kd_jax.quantize import observers, specs
+from kd_jax.quantize.specs import INT8_ACTIVATIONS as INT8_ACTIVATIONS
+from kd_jax.quantize.specs import INT8_WEIGHTS as INT8_WEIGHTS
+from kd_jax.quantize.specs import QuantSpec as QuantSpec
+from kd_jax.quantize.specs import per_channel as per_channel
+from kd_jax.quantize.specs import per_group as per_group
+from kd_jax.quantize.specs import scale_and_zero_point as scale_and_zero_point
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -170,13 +100,14 @@ def quantize(
 
   Args:
     x: float array.
-    scale: broadcastable to `x`.
-    zero_point: broadcastable to `x`.
+    scale: broadcastable to `x`, or per group as from `weight_scale`.
+    zero_point: likewise.
     spec: the quantizer; 4-bit codes are stored in int8 too.
 
   Returns:
     int8 with the shape of `x`.
   """
+  scale, zero_point = per_group(scale, x), per_group(zero_point, x)
   code = jnp.clip(_code(x, scale, zero_point), spec.qmin, spec.qmax)
   return code.astype(jnp.int8)
 
@@ -184,42 +115,87 @@ def quantize(
 def dequantize(
   code: jax.Array, scale: jax.Array, zero_point: ArrayLike = 0.0
 ) -> jax.Array:
-  """float32 values of integer codes: scale * (code - zero_point)."""
+  """float32 values of integer codes: scale * (code - zero_point).
+
+  Args:
+    code: integers.
+    scale: broadcastable to `code`, or per group as from `weight_scale`.
+    zero_point: likewise.
+
+  Example:
+    >>> w = jnp.array([[1.0], [0.6], [40.0], [-20.0]])
+    >>> spec = QuantSpec(bits=4, axis=-1, group_size=2)
+    >>> scale, zero_point = weight_scale(w, spec)
+    >>> codes = quantize(w, scale, zero_point, spec)
+    >>> codes[:, 0].tolist()
+    [7, 4, 7, -4]
+    >>> [round(v, 2) for v in dequantize(codes, scale)[:, 0].tolist()]
+    [1.0, 0.57, 40.0, -22.86]
+  """
+  scale = per_group(jnp.asarray(scale), code)
+  zero_point = per_group(jnp.asarray(zero_point, jnp.float32), code)
   return (code.astype(jnp.float32) - zero_point) * scale
 
 
-def per_channel(values: jax.Array, like: jax.Array) -> jax.Array:
-  """`[D]` values with leading axes of size 1, to combine with `[..., D]`."""
-  return jnp.expand_dims(values, tuple(range(like.ndim - values.ndim)))
-
-
-def weight_scale(w: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
-  """Scale and zero point of a weight, from its extremes, with kept axes.
+def weight_scale(
+  w: jax.Array,
+  spec: QuantSpec,
+  observer: observers.Observer | None = None,
+  *,
+  name: str = 'weight',
+) -> tuple[jax.Array, jax.Array]:
+  """Scale and zero point of a weight, with kept axes; no gradient.
 
   Args:
     w: the weight.
-    spec: the quantizer; its `axis` keeps its size, the other axes become 1.
+    spec: the quantizer.
+    observer: chooses the range of every block of values with one scale, such
+      as `observers.octav(ignore_zeros=True)`; None takes the extremes.
+    name: of the weight, for errors.
+
+  Returns:
+    `(scale, zero_point)`, float32 with the number of axes of `w`: axes that
+    `spec.axis` names keep their size, axis -2 has the number of groups if
+    there are groups, and all others have size 1. `per_group` makes them
+    broadcastable to `w`.
+
+  Raises:
+    ValueError: if the axes or groups do not fit the weight's shape.
+
+  Example:
+    >>> spec = QuantSpec(axis=(0, -1))
+    >>> weight_scale(jnp.ones((3, 8, 5)), spec)[0].shape
+    (3, 1, 5)
   """
-  axis = None if spec.axis is None else spec.axis % w.ndim
-  others = tuple(i for i in range(w.ndim) if i != axis)
   w = jax.lax.stop_gradient(w)
-  low, high = (f(w, axis=others, keepdims=True) for f in (jnp.min, jnp.max))
+  if observer is None:
+    low, high = specs.extremes(w, spec, name)
+  else:
+    low, high = observers.tensor_range(observer, w, spec, name)
   return scale_and_zero_point(low, high, spec)
 
 
-def fake_quant_params(params: Any, rules: rules_lib.Rules[QuantSpec]) -> Any:
+def fake_quant_params(
+  params: Any,
+  rules: rules_lib.Rules[QuantSpec],
+  *,
+  observer: observers.Observer | None = None,
+) -> Any:
   """Fake-quantizes the parameters that rules choose: pytree in, pytree out.
 
   Args:
     params: any pytree of arrays.
     rules: `(pattern, QuantSpec or None)` pairs on '/'-joined parameter paths.
+    observer: chooses the range of a weight, see `weight_scale`; None takes
+      its extremes.
 
   Returns:
     The same tree with the chosen leaves rounded to their grid; differentiable
     with the straight-through gradient.
 
   Raises:
-    ValueError: if a rule matches nothing.
+    ValueError: if a rule matches nothing, or the axes or groups of a spec do
+      not fit a parameter that it is for.
 
   Example:
     >>> params = {'dense': {'kernel': jnp.array([[1.0], [0.3]])}}
@@ -235,7 +211,9 @@ def fake_quant_params(params: Any, rules: rules_lib.Rules[QuantSpec]) -> Any:
     spec = chosen.get(name)
     if spec is None:
       return w
-    return fake_quant(w, *weight_scale(w, spec), spec.qmin, spec.qmax)
+    scale, zero_point = weight_scale(w, spec, observer, name=name)
+    scale, zero_point = per_group(scale, w), per_group(zero_point, w)
+    return fake_quant(w, scale, zero_point, spec.qmin, spec.qmax)
 
   leaves, structure = jax.tree.flatten(params)
   return structure.unflatten(map(one, names, leaves))

@@ -1,9 +1,18 @@
 """Folding BatchNorm into the convolution or dense layer before it.
 
+Owns which BatchNorm follows which layer (found by running the model once,
+abstractly), the folding, and its simulation in training. Weights are rounded
+by `fake_quant`.
+
 gamma * (conv(x, w) + b - mean) / sqrt(var + eps) + beta is a convolution with
 w * g and bias (b - mean) * g + beta, where g = gamma / sqrt(var + eps) per
-output channel. Which BatchNorm follows which layer is found by running the
-model once, abstractly.
+output channel.
+
+With symmetric scales that no two output channels share, rounding before
+folding is rounding after it: the scale of w * g is |g| times that of w, so the
+codes are the same but for the sign of g, and Q(w * g) / g = Q(w). Training
+needs to simulate nothing. With a scale for several output channels, or affine
+codes, it is not so: see `simulate_folding`.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +22,9 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from kd_jax.quantize.fake_quant import per_channel
+from kd_jax import rules as rules_lib
+from kd_jax.quantize.fake_quant import fake_quant_params
+from kd_jax.quantize.specs import QuantSpec, per_channel
 from kd_jax.types import Batch, Variables
 
 
@@ -124,6 +135,7 @@ def fold_batch_norm(
     gain = params.pop(f'{norm}/scale', jnp.ones_like(mean))
     gain = gain * jax.lax.rsqrt(variance + epsilon)
     shift = params.pop(f'{norm}/bias', jnp.zeros_like(mean))
+    stats.pop(f'{norm}/steps', None)
     bias = params.get(f'{layer}/bias', jnp.zeros_like(mean))
     kernel = params[f'{layer}/kernel']
     params[f'{layer}/kernel'] = kernel * per_channel(gain, kernel)
@@ -132,6 +144,68 @@ def fold_batch_norm(
     collection: traverse_util.unflatten_dict(tree, sep='/')
     for collection, tree in flat.items()
     if tree
+  }
+
+
+def simulate_folding(
+  variables: Variables,
+  norms: Mapping[str, FoldableNorm],
+  rules: rules_lib.Rules[QuantSpec],
+) -> dict[str, Any]:
+  """Fake-quantizes weights as if BatchNorm had been folded into them.
+
+  Kernels that a BatchNorm follows become Q(w * g) / g with the running
+  variance in g; the BatchNorm stays and normalises with the batch's
+  statistics. Folding then gives Q(w * g), the weights that training saw. The
+  other parameters that rules choose become Q(w). No gradient reaches g; the
+  kernels get the straight-through gradient.
+
+  Use it in place of `fake_quant_params` where output channels share a scale,
+  per tensor or per group without `axis=-1`, inside of the student function,
+  as it needs the statistics:
+
+      def folding_fn(variables, batch, rng, *, train):
+        variables = quantize.simulate_folding(variables, norms, rules)
+        return student_fn(variables, batch, rng, train=train)
+
+  Args:
+    variables: `{'params': ..., 'batch_stats': ..., ...}` of a linen model.
+    norms: from `foldable_batch_norms`.
+    rules: `(pattern, QuantSpec or None)` pairs on parameter paths.
+
+  Returns:
+    The variables with other `params`. A channel with g = 0, which its
+    BatchNorm cancels, keeps its weights.
+
+  Raises:
+    ValueError: if a rule matches nothing, or a spec does not fit its kernel.
+
+  References:
+    Jacob et al., 2018, arXiv:1712.05877, section 3.2; Krishnamoorthi, 2018,
+    arXiv:1806.08342, section 3.2.2.
+  """
+  params = dict(traverse_util.flatten_dict(variables['params'], sep='/'))
+  stats = traverse_util.flatten_dict(variables.get('batch_stats', {}), sep='/')
+  chosen = rules_lib.match(rules, [*params], kind='weight rule')
+  gains = {}
+  for layer, (norm, epsilon) in norms.items():
+    kernel = f'{layer}/kernel'
+    if kernel in chosen:
+      gain = jax.lax.rsqrt(stats[f'{norm}/var'] + epsilon)
+      gain = gain * params.get(f'{norm}/scale', jnp.ones_like(gain))
+      gains[kernel] = per_channel(jax.lax.stop_gradient(gain), params[kernel])
+  scaled = params | {k: params[k] * g for k, g in gains.items()}
+  rounded = fake_quant_params(
+    traverse_util.unflatten_dict(scaled, sep='/'), rules
+  )
+  rounded = dict(traverse_util.flatten_dict(rounded, sep='/'))
+  for kernel, gain in gains.items():
+    unscaled = rounded[kernel] / jnp.where(gain == 0, 1, gain)
+    kept = jnp.where(gain == 0, params[kernel], unscaled)
+    rounded[kernel] = kept.astype(params[kernel].dtype)
+  return {
+    **variables,
+    'params': traverse_util.unflatten_dict(rounded, sep='/'),
   }
 
 

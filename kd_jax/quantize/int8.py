@@ -119,7 +119,7 @@ def _input(path, stats, observer, spec):
     )
   if float(stats['count']) == 0:
     raise ValueError(f'{path}: its observer has seen no batch; calibrate it.')
-  low, high = observer.range(stats)
+  low, high = observer.range(stats, spec)
   if not jnp.isfinite(high - low):
     raise ValueError(f'{path}: its observer saw a range of {low} to {high}.')
   scale, zero_point = scale_and_zero_point(low, high, spec)
@@ -127,7 +127,8 @@ def _input(path, stats, observer, spec):
 
 
 def _layer(path, w, bias, spec, input_scale):
-  if not spec.symmetric or spec.axis not in (None, -1, w.ndim - 1):
+  per_channel_or_tensor = spec.axis in (None, -1, w.ndim - 1)
+  if not (spec.symmetric and per_channel_or_tensor) or spec.group_size:
     raise ValueError(
       f'{path}: integers are executed with symmetric weights, per output '
       'channel (axis=-1) or per tensor.'
@@ -196,6 +197,12 @@ def execute_integers(*, simulate: bool = False) -> Callable[..., Any]:
       name: scope.get_variable(COLLECTION, name)
       for name in ('kernel', 'kernel_scale', 'bias')
     }
+    bases = {base.__name__ for base in type(module).__mro__}
+    if not bases & {'Conv', 'Dense'}:
+      raise ValueError(
+        f'{"/".join(module.path)}: a {type(module).__name__} has no integer '
+        'execution.'
+      )
     run = _simulated if simulate else _integer
     return run(module, *codes[0], **layer)
 
