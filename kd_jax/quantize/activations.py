@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import rules as rules_lib
-from kd_jax.quantize import observers
+from kd_jax.quantize import observers, products
 from kd_jax.quantize.fake_quant import (
   QuantSpec,
+  dynamic_scale,
   fake_quant,
   scale_and_zero_point,
 )
@@ -22,9 +23,22 @@ from kd_jax.types import Batch, StudentFn, Variables
 
 COLLECTION = 'quant_stats'
 # Layers whose inputs are quantized, by the name of their class or of one of
-# its bases. Add and GlobalAveragePool (models.layers) are there so that a
-# runtime finds integers on both sides of a residual sum and of the pooling.
-LAYERS = frozenset({'Conv', 'Dense', 'Add', 'GlobalAveragePool'})
+# its bases. Those of models.layers without a product are there so that a
+# runtime finds integers on both sides of a residual sum, a concatenation and
+# the pooling; Scores and Context are the products of models.vit.
+LAYERS = frozenset(
+  {
+    'Add',
+    'Concatenate',
+    'Context',
+    'Conv',
+    'Dense',
+    'DenseGeneral',
+    'Einsum',
+    'GlobalAveragePool',
+    'Scores',
+  }
+)
 
 
 def is_quantizable(module: Any) -> bool:
@@ -69,13 +83,20 @@ def quantize_activations(
     spec = rules_lib.first(rules, path)
     if spec is None:
       return next_fun(*args, **kwargs)
-    inputs = [
-      _observe(module.scope, observer, spec, input_name(i), x, axis_name)
-      for i, x in enumerate(args)
-    ]
-    return next_fun(*inputs, **kwargs)
+    values, options = products.arguments(module, args, kwargs)
+    for i, x in enumerate(values):
+      if products.is_input(x):
+        name = input_name(i)
+        values[i] = _round(module.scope, observer, spec, name, x, axis_name)
+    return next_fun(*values, **options)
 
   return interceptor
+
+
+def _round(scope, observer, spec, name, x, axis_name):
+  if not spec.dynamic:
+    return _observe(scope, observer, spec, name, x, axis_name)
+  return fake_quant(x, *dynamic_scale(x, spec), spec.qmin, spec.qmax)
 
 
 def _observe(scope, observer, spec, name, x, axis_name):
@@ -120,7 +141,10 @@ def init_quant_stats(
     dict(batch),
     jax.random.key(0),
   )
-  stats = forward.model_state.get(COLLECTION)
+  stats = forward.model_state.get(COLLECTION, {})
+  if any(spec is not None and spec.dynamic for _, spec in rules):
+    # Layers with dynamic ranges leave no trace, so rules cannot be checked.
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stats)
   if not stats:
     raise ValueError(
       'No layer of the model is quantized: the rules match no '

@@ -28,17 +28,30 @@ class QuantSpec:
     narrow: leaves the most negative code unused: [-127, 127] for 8 bits, so
       that the codes are symmetric as well.
     axis: the axis with a scale of its own per index (the output channels of a
-      kernel are -1), or None for one scale per tensor.
+      kernel are -1), several such axes, or None for one scale per tensor.
+    group_size: a scale for each so many values along the reduction axis -2 as
+      well, or None for one along all of it.
+    dynamic: of activations: the range is that of the batch at hand, and there
+      is no observer.
   """
 
   bits: int = 8
   symmetric: bool = True
   narrow: bool = True
-  axis: int | None = None
+  axis: int | tuple[int, ...] | None = None
+  group_size: int | None = None
+  dynamic: bool = False
 
   def __post_init__(self):
     if self.bits not in (4, 8):
       raise ValueError(f'QuantSpec: bits={self.bits} is not 4 or 8.')
+
+  def kept_axes(self, ndim: int) -> tuple[int, ...]:
+    """The axes with a scale per index, of an array of `ndim` axes, sorted."""
+    if self.axis is None:
+      return ()
+    axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+    return tuple(sorted(axis % ndim for axis in axes))
 
   @property
   def qmin(self) -> int:
@@ -198,12 +211,52 @@ def weight_scale(w: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
 
   Args:
     w: the weight.
-    spec: the quantizer; its `axis` keeps its size, the other axes become 1.
+    spec: the quantizer; its `axis` keep their sizes, the other axes become 1.
+      With `group_size`, axis -2 keeps its size and equals within each group.
+
+  Raises:
+    ValueError: if `group_size` does not divide axis -2.
   """
-  axis = None if spec.axis is None else spec.axis % w.ndim
-  others = tuple(i for i in range(w.ndim) if i != axis)
   w = jax.lax.stop_gradient(w)
-  low, high = (f(w, axis=others, keepdims=True) for f in (jnp.min, jnp.max))
+  kept = spec.kept_axes(w.ndim)
+  if spec.group_size is None:
+    return _range_scale(w, kept, spec)
+  size, groups = w.shape[-2], w.shape[-2] // spec.group_size
+  if groups * spec.group_size != size:
+    raise ValueError(
+      f'QuantSpec: group_size={spec.group_size} does not divide axis -2 of a '
+      f'weight of shape {w.shape}.'
+    )
+  split = w.reshape(*w.shape[:-2], groups, spec.group_size, w.shape[-1])
+  kept = tuple(a + (a >= w.ndim - 1) for a in kept) + (w.ndim - 2,)
+  return tuple(
+    jnp.repeat(jnp.squeeze(v, -2), spec.group_size, axis=-2)
+    for v in _range_scale(split, kept, spec)
+  )
+
+
+def dynamic_scale(x: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+  """Scale and zero point of an activation, from its own extremes.
+
+  Args:
+    x: the activation.
+    spec: the quantizer; its `axis` keep their sizes, the other axes become 1.
+
+  Returns:
+    `(scale, zero_point)`, float32 with the rank of `x`; no gradient passes.
+
+  Example:
+    >>> spec = QuantSpec(symmetric=False, narrow=False, axis=0, dynamic=True)
+    >>> x = jnp.array([[0.0, 2.55], [0.0, 5.1]])
+    >>> [round(s, 3) for s in dynamic_scale(x, spec)[0][:, 0].tolist()]
+    [0.01, 0.02]
+  """
+  return _range_scale(jax.lax.stop_gradient(x), spec.kept_axes(x.ndim), spec)
+
+
+def _range_scale(x, kept, spec):
+  others = tuple(i for i in range(x.ndim) if i not in kept)
+  low, high = (f(x, axis=others, keepdims=True) for f in (jnp.min, jnp.max))
   return scale_and_zero_point(low, high, spec)
 
 
