@@ -1,7 +1,4 @@
-"""Quantization: grids, gradients, observers, folding, integer execution."""
-
-import functools
-import re
+"""Quantization: grids, gradients, observers, folding."""
 
 import jax
 import jax.numpy as jnp

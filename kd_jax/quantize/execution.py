@@ -97,7 +97,9 @@ def dequantize_params(variables: Variables) -> dict[str, Any]:
     params = dict(params)
     for name, value in integers.items():
       if isinstance(value, dict) and not name.startswith('input'):
-        params[name] = merged(params.get(name, {}), value)
+        inner = merged(params.get(name, {}), value)
+        # A layer without parameters has stored inputs only.
+        params |= {name: inner} if inner else {}
       elif name in CODED:
         codes = weight_codes(value, integers[f'{name}_scale'])
         params[name] = weight_values(codes)
@@ -109,7 +111,7 @@ def dequantize_params(variables: Variables) -> dict[str, Any]:
 
   rest = {k: v for k, v in variables.items() if k != COLLECTION}
   params = merged(rest.get('params', {}), variables.get(COLLECTION, {}))
-  return rest | {'params': {k: v for k, v in params.items() if v != {}}}
+  return rest | {'params': params}
 
 
 def bias_scale(
@@ -272,8 +274,15 @@ def _product(module, values, grid, kernel, *, simulate, convolution):
       y = products.multiply(eq, grid.round(x).astype(jnp.float32), w)
       y = y if bias is None else y + products.arrange(bias, eq.bias, eq.out)
     else:
-      y = products.contract(eq, grid.codes(x), kernel, bias)
+      y = _contract(module, eq, grid.codes(x), kernel, bias)
   return y.astype(dtype)
+
+
+def _contract(module, eq, *operands):
+  try:
+    return products.contract(eq, *operands)
+  except ValueError as e:
+    raise ValueError(f'{"/".join(module.path)}: {e}') from e
 
 
 def _convolution(module, x, grid, kernel, bias, step, way):
@@ -310,7 +319,8 @@ def _attention(module, values, grids, simulate):
       module, *(grids[i].round(values[i]) for i in (0, 1))
     )
   else:
-    y = products.attention(module, *(grids[i].codes(values[i]) for i in (0, 1)))
+    codes = (grids[i].codes(values[i]) for i in (0, 1))
+    y = products.attention(module, *codes)
   return y.astype(values[0].dtype)
 
 

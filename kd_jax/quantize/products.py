@@ -166,7 +166,7 @@ def arrange(value: jax.Array, letters: str, out: str) -> jax.Array:
   gone = tuple(i for i, c in enumerate(letters) if c not in out)
   if any(value.shape[i] != 1 for i in gone):
     raise ValueError(
-      f'A scale of shape {value.shape} varies along an axis that is summed.'
+      f'a scale of shape {value.shape} varies along an axis that is summed.'
     )
   value = jnp.squeeze(value, gone)
   kept = [c for c in letters if c in out]
@@ -273,18 +273,16 @@ def _split_groups(eq, x, w):
     if value is None or not value.ndim:
       return value
     axis = letters.index(c)
-    shape = (*value.shape[:axis], groups, -1, *value.shape[axis + 1 :])
+    inner = value.shape[axis] // groups
+    shape = (*value.shape[:axis], groups, inner, *value.shape[axis + 1 :])
     return value.reshape(shape)
 
   groups = w.scale.shape[-2]
   x = Codes(split(x.code, eq.x, groups), *(split(v, eq.x, 1) for v in x[1:]))
   w = Codes(split(w.code, eq.w, groups), split(w.scale, eq.w, groups))
   both = g + c
-  return (
-    Equation(eq.x.replace(c, both), eq.w.replace(c, both), g + eq.out),
-    x,
-    w,
-  )
+  letters = eq.x.replace(c, both), eq.w.replace(c, both)
+  return Equation(*letters, g + eq.out, eq.bias), x, w
 
 
 def attention(module: Any, queries: Codes, keys: Codes) -> jax.Array:

@@ -1,0 +1,268 @@
+"""Whole models on integers: against fake-quant, and layer by layer."""
+
+import functools
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from kd_jax import adapters, deploy, models, parity, quantize
+from kd_jax.models import layers
+from kd_jax.models.cifar_mobilenet import InvertedResidual
+from kd_jax.quantize import QuantSpec
+
+WEIGHTS = [('.*/kernel', quantize.INT8_WEIGHTS)]
+INPUTS = [('.*', quantize.INT8_ACTIVATIONS)]
+DYNAMIC = [('.*', QuantSpec(symmetric=False, narrow=False, dynamic=True))]
+
+
+class _Inverted(nn.Module):
+  """A small MobileNetV2: depthwise convolutions and residual sums."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Conv(8, (3, 3), use_bias=False, name='stem')(x)
+    x = nn.relu6(nn.BatchNorm(not train, name='stem_norm')(x))
+    for i, stride in enumerate((2, 1), start=1):
+      x = InvertedResidual(8, 2, stride=stride, name=f'block{i}')(x, train)
+    return layers.classify(x, 3, train=train, dtype='float32')
+
+
+class _Biased(nn.Module):
+  """Layers with biases of their own before BatchNorm; Dense as well."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Conv(4, (3, 3), name='conv')(x)
+    x = nn.BatchNorm(not train, use_scale=False, name='norm1')(x)
+    x = nn.relu(x).reshape(x.shape[0], -1)
+    x = nn.Dense(6, use_bias=False, name='dense')(x)
+    x = nn.BatchNorm(not train, use_bias=False, epsilon=0.1, name='norm2')(x)
+    # Not foldable: something lies between.
+    x = nn.BatchNorm(not train, name='norm3')(nn.relu(x))
+    return nn.Dense(3, name='head')(x)
+
+
+MODELS = {
+  'mlp': models.MLP(3, hidden=(12, 7)),
+  'cnn': models.CNN(3, widths=(4, 5)),
+  'biased': _Biased(),
+  'resnet': models.CifarResNet(3, depth=8, width=4),
+  'mobilenet': _Inverted(),
+  'shufflenet': models.ShuffleNetV2(
+    3, widths=(12, 24), blocks=(2, 1), last_width=16
+  ),
+  'vit': models.ViT(3, patch_size=4, width=12, depth=2, heads=2, mlp_ratio=2),
+}
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+@functools.cache
+def _calibrated(name):
+  """A folded model with observed ranges, and a batch it was not observed on."""
+  model, rng = MODELS[name], np.random.default_rng(0)
+  batches = [
+    {'image': (rng.normal(size=(8, 8, 8, 3)) + 0.3).astype('f')}
+    for _ in range(2)
+  ]
+  shapes = jax.eval_shape(
+    lambda: adapters.init_linen(model, jax.random.key(0), batches[0])
+  )
+
+  def fill(path, x):
+    noise = rng.normal(size=x.shape).astype('f')
+    if path[-1].key == 'kernel':
+      return noise / np.sqrt(np.prod(x.shape[:-1]), dtype='f')
+    if path[-1].key == 'var':
+      return np.exp(0.5 * noise)
+    return 0.3 * noise + (path[-1].key == 'scale')
+
+  variables = jax.tree_util.tree_map_with_path(fill, shapes)
+  variables = deploy.fold(model, variables, batches[0])
+  observed = adapters.from_linen(
+    model,
+    interceptors=[
+      quantize.skip_folded_batch_norms,
+      quantize.quantize_activations(INPUTS),
+    ],
+    train_argument=None,
+  )
+  observe = jax.jit(lambda v, b: observed(v, b, train=True).model_state)
+  return model, {**variables, **observe(variables, batches[0])}, batches[1]
+
+
+@functools.cache
+def _report(name):
+  model, variables, batch = _calibrated(name)
+  integers = quantize.convert(variables, WEIGHTS, INPUTS)
+  report = parity.check_parity(
+    model,
+    variables,
+    integers,
+    batch,
+    weight_rules=WEIGHTS,
+    activation_rules=INPUTS,
+  )
+  return integers, report
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_integers_compute_what_fake_quant_computed(name):
+  """A code on the edge may flip; then the rest is off by a part of a step."""
+  integers, report = _report(name)
+  assert report.exact.agreement == 1.0
+  assert report.exact.sqnr_db > 55 > report.integer.sqnr_db
+  # Nothing else explains the error against float.
+  assert abs(report.integer.sqnr_db - report.fake.sqnr_db) < 0.5
+  first = min(report.layers, key=lambda row: -row.sqnr_db)
+  assert first.sqnr_db > 90
+  assert 'quant_stats' not in integers
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_layer_runs_on_integers(name):
+  """All products; no float kernel is left."""
+  integers, report = _report(name)
+  products = [row for row in report.layers if row.dead_weights is not None]
+  kernels = [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(integers['int8'])
+    if path[-1].key == 'kernel'
+  ]
+  assert len(products) == len(kernels) > 0
+  assert {row.execution for row in products} == {'static'}
+  assert {k.dtype for k in kernels} == {jnp.dtype('int8')}
+  left = jax.tree_util.tree_leaves_with_path(integers['params'])
+  assert not [path for path, _ in left if path[-1].key == 'kernel']
+  others = {row.layer.rpartition('/')[2] for row in report.layers}
+  others -= {row.layer.rpartition('/')[2] for row in products}
+  expected = {
+    'vit': {'scores', 'context', 'add1', 'add2'},
+    'shufflenet': {'concatenate', 'pool'},
+    'resnet': {'add', 'pool'},
+  }
+  assert others == expected.get(name, others)
+
+
+@pytest.mark.parametrize('name', ['cnn', 'vit'])
+def test_the_ways_of_a_model(name):
+  model, variables, batch = _calibrated(name)
+  integers, report = _report(name)
+  forwards = [
+    deploy.integer_forward(model, convolution='direct'),
+    deploy.integer_forward(model, convolution='im2col'),
+    deploy.integer_forward(model, simulate=True),
+  ]
+  direct, im2col, simulated = jax.jit(
+    lambda v, b: [f(v, b).output for f in forwards]
+  )(integers, batch)
+  np.testing.assert_array_equal(im2col, direct)
+  spread = np.ptp(direct)
+  assert np.median(np.abs(simulated - direct)) < 1e-4 * spread
+  assert np.abs(simulated - direct).max() < 0.02 * spread
+
+
+def test_four_bits_and_dynamic_ranges():
+  model, variables, batch = _calibrated('cnn')
+  rules = [
+    ('head/kernel', QuantSpec(axis=-1)),
+    ('.*/kernel', QuantSpec(bits=4, axis=-1)),
+  ]
+  plain = {k: v for k, v in variables.items() if k != 'quant_stats'}
+  integers = quantize.convert(plain, rules, DYNAMIC)
+  report = parity.check_parity(
+    model,
+    plain,
+    integers,
+    batch,
+    weight_rules=rules,
+    activation_rules=DYNAMIC,
+  )
+  assert report.exact.sqnr_db > 90 and report.fake.sqnr_db < 40
+  assert {row.execution for row in report.layers} == {'dynamic'}
+  by_name = {row.layer: row for row in report.layers}
+  assert by_name['conv2'].dead_weights <= 15 < by_name['head'].dead_weights
+  assert by_name['conv2'].saturation is None
+  assert by_name['conv2'].dead_inputs > 0
+  weights = parity.check_parity(
+    model, plain, integers, batch, weight_rules=rules
+  )
+  assert {row.execution for row in weights.layers} == {'weights'}
+  assert weights.exact.sqnr_db > 90
+
+
+class _Two(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    return nn.Dense(2, use_bias=False, name='second')(
+      nn.relu(nn.Dense(2, use_bias=False, name='first')(x))
+    )
+
+
+def test_the_numbers_of_a_layer_by_hand():
+  eye = np.eye(2, dtype='f')
+  ranges = {'low': 0.0, 'high': 2.55, 'count': 1.0}
+  variables = {
+    'params': {'first': {'kernel': eye}, 'second': {'kernel': 127 * eye}},
+    'quant_stats': {
+      name: {'input0': jax.tree.map(jnp.float32, ranges)}
+      for name in ('first', 'second')
+    },
+  }
+  # Steps of 0.01 from 0: one value is halfway, one is beyond the end.
+  x = np.array([[0.0, 0.004], [2.55, 5.1]], 'f')
+  options = {'weight_rules': WEIGHTS, 'activation_rules': INPUTS}
+  integers = quantize.convert(variables, WEIGHTS, INPUTS)
+  report = parity.check_parity(
+    _Two(), variables, integers, {'image': x}, **options
+  )
+  first, second = report.layers
+  assert (first.layer, first.execution) == ('first', 'static')
+  assert first.saturation == 1 / 4 and second.saturation == 0
+  # Codes 0 and 255 of 256; weights 0 and 127 of 255.
+  assert (first.dead_inputs, first.dead_weights) == (254, 253)
+  error = np.square([0.004, 5.1 - 2.55]).sum()
+  decibels = 10 * np.log10(np.square(x).sum() / error)
+  assert first.fake_sqnr_db == pytest.approx(decibels, rel=1e-4)
+  assert first.integer_sqnr_db == pytest.approx(decibels, rel=1e-4)
+  assert first.fake_max_error == pytest.approx(2.55, rel=1e-5)
+  assert second.fake_max_error == pytest.approx(127 * 2.55, rel=1e-5)
+  assert second.max_error < 1e-3 and second.sqnr_db > 100
+  assert report.fake.agreement == 1.0
+
+
+def test_a_wrong_integer_is_seen_in_its_layer():
+  model, variables, batch = _calibrated('cnn')
+  integers, report = _report('cnn')
+  kernel = integers['int8']['conv2']['kernel']
+  broken = jax.tree.map(lambda v: v, integers)
+  broken['int8']['conv2']['kernel'] = kernel.at[..., 0].add(9)
+  wrong = parity.check_parity(
+    model,
+    variables,
+    broken,
+    batch,
+    weight_rules=WEIGHTS,
+    activation_rules=INPUTS,
+  )
+  right, wrong = ({r.layer: r for r in p.layers} for p in (report, wrong))
+  assert wrong['conv1'] == right['conv1']
+  assert wrong['conv2'].sqnr_db < 30 < right['conv2'].sqnr_db
+
+
+def test_a_report_is_rows_and_a_table():
+  _, report = _report('vit')
+  rows = report.rows()
+  assert json.loads(json.dumps(rows)) == rows
+  text = io.StringIO()
+  parity.print_parity(report, text)
+  lines = text.getvalue().splitlines()
+  assert len(lines) == 1 + len(rows) + 3
+  assert lines[0].split()[0] == 'layer'
+  for line, row in zip(lines[1:], rows):
+    assert line.startswith(f'{row["layer"]} ')
+  assert len({len(line) for line in lines[: 1 + len(rows)]}) == 1
