@@ -227,13 +227,14 @@ def check_parity(
   """
   stored = _by_layer(integers[execution.COLLECTION])
   taps = sorted(layer for layer in stored if layer)
+  multiplying: set[str] = set()
 
   def forward(*interceptors):
     run = adapters.from_linen(
       model,
       taps=taps,
       interceptors=(
-        _recorder(taps),
+        _recorder(taps, multiplying),
         quantize.skip_folded_batch_norms,
         *interceptors,
       ),
@@ -265,7 +266,7 @@ def check_parity(
     layers.append(
       LayerParity(
         layer,
-        _execution(stored[layer], spec),
+        _execution(stored[layer], spec, layer in multiplying),
         *_errors(values['fake'], values['float']),
         *_errors(values['integer'], values['float']),
         *_errors(values['integer'], values['fake']),
@@ -361,14 +362,19 @@ def _by_layer(stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   return layers
 
 
-def _recorder(taps):
-  """An interceptor that keeps the inputs of layers beside their outputs."""
+def _recorder(taps, multiplying):
+  """An interceptor that keeps the inputs of layers beside their outputs.
+
+  It adds to `multiplying` the layers that multiply their inputs.
+  """
   wanted = frozenset(taps)
 
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
     called = context.method_name == '__call__'
     if called and '/'.join(module.path) in wanted:
+      if products.is_attention(module):
+        multiplying.add('/'.join(module.path))
       values, _ = products.arguments(module, args, kwargs)
       for i, x in enumerate(values):
         if products.is_input(x):
@@ -379,12 +385,12 @@ def _recorder(taps):
   return interceptor
 
 
-def _execution(layer, spec):
-  grid = 'input0' in layer
-  dynamic = spec is not None and spec.dynamic
-  if 'kernel' not in layer:
+def _execution(layer, spec, multiplies):
+  if 'kernel' not in layer and not multiplies:
     return 'weights' if 'embedding' in layer else 'inputs'
-  return 'static' if grid else 'dynamic' if dynamic else 'weights'
+  if 'input0' in layer:
+    return 'static'
+  return 'dynamic' if spec is not None and spec.dynamic else 'weights'
 
 
 def _errors(found, expected):

@@ -99,9 +99,11 @@ def _calibrated(name):
 def _report(name):
   model, variables, batch = _calibrated(name)
   integers = quantize.convert(variables, WEIGHTS, INPUTS)
+  # Biases on their grid: the one rounding that training has not.
+  rounded = quantize.dequantize_params(integers)['params']
   report = parity.check_parity(
     model,
-    variables,
+    {**variables, 'params': rounded},
     integers,
     batch,
     weight_rules=WEIGHTS,
@@ -114,12 +116,12 @@ def _report(name):
 def test_integers_compute_what_fake_quant_computed(name):
   """A code on the edge may flip; then the rest is off by a part of a step."""
   integers, report = _report(name)
-  assert report.exact.agreement == 1.0
-  assert report.exact.sqnr_db > 55 > report.integer.sqnr_db
+  assert report.exact.agreement == 1.0 and report.exact.sqnr_db > 45
+  errors = [row.sqnr_db for row in report.layers]
+  assert np.median(errors) > 100 and max(errors) > 120
   # Nothing else explains the error against float.
   assert abs(report.integer.sqnr_db - report.fake.sqnr_db) < 0.5
-  first = min(report.layers, key=lambda row: -row.sqnr_db)
-  assert first.sqnr_db > 90
+  assert report.fake.sqnr_db < 45
   assert 'quant_stats' not in integers
 
 
@@ -135,6 +137,8 @@ def test_every_layer_runs_on_integers(name):
   ]
   assert len(products) == len(kernels) > 0
   assert {row.execution for row in products} == {'static'}
+  attention = [row for row in report.layers if 'attention/' in row.layer]
+  assert {row.execution for row in attention} <= {'static'}
   assert {k.dtype for k in kernels} == {jnp.dtype('int8')}
   left = jax.tree_util.tree_leaves_with_path(integers['params'])
   assert not [path for path, _ in left if path[-1].key == 'kernel']
@@ -232,16 +236,17 @@ def test_the_numbers_of_a_layer_by_hand():
   assert first.fake_max_error == pytest.approx(2.55, rel=1e-5)
   assert second.fake_max_error == pytest.approx(127 * 2.55, rel=1e-5)
   assert second.max_error < 1e-3 and second.sqnr_db > 100
-  assert report.fake.agreement == 1.0
+  # A tie each after rounding, which the first class wins.
+  assert report.fake.agreement == 0.0 and report.exact.agreement == 1.0
 
 
 def test_a_wrong_integer_is_seen_in_its_layer():
   model, variables, batch = _calibrated('cnn')
-  integers, report = _report('cnn')
+  integers, _ = _report('cnn')
   kernel = integers['int8']['conv2']['kernel']
   broken = jax.tree.map(lambda v: v, integers)
   broken['int8']['conv2']['kernel'] = kernel.at[..., 0].add(9)
-  wrong = parity.check_parity(
+  report = parity.check_parity(
     model,
     variables,
     broken,
@@ -249,9 +254,8 @@ def test_a_wrong_integer_is_seen_in_its_layer():
     weight_rules=WEIGHTS,
     activation_rules=INPUTS,
   )
-  right, wrong = ({r.layer: r for r in p.layers} for p in (report, wrong))
-  assert wrong['conv1'] == right['conv1']
-  assert wrong['conv2'].sqnr_db < 30 < right['conv2'].sqnr_db
+  errors = {row.layer: row.sqnr_db for row in report.layers}
+  assert errors['conv2'] < 30 < 60 < errors['conv1']
 
 
 def test_a_report_is_rows_and_a_table():
