@@ -9,95 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from small_models import INPUTS, MODELS, WEIGHTS, calibrated
 
-from kd_jax import adapters, deploy, models, parity, quantize
-from kd_jax.models import layers
-from kd_jax.models.cifar_mobilenet import InvertedResidual
+from kd_jax import deploy, parity, quantize
 from kd_jax.quantize import QuantSpec
 
-WEIGHTS = [('.*/kernel', quantize.INT8_WEIGHTS)]
-INPUTS = [('.*', quantize.INT8_ACTIVATIONS)]
 DYNAMIC = [('.*', QuantSpec(symmetric=False, narrow=False, dynamic=True))]
-
-
-class _Inverted(nn.Module):
-  """A small MobileNetV2: depthwise convolutions and residual sums."""
-
-  @nn.compact
-  def __call__(self, x, train=False):
-    x = nn.Conv(8, (3, 3), use_bias=False, name='stem')(x)
-    x = nn.relu6(nn.BatchNorm(not train, name='stem_norm')(x))
-    for i, stride in enumerate((2, 1), start=1):
-      x = InvertedResidual(8, 2, stride=stride, name=f'block{i}')(x, train)
-    return layers.classify(x, 3, train=train, dtype='float32')
-
-
-class _Biased(nn.Module):
-  """Layers with biases of their own before BatchNorm; Dense as well."""
-
-  @nn.compact
-  def __call__(self, x, train=False):
-    x = nn.Conv(4, (3, 3), name='conv')(x)
-    x = nn.BatchNorm(not train, use_scale=False, name='norm1')(x)
-    x = nn.relu(x).reshape(x.shape[0], -1)
-    x = nn.Dense(6, use_bias=False, name='dense')(x)
-    x = nn.BatchNorm(not train, use_bias=False, epsilon=0.1, name='norm2')(x)
-    # Not foldable: something lies between.
-    x = nn.BatchNorm(not train, name='norm3')(nn.relu(x))
-    return nn.Dense(3, name='head')(x)
-
-
-MODELS = {
-  'mlp': models.MLP(3, hidden=(12, 7)),
-  'cnn': models.CNN(3, widths=(4, 5)),
-  'biased': _Biased(),
-  'resnet': models.CifarResNet(3, depth=8, width=4),
-  'mobilenet': _Inverted(),
-  'shufflenet': models.ShuffleNetV2(
-    3, widths=(12, 24), blocks=(2, 1), last_width=16
-  ),
-  'vit': models.ViT(3, patch_size=4, width=12, depth=2, heads=2, mlp_ratio=2),
-}
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @functools.cache
-def _calibrated(name):
-  """A folded model with observed ranges, and a batch it was not observed on."""
-  model, rng = MODELS[name], np.random.default_rng(0)
-  batches = [
-    {'image': (rng.normal(size=(8, 8, 8, 3)) + 0.3).astype('f')}
-    for _ in range(2)
-  ]
-  shapes = jax.eval_shape(
-    lambda: adapters.init_linen(model, jax.random.key(0), batches[0])
-  )
-
-  def fill(path, x):
-    noise = rng.normal(size=x.shape).astype('f')
-    if path[-1].key == 'kernel':
-      return noise / np.sqrt(np.prod(x.shape[:-1]), dtype='f')
-    if path[-1].key == 'var':
-      return np.exp(0.5 * noise)
-    return 0.3 * noise + (path[-1].key == 'scale')
-
-  variables = jax.tree_util.tree_map_with_path(fill, shapes)
-  variables = deploy.fold(model, variables, batches[0])
-  observed = adapters.from_linen(
-    model,
-    interceptors=[
-      quantize.skip_folded_batch_norms,
-      quantize.quantize_activations(INPUTS),
-    ],
-    train_argument=None,
-  )
-  observe = jax.jit(lambda v, b: observed(v, b, train=True).model_state)
-  return model, {**variables, **observe(variables, batches[0])}, batches[1]
-
-
-@functools.cache
 def _report(name):
-  model, variables, batch = _calibrated(name)
+  model, variables, batch = calibrated(name)
   integers = quantize.convert(variables, WEIGHTS, INPUTS)
   # Biases on their grid: the one rounding that training has not.
   rounded = quantize.dequantize_params(integers)['params']
@@ -154,7 +77,7 @@ def test_every_layer_runs_on_integers(name):
 
 @pytest.mark.parametrize('name', ['cnn', 'vit'])
 def test_the_ways_of_a_model(name):
-  model, variables, batch = _calibrated(name)
+  model, variables, batch = calibrated(name)
   integers, report = _report(name)
   forwards = [
     deploy.integer_forward(model, convolution='direct'),
@@ -171,7 +94,7 @@ def test_the_ways_of_a_model(name):
 
 
 def test_four_bits_and_dynamic_ranges():
-  model, variables, batch = _calibrated('cnn')
+  model, variables, batch = calibrated('cnn')
   rules = [
     ('head/kernel', QuantSpec(axis=-1)),
     ('.*/kernel', QuantSpec(bits=4, axis=-1)),
@@ -241,7 +164,7 @@ def test_the_numbers_of_a_layer_by_hand():
 
 
 def test_a_wrong_integer_is_seen_in_its_layer():
-  model, variables, batch = _calibrated('cnn')
+  model, variables, batch = calibrated('cnn')
   integers, _ = _report('cnn')
   kernel = integers['int8']['conv2']['kernel']
   broken = jax.tree.map(lambda v: v, integers)

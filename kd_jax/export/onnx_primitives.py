@@ -299,32 +299,29 @@ def _split(graph, eqn, x):
 
 
 def _gather(graph, eqn, x, index):
-  """Whole rows by their index; one out of range is the runtime's error."""
+  """Entries along one axis; an index out of range is the runtime's error."""
   numbers = eqn.params['dimension_numbers']
-  shape = tuple(eqn.invars[0].aval.shape)
-  rows = (
-    tuple(numbers.start_index_map) == (0,)
-    and tuple(numbers.collapsed_slice_dims) == (0,)
-    and tuple(eqn.params['slice_sizes']) == (1, *shape[1:])
-    and eqn.invars[1].aval.shape[-1] == 1
-  )
-  out = tuple(eqn.outvars[0].aval.shape)
-  last = tuple(range(len(out) - len(shape) + 1, len(out)))
-  if not rows or tuple(numbers.offset_dims) != last:
+  shape, places = (tuple(v.aval.shape) for v in eqn.invars)
+  axes, rank = tuple(numbers.start_index_map), len(places) - 1
+  sizes = tuple(1 if i in axes else size for i, size in enumerate(shape))
+  kept = range(len(shape) - 1)
+  if (
+    len(axes) != 1
+    or places[-1] != 1
+    or tuple(numbers.collapsed_slice_dims) != axes
+    or tuple(eqn.params['slice_sizes']) != sizes
+    or tuple(numbers.offset_dims)
+    != tuple(i if i < axes[0] else i + rank for i in kept)
+  ):
     raise unsupported(eqn, f'dimension_numbers={numbers}')
-  rank = len(eqn.invars[1].aval.shape)
-  index = graph.full(graph.tensor(index), eqn.invars[1].aval.shape)
-  index = graph.align(index, identity(rank))
-  places = graph.constant(np.array([rank - 1]))
-  index = graph.node('Squeeze', index.name, places)
-  if isinstance(x, Const):
-    table = graph.constant(np.broadcast_to(x.array, shape))
-  else:
-    table = graph.align(
-      graph.full(graph.tensor(x), shape), identity(len(shape))
-    )
-    table = table.name
-  name = graph.node('Gather', table, index, axis=0)
+  names = []
+  for value, full in ((x, shape), (index, places)):
+    tensor = graph.full(graph.tensor(value), full)
+    names.append(graph.align(tensor, identity(len(full))).name)
+  last = graph.constant(np.array([rank]))
+  names[1] = graph.node('Squeeze', names[1], last)
+  name = graph.node('Gather', *names, axis=axes[0])
+  out = tuple(eqn.outvars[0].aval.shape)
   return Tensor(name, out, identity(len(out)))
 
 

@@ -48,6 +48,8 @@ def pad(module: Any, x: jax.Array, value: jax.Array) -> jax.Array:
     edges = (padding,) * rank if isinstance(padding, int) else padding
     edges = [(p, p) if isinstance(p, int) else tuple(p) for p in edges]
   edges = [(*edge, d - 1) for edge, d in zip(edges, dilation)]
+  if set(edges) == {(0, 0, 0)}:
+    return x
   return jax.lax.pad(x, value, [(0, 0, 0), *edges, (0, 0, 0)])
 
 
@@ -79,15 +81,37 @@ def one_batch(module: Any, x: jax.Array) -> tuple[tuple[int, ...], jax.Array]:
 
 
 def of_layer(module: Any, x: jax.Array, w: jax.Array) -> jax.Array:
-  """A Conv's product of real values, its input padded."""
+  """A Conv's product of real values, its input padded.
+
+  Where windows tile the input, as in the patches of a transformer, it is one
+  matrix product, which onnxruntime runs on integers whatever follows it.
+  """
   rank = x.ndim - 2
+  strides = _sizes(module.strides, rank)
+  sizes = x.shape[1:-1]
+  tiles = strides == w.shape[:rank] == tuple(_window(module, rank))
+  if tiles and module.feature_group_count == 1 and math.prod(strides) > 1:
+    if not any(size % stride for size, stride in zip(sizes, strides)):
+      return _tiled(x, w, strides)
   return convolve(
     x,
     w,
-    strides=_sizes(module.strides, rank),
+    strides=strides,
     dilation=_sizes(module.kernel_dilation, rank),
     groups=module.feature_group_count,
   )
+
+
+def _tiled(x, w, strides):
+  counts = [size // stride for size, stride in zip(x.shape[1:-1], strides)]
+  both = [n for pair in zip(counts, strides) for n in pair]
+  x = x.reshape(x.shape[0], *both, x.shape[-1])
+  rank = len(counts)
+  outer, inner = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
+  x = jnp.transpose(x, (0, *outer, *inner, 2 * rank + 1))
+  rows = w.reshape(-1, w.shape[-1])
+  x = x.reshape(x.shape[0], *counts, rows.shape[0])
+  return jax.lax.dot_general(x, rows, (((rank + 1,), (0,)), ((), ())))
 
 
 def convolve(

@@ -170,7 +170,7 @@ def execute_integers(
   def interceptor(next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
     if _stored(module, 'embedding') is not None:
-      return _embed(module, method, args, kwargs)
+      return _embed(module, method, args, kwargs, simulate)
     kernel = _stored(module, 'kernel')
     if method != '__call__':
       return next_fun(*args, **kwargs)
@@ -335,7 +335,7 @@ def _weight_only(module, values, options, kernel):
   return alone.apply({'params': params}, *values, **options)
 
 
-def _embed(module, method, args, kwargs):
+def _embed(module, method, args, kwargs, simulate):
   """An Embed layer: rows of codes, dequantized after they are looked up."""
   if method == 'setup':
     return None
@@ -346,6 +346,9 @@ def _embed(module, method, args, kwargs):
     table = weight_values(weight_codes(stored, scale))
     dtype = module.dtype or jnp.promote_types(x.dtype, jnp.float32)
     return jnp.dot(x.astype(dtype), table.T.astype(dtype))
+  if simulate:
+    # Exporters keep the codes of 4 bits as int8, with no bytes to take apart.
+    stored = weight_codes(stored, scale).code
   if stored.shape[0] == 1:
     x = jnp.zeros_like(x)
   codes = jnp.take(stored, x, axis=0)
