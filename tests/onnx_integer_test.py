@@ -133,11 +133,11 @@ def _other(network, name):
   return model, quantize.convert(variables, rules, dynamic), x, dynamic
 
 
-@pytest.mark.parametrize('network', ['words', 'cnn'])
-@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize(
+  'network, name',
+  [*(('cnn', name) for name in FORMS), ('words', 'weights of 4 bits')],
+)
 def test_weight_only_and_dynamic_models_in_onnxruntime(network, name, tmp_path):
-  if network == 'words' and 'groups' in name:
-    name = 'weights of 4 bits'
   model, integers, x, dynamic = _other(network, name)
   path = tmp_path / 'model.onnx'
   simulated = _apply(model, integers, simulate=True, dynamic=dynamic)
@@ -152,7 +152,7 @@ def test_weight_only_and_dynamic_models_in_onnxruntime(network, name, tmp_path):
   assert max(np.prod(t.dims) for t in stored if t.data_type in kinds) >= 60
 
 
-@pytest.mark.parametrize('name', [*FORMS, 'vit', 'mobilenet'])
+@pytest.mark.parametrize('name', ['weights of 4 bits', 'dynamic', 'vit'])
 def test_stablehlo_carries_the_same_integers(name, tmp_path):
   if name in FORMS:
     model, integers, x, dynamic = _other('cnn', name)
