@@ -6,11 +6,12 @@ One process compiles every form of a small convolutional network with random
 weights and times them in turns: the float32 network with BatchNorm folded, its
 fake-quant twin, the integers of `quantize.convert` with each way to run
 convolutions, and the ONNX file of the same integers in onnxruntime where that
-is installed. Before timing, the forms are compared.
+is installed. A second table has the ways to run single convolutions.
 """
 
 import argparse
 import datetime
+import functools
 import pathlib
 import platform
 import tempfile
@@ -21,9 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from kd_jax import adapters, deploy, models, parity, quantize
 from kd_jax.export import onnx
+from kd_jax.quantize import convolutions as integer
+from kd_jax.quantize import products
 from kd_jax.report import measure
 
 WEIGHTS = [('.*/kernel', quantize.INT8_WEIGHTS)]
@@ -96,6 +100,61 @@ def _in_onnxruntime(model, integers, images):
     return onnx.load_onnx(path)
 
 
+def convolutions(*, runs: int) -> str:
+  """A Markdown table of the ways to run single convolutions on codes."""
+  shapes = {
+    '16x34x34x3 -> 64': ((16, 34, 34, 3), 64, 3, 1, 1),
+    '16x34x34x64 -> 64': ((16, 34, 34, 64), 64, 3, 1, 1),
+    '16x18x18x128 -> 256, by 2': ((16, 18, 18, 128), 256, 3, 2, 1),
+    '16x16x16x128 -> 128, 1x1': ((16, 16, 16, 128), 128, 1, 1, 1),
+    '4x18x18x64, depthwise': ((4, 18, 18, 64), 64, 3, 1, 64),
+    '1x34x34x64 -> 64': ((1, 34, 34, 64), 64, 3, 1, 1),
+  }
+  rng = np.random.default_rng(0)
+  lines = [
+    '| convolution, 3x3 | int8, direct | im2col | float32 convolution | auto |',
+    '| --- ' + '| ---: ' * 3 + '| --- |',
+  ]
+  for name, (shape, features, size, stride, groups) in shapes.items():
+    channels = shape[-1] // groups
+    x, w = (
+      jnp.asarray(rng.integers(-127, 128, s), jnp.int8)
+      for s in (shape, (size, size, channels, features))
+    )
+    layer = nn.Conv(
+      features,
+      (size, size),
+      strides=stride,
+      padding='VALID',
+      feature_group_count=groups,
+    )
+    run = {
+      way: jax.jit(
+        functools.partial(_codes_convolved, layer, scale=1.0, way=way)
+      )
+      for way in WAYS[:2]
+    }
+    calls = {way: functools.partial(fn, x, w) for way, fn in run.items()}
+    floats = x.astype(jnp.float32), w.astype(jnp.float32)
+    calls['float32'] = functools.partial(
+      jax.jit(lambda x, w, layer=layer: integer.of_layer(layer, x, w)), *floats
+    )
+    times = measure.latencies(
+      {way: lambda _, call=call: call() for way, call in calls.items()},
+      np.zeros(0),
+      runs=runs,
+    )
+    best = ' | '.join(f'{times[way]["low_ms"]:.2f}' for way in calls)
+    lines.append(f'| {name} | {best} | {integer.fastest(w, groups)} |')
+  return '\n'.join(lines)
+
+
+def _codes_convolved(layer, x, w, *, scale, way):
+  scale = jnp.full((1, 1, 1, w.shape[-1]), scale)
+  codes = products.Codes(x, jnp.float32(1)), products.Codes(w, scale)
+  return integer.product(layer, *codes, None, way=way)
+
+
 def benchmark(
   found: Mapping[str, Callable[[Any], Any]], images: np.ndarray, *, runs: int
 ) -> list[dict[str, Any]]:
@@ -155,9 +214,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     [
       table(rows),
       '',
+      convolutions(runs=args.runs),
+      '',
       f'- 3x3 convolutions of {widths} channels, the first at full resolution, '
       f'the others with stride 2, then pooling and 10 classes; {shape} float32 '
       'images.',
+      '- Single convolutions: milliseconds, the lower quartile; their inputs '
+      'are padded already. `auto` is what `execute_integers` chooses here.',
       f'- {args.runs} rounds after three that warm up; one round runs every '
       'form once, in one process. Read the ratios where other jobs run.',
       f'- {measure.hardware()}; python {platform.python_version()}, '

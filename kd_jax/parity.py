@@ -242,7 +242,9 @@ def check_parity(
     )
     return jax.jit(lambda v, b: run(v, b)[:2])
 
-  rounded = quantize.fake_quant_params(variables['params'], weight_rules)
+  rounded = jax.jit(lambda p: quantize.fake_quant_params(p, weight_rules))(
+    variables['params']
+  )
   observed = quantize.quantize_activations(activation_rules, observer=observer)
   executed = quantize.execute_integers(dynamic=activation_rules)
   runs = {

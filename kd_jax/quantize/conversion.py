@@ -46,8 +46,8 @@ def convert(
   bias; weight-only or dynamic, a kernel without observed inputs: codes, and the
   bias stays float (`execute_integers(dynamic=...)` tells the two apart);
   inputs without a kernel, as those of residual sums and attention: their
-  grids. Parameters of other names than `kernel` and `embedding` stay float,
-  rounded to their grid. Fold BatchNorm first.
+  grids. Parameters of other names than `kernel` and `embedding`, and affine
+  weights alone, stay float, rounded to their grid. Fold BatchNorm first.
 
   Args:
     variables: `params`, `quant_stats` where activations were observed, and what
@@ -88,8 +88,7 @@ def convert(
     weight_rules, rules_lib.leaf_names(variables['params']), kind='weight rule'
   )
   raw = traverse_util.flatten_dict(variables['params'], sep='/')
-  rounded = fake_quant_params(variables['params'], weight_rules)
-  params = dict(traverse_util.flatten_dict(rounded, sep='/'))
+  params = dict(raw)
   grids = _grids(variables, activation_rules, observer)
   converted = {
     _join(layer, name, part): value
@@ -99,9 +98,10 @@ def convert(
   }
   for path, spec in specs.items():
     layer, _, name = path.rpartition('/')
-    if name not in execution.CODED:
-      continue
     grid = grids.get(layer, {}).get(activations.input_name(0))
+    if name not in execution.CODED or (grid is None and not spec.symmetric):
+      params[path] = fake_quant_params({'w': raw[path]}, [('w', spec)])['w']
+      continue
     bias = raw.get(_join(layer, 'bias')) if name == 'kernel' else None
     entry = _weight(path, raw[path], bias, spec, grid)
     del params[path]

@@ -152,10 +152,11 @@ def execute_integers(
       activation rules trained with. Specs without `dynamic` are left to the
       stored grids.
     convolution: how integer convolutions run, all to the same integers:
-      'direct', XLA's own; 'im2col', one int8 matrix product, for GPUs, to
-      which XLA does not lower int8 convolutions; 'float32', the float
-      convolution where it is exact, below 1033 products a sum, and im2col
-      elsewhere; 'auto', im2col on GPUs and direct on all others.
+      'direct', XLA's own, which GPUs have not; 'im2col', one int8 matrix
+      product of all windows, or where a channel sees itself alone their sum;
+      'float32', the float convolution where it is exact, below 1033 products a
+      sum and without algorithms such as Winograd's, and im2col elsewhere;
+      'auto', the fastest on this backend, see `convolutions.fastest`.
 
   Returns:
     An interceptor for `flax.linen.intercept_methods`; the variables are those
