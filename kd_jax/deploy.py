@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from kd_jax import adapters, quantize
+from kd_jax import adapters, quantize, rules
 from kd_jax.types import Batch, StudentFn, Variables
 
 WEIGHTS = quantize.INT8_WEIGHTS
@@ -21,6 +21,8 @@ def integer_forward(
   model: adapters.LinenModule,
   *,
   simulate: bool = False,
+  dynamic: rules.Rules[quantize.QuantSpec] = (),
+  convolution: str = 'auto',
   taps: Sequence[str] = (),
   axis_name: str | None = None,
   interceptors: Sequence[adapters.Interceptor] = (),
@@ -29,7 +31,8 @@ def integer_forward(
 
   Args:
     model: the module that was trained; it is not edited.
-    simulate: see `quantize.execute_integers`.
+    simulate: see `quantize.execute_integers`, and so are `dynamic` and
+      `convolution`.
     taps: see `adapters.from_linen`, and so is `axis_name`.
     interceptors: others, which go first, such as `prune.resized(...)` for a
       shrunk model.
@@ -40,7 +43,9 @@ def integer_forward(
     interceptors=(
       *interceptors,
       quantize.skip_folded_batch_norms,
-      quantize.execute_integers(simulate=simulate),
+      quantize.execute_integers(
+        simulate=simulate, dynamic=dynamic, convolution=convolution
+      ),
     ),
     axis_name=axis_name,
   )

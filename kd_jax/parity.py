@@ -1,17 +1,26 @@
 """Parity: how closely one form of a model computes what another does.
 
 A model changes form when it is folded, converted to integers or exported; each
-form is compared with the one it came from on the same batches. Owns no data
-and no models: both forms are functions of a batch.
+form is compared with the one it came from on the same batches. `compare` sees
+functions of a batch, whatever they are; `check_parity` sees the layers of a
+linen model. Owns no data and no models.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TextIO
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
-from kd_jax.types import Batch, check_same_shape
+from kd_jax import adapters, quantize, rules
+from kd_jax.quantize import execution, inputs, products
+from kd_jax.quantize.activations import dynamic_scale
+from kd_jax.types import Batch, Variables, check_same_shape
 
 
 class Parity(NamedTuple):
@@ -122,6 +131,337 @@ def require(parity: Parity, *, name: str, agreement: float = 0.995) -> None:
     f'examples ({parity.agreement:.2%}), but {agreement:.2%} are required; '
     f'largest error {parity.max_abs_error:.3g}, SQNR {parity.sqnr_db:.1f} dB.'
   )
+
+
+class LayerParity(NamedTuple):
+  """One layer of `check_parity`; decibels as in `Parity`.
+
+  Errors are of the layer's output within the whole network, so that they hold
+  what the layers before it added.
+
+  Attributes:
+    layer: its path.
+    execution: 'static', observed grids and integer products; 'dynamic', the
+      same with the range of the batch at hand; 'weights', codes dequantized in
+      the product; 'inputs', no product on integers, but rounded inputs.
+    fake_max_error: the largest difference of fake-quant and float outputs.
+    fake_sqnr_db: of fake-quant against float.
+    integer_max_error: the largest difference of integer and float outputs.
+    integer_sqnr_db: of integers against float.
+    max_error: the largest difference of integer and fake-quant outputs.
+    sqnr_db: of integers against fake-quant.
+    saturation: the share of the inputs' values beyond the ends of their grid,
+      of the input with the most; None without a stored grid.
+    dead_inputs: how many of an input's 256 codes do not occur in the batch, of
+      the input with the most; None without codes.
+    dead_weights: how many of the 255 (of 4 bits: 15) codes of the weights do
+      not occur; None without codes.
+  """
+
+  layer: str
+  execution: str
+  fake_max_error: float
+  fake_sqnr_db: float
+  integer_max_error: float
+  integer_sqnr_db: float
+  max_error: float
+  sqnr_db: float
+  saturation: float | None
+  dead_inputs: int | None
+  dead_weights: int | None
+
+
+class ParityReport(NamedTuple):
+  """What `check_parity` found.
+
+  Attributes:
+    layers: in the order of their paths.
+    fake: the outputs of fake-quant against float.
+    integer: of integers against float.
+    exact: of integers against fake-quant.
+  """
+
+  layers: tuple[LayerParity, ...]
+  fake: Parity
+  integer: Parity
+  exact: Parity
+
+  def rows(self) -> list[dict[str, Any]]:
+    """One dict per layer, by the names of `LayerParity`; JSON values."""
+    return [layer._asdict() for layer in self.layers]
+
+
+def check_parity(
+  model: adapters.LinenModule,
+  variables: Variables,
+  integers: Variables,
+  batch: Batch,
+  *,
+  weight_rules: rules.Rules[quantize.QuantSpec],
+  activation_rules: rules.Rules[quantize.QuantSpec] = (),
+  observer: quantize.Observer | None = None,
+  train_argument: str | None = 'train',
+) -> ParityReport:
+  """Compares float, fake-quant and integer execution layer by layer.
+
+  Args:
+    model: the module; it is not edited. A scanned stack has to lift the
+      collection `intermediates`.
+    variables: what `quantize.convert` was given: `params`, folded where
+      BatchNorm was, and `quant_stats` where activations were observed.
+    integers: what it returned.
+    batch: one batch, pre-processed.
+    weight_rules: as given to `convert`.
+    activation_rules: as given to `convert`.
+    observer: as given to `convert`.
+    train_argument: see `adapters.from_linen`.
+
+  Returns:
+    The layers that `convert` changed, and the outputs from end to end.
+
+  Raises:
+    ValueError: if the model's output is not `[B, C]`.
+
+  References:
+    Jacob et al., 2018, arXiv:1712.05877, for the arithmetic that is compared.
+  """
+  stored = _by_layer(integers[execution.COLLECTION])
+  taps = sorted(layer for layer in stored if layer)
+  multiplying: set[str] = set()
+
+  def forward(*interceptors):
+    run = adapters.from_linen(
+      model,
+      taps=taps,
+      interceptors=(
+        _recorder(taps, multiplying),
+        quantize.skip_folded_batch_norms,
+        *interceptors,
+      ),
+      train_argument=train_argument,
+    )
+    return jax.jit(lambda v, b: run(v, b)[:2])
+
+  rounded = jax.jit(lambda p: quantize.fake_quant_params(p, weight_rules))(
+    variables['params']
+  )
+  observed = quantize.quantize_activations(activation_rules, observer=observer)
+  executed = quantize.execute_integers(dynamic=activation_rules)
+  runs = {
+    'float': forward()(variables, batch),
+    'fake': forward(observed)({**variables, 'params': rounded}, batch),
+    'integer': forward(executed)(integers, batch),
+  }
+  outputs = {name: run[0] for name, run in runs.items()}
+  features = {name: run[1] for name, run in runs.items()}
+
+  def pair(found, expected):
+    return compare(
+      lambda _: outputs[found], lambda _: outputs[expected], [batch]
+    )
+
+  layers = []
+  for layer in taps:
+    spec = rules.first(activation_rules, layer)
+    values = {name: _float64(f[layer]) for name, f in features.items()}
+    codes = _input_codes(layer, stored[layer], features['integer'], spec)
+    layers.append(
+      LayerParity(
+        layer,
+        _execution(stored[layer], spec, layer in multiplying),
+        *_errors(values['fake'], values['float']),
+        *_errors(values['integer'], values['float']),
+        *_errors(values['integer'], values['fake']),
+        max((s for s, _ in codes if s is not None), default=None),
+        max((d for _, d in codes), default=None),
+        _dead_weights(stored[layer]),
+      )
+    )
+  return ParityReport(
+    tuple(layers),
+    fake=pair('fake', 'float'),
+    integer=pair('integer', 'float'),
+    exact=pair('integer', 'fake'),
+  )
+
+
+def print_parity(report: ParityReport, file: TextIO | None = None) -> None:
+  """Prints a report of `check_parity` as a table, a line for each layer.
+
+  Args:
+    report: what it returned.
+    file: where to; standard output when None.
+
+  Example:
+    >>> layer = LayerParity(
+    ...   'conv', 'static', 0.1, 41.0, 0.1, 41.0, 0.0, math.inf, 0.0, 3, 200)
+    >>> whole = Parity(1.0, 0.1, 0.01, 40.0, 8)
+    >>> print_parity(ParityReport((layer,), whole, whole, whole))
+    layer  runs    fake dB  int8 dB  int8-fake  max error  saturated  dead in  \
+dead w
+    conv   static     41.0     41.0        inf          0     0.00 %        3  \
+   200
+    outputs: fake-quant 40.0 dB, agrees on 100.00 % with float
+    outputs: integers   40.0 dB, agrees on 100.00 % with float
+    outputs: integers   40.0 dB, agrees on 100.00 % with fake-quant
+  """
+  titles = (
+    'layer',
+    'runs',
+    'fake dB',
+    'int8 dB',
+    'int8-fake',
+    'max error',
+    'saturated',
+    'dead in',
+    'dead w',
+  )
+  lines = [titles]
+  for row in report.layers:
+    share = '-' if row.saturation is None else f'{100 * row.saturation:.2f} %'
+    dead = ['-' if n is None else str(n) for n in row[-2:]]
+    decibels = (row.fake_sqnr_db, row.integer_sqnr_db, row.sqnr_db)
+    lines.append(
+      (
+        row.layer,
+        row.execution,
+        *(f'{value:.1f}' for value in decibels),
+        f'{row.max_error:.3g}',
+        share,
+        *dead,
+      )
+    )
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  for line in lines:
+    words = [
+      word.ljust(width) if i < 2 else word.rjust(width)
+      for i, (word, width) in enumerate(zip(line, widths))
+    ]
+    print('  '.join(words), file=file or sys.stdout)
+  ends = (
+    ('fake-quant', report.fake, 'float'),
+    ('integers  ', report.integer, 'float'),
+    ('integers  ', report.exact, 'fake-quant'),
+  )
+  for name, parity, reference in ends:
+    print(
+      f'outputs: {name} {parity.sqnr_db:.1f} dB, agrees on '
+      f'{parity.agreement:.2%} with {reference}'.replace('%', ' %'),
+      file=file or sys.stdout,
+    )
+
+
+def _by_layer(stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """layer path -> its entries in the collection, inputs as dicts."""
+  layers: dict[str, dict[str, Any]] = {}
+  for path, value in traverse_util.flatten_dict(stored).items():
+    nested = path[-1] in ('scale', 'zero_point')
+    layer = layers.setdefault('/'.join(path[: -1 - nested]), {})
+    if nested:
+      layer.setdefault(path[-2], {})[path[-1]] = value
+    else:
+      layer[path[-1]] = value
+  return layers
+
+
+def _recorder(taps, multiplying):
+  """An interceptor that keeps the inputs of layers beside their outputs.
+
+  It adds to `multiplying` the layers that multiply their inputs.
+  """
+  wanted = frozenset(taps)
+
+  def interceptor(next_fun, args, kwargs, context):
+    module = context.module
+    called = context.method_name == '__call__'
+    if called and _multiplies_inside(module, wanted):
+      with inputs.replaced_products(module, _recorded(module, multiplying)):
+        return next_fun(*args, **kwargs)
+    if called and '/'.join(module.path) in wanted:
+      if products.is_attention(module):
+        multiplying.add('/'.join(module.path))
+      values, _ = products.arguments(module, args, kwargs)
+      for i, x in enumerate(values):
+        if products.is_input(x):
+          name = inputs.input_name(i)
+          module.scope.put_variable('intermediates', name, (x,))
+    return next_fun(*args, **kwargs)
+
+  return interceptor
+
+
+def _multiplies_inside(module, wanted):
+  """Whether products of linen's attention are among the layers."""
+  return inputs.is_attention(module) and any(
+    '/'.join((*module.path, product)) in wanted for product in inputs.PRODUCTS
+  )
+
+
+def _recorded(module, multiplying):
+  """Computes a product of linen's attention, and keeps what it was given."""
+
+  def compute(product, einsum, equation, *operands):
+    multiplying.add('/'.join((*module.path, product)))
+    y = einsum(equation, *operands)
+    kept = {inputs.input_name(i): (x,) for i, x in enumerate(operands)}
+    kept['__call__'] = (y,)
+    module.scope.put_variable('intermediates', product, kept)
+    return y
+
+  return compute
+
+
+def _execution(layer, spec, multiplies):
+  if 'kernel' not in layer and not multiplies:
+    return 'weights' if 'embedding' in layer else 'inputs'
+  if 'input0' in layer:
+    return 'static'
+  return 'dynamic' if spec is not None and spec.dynamic else 'weights'
+
+
+def _errors(found, expected):
+  difference = found - expected
+  noise, signal = np.square(difference).sum(), np.square(expected).sum()
+  error = np.abs(difference).max(initial=0.0)
+  return float(error), _decibels(float(signal), float(noise))
+
+
+def _float64(x):
+  return np.asarray(x, np.float64)
+
+
+def _input_codes(layer, stored, features, spec):
+  """`(saturation, dead codes)` of each quantized input of a layer."""
+  found = []
+  for path, x in features.items():
+    owner, _, name = path.rpartition('/')
+    if owner != layer or not re.fullmatch(r'input\d+', name):
+      continue
+    grid = stored.get(name)
+    if grid is not None:
+      shape = grid['scale'].shape
+      wide = (*shape, *(1,) * (x.ndim - len(shape)))
+      scale = _float64(grid['scale']).reshape(wide)
+      zero_point = _float64(grid['zero_point']).reshape(wide)
+    elif spec is not None and spec.dynamic:
+      scale, zero_point = map(_float64, dynamic_scale(x, spec))
+    else:
+      continue
+    code = np.round(_float64(x) / scale) + zero_point
+    outside = float(np.mean((code < -128) | (code > 127)))
+    used = len(np.unique(np.clip(code, -128, 127)))
+    found.append((outside if grid is not None else None, 256 - used))
+  return found
+
+
+def _dead_weights(layer):
+  for name in execution.CODED:
+    if name in layer:
+      stored = layer[name]
+      codes = execution.weight_codes(stored, layer[f'{name}_scale']).code
+      levels = 15 if stored.dtype == jnp.uint8 else 255
+      return levels - len(np.unique(np.asarray(codes)))
+  return None
 
 
 def _outputs(fn, reference, batch) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,8 @@ import safetensors
 import safetensors.flax
 from flax import traverse_util
 
+from kd_jax import quantize
+
 FORMAT = 'kd_jax.variables.1'
 
 
@@ -56,11 +58,11 @@ def count(variables: Mapping[str, Any]) -> tuple[int, int]:
   form; running statistics, scales and zero points are not parameters.
 
   Args:
-    variables: with `params`, and `int8` after `quantize.convert`.
+    variables: with `params`, and `int8` after `quantize.convert`; two codes of
+      4 bits in a byte are two parameters.
   """
-  leaves = jax.tree.leaves(variables.get('params', {}))
-  integers = traverse_util.flatten_dict(variables.get('int8', {}), sep='/')
-  leaves += [v for k, v in integers.items() if k.endswith(('/kernel', '/bias'))]
+  params = quantize.dequantize_params(variables)['params']
+  leaves = jax.tree.leaves(params)
   return (
     sum(int(leaf.size) for leaf in leaves),
     sum(int(np.count_nonzero(leaf)) for leaf in leaves),

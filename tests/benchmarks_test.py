@@ -91,3 +91,23 @@ def test_methods_are_steps_of_their_own(capsys):
   with pytest.raises(SystemExit):
     methods.main(['--config', TINY, '--methods', 'kdd'])
   assert "Unknown method 'kdd'" in capsys.readouterr().err
+
+
+def test_forms_of_an_integer_network(tmp_path):
+  out = tmp_path / 'results' / 'int8.md'
+  arguments = ['--widths', '4', '8', '--size', '8', '--batch', '2']
+  _load('int8').main([*arguments, '--runs', '2', '--out', str(out)])
+  forms, ways, _ = out.read_text().split('\n\n')
+  assert len(ways.splitlines()) == 8 and '| im2col |' in ways
+  rows = {}
+  for line in forms.splitlines():
+    if line.startswith('| ') and '---' not in line and 'median' not in line:
+      name, time, speed, error = map(str.strip, line.strip('| ').split('|'))
+      rows[name] = (float(time.split()[0]), float(speed), float(error))
+  ways = [f'integer, {way}' for way in ('direct', 'im2col', 'float32')]
+  assert list(rows) == ['float32', 'fake-quant', *ways, 'onnxruntime int8']
+  assert all(time > 0 and speed > 0 for time, speed, _ in rows.values())
+  assert rows['float32'][1:] == (1.0, float('inf'))
+  # The ways give the same integers, whose error is that of int8.
+  assert len({rows[way][2] for way in ways}) == 1
+  assert 15 < rows[ways[0]][2] < 60

@@ -62,13 +62,23 @@ def test_weights_round_trip_and_refuse_foreign_files(tmp_path):
   path = tmp_path / 'weights.safetensors'
   variables = {
     'params': {'dense': {'kernel': jax.numpy.ones((2, 3), 'bfloat16')}},
-    'int8': {'conv': {'kernel': np.array([0, 3], np.int8)}},
+    'int8': {
+      'conv': {
+        'kernel': np.array([0, 3], np.int8),
+        'kernel_scale': np.ones(1, np.float32),
+      },
+      'packed': {
+        # Two codes of 4 bits in the first byte, one in the other.
+        'kernel': np.array([[0x0F, 0x07]], np.uint8),
+        'kernel_scale': np.ones((1, 3), np.float32),
+      },
+    },
   }
   weights.save_weights(path, variables)
   loaded = weights.load_weights(path)
   assert loaded['params']['dense']['kernel'].dtype == 'bfloat16'
   np.testing.assert_array_equal(loaded['int8']['conv']['kernel'], [0, 3])
-  assert weights.count(loaded) == (8, 7)
+  assert weights.count(loaded) == (11, 9)
 
   path.write_bytes(path.read_bytes()[:20])
   with pytest.raises(ValueError, match='cannot be read as weights'):

@@ -41,6 +41,12 @@ def trained(name, size=6):
     lambda: adapters.init_linen(model, jax.random.key(0), batch)
   )
 
+  return model, values(shapes, rng), batch
+
+
+def values(shapes, rng):
+  """Values for the shapes of variables, with norms that do something."""
+
   def fill(path, x):
     noise = rng.normal(size=x.shape).astype('f')
     if path[-1].key == 'kernel':
@@ -49,7 +55,7 @@ def trained(name, size=6):
       return np.exp(0.5 * noise)
     return 0.3 * noise + (path[-1].key == 'scale')
 
-  return model, jax.tree_util.tree_map_with_path(fill, shapes), batch
+  return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def fold(model, variables, batch):

@@ -171,6 +171,10 @@ def _session(path, optimized: str | None = None) -> Any:
   options.log_severity_level = 3
   if _saturates():
     options.add_session_config_entry('session.x64quantprecision', '1')
+  # Where weights alone are quantized onnxruntime would round the inputs too.
+  options.add_session_config_entry(
+    'session.qdq_matmulnbits_accuracy_level', '1'
+  )
   if optimized is not None:
     options.optimized_model_filepath = optimized
   return runtime.InferenceSession(

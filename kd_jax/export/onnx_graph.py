@@ -145,6 +145,11 @@ def unsupported(eqn: Any, what: str) -> ValueError:
   )
 
 
+def _each(array: np.ndarray, axis: int, step: int) -> np.ndarray:
+  """Every so manieth element along an axis."""
+  return array.take(range(0, array.shape[axis], step), axis)
+
+
 class Graph:
   """Nodes and initializers, written in order.
 
@@ -193,7 +198,7 @@ class Graph:
       return self.constant(value.array)
     axes = [i for i, size in enumerate(value.scale.shape) if size > 1]
     if len(axes) > 1:
-      return self.constant(value.array)
+      return self._of_groups(value)
     scale = value.scale.reshape(-1 if axes else ())
     names = [self.constant(value.code), self.constant(scale)]
     if value.code.dtype == np.int8:
@@ -202,6 +207,33 @@ class Graph:
       names.append(self._initializer(np.zeros(scale.shape, np.int8)))
     attributes = {'axis': axes[0]} if axes else {}
     return self.node('DequantizeLinear', *names, **attributes)
+
+  def _of_groups(self, value: Codes) -> str:
+    """Codes with scales along several axes, which opset 20 has no node for.
+
+    The file holds the codes, and one scale for each run of equal ones.
+    """
+    code, scale = value.code, value.scale
+    for axis, size in enumerate(scale.shape):
+      step = next(
+        step
+        for step in range(size, 0, -1)
+        if size % step == 0
+        and (np.repeat(_each(scale, axis, step), step, axis) == scale).all()
+      )
+      if 1 < step < size:
+        split = (size // step, step)
+        code, scale = (
+          a.reshape(*a.shape[:axis], *own, *a.shape[axis + 1 :])
+          for a, own in ((code, split), (_each(scale, axis, step), (-1, 1)))
+        )
+        break
+    to = helper.np_dtype_to_tensor_dtype(np.dtype(np.float32))
+    name = self.node('Cast', self.constant(code), to=to)
+    name = self.node('Mul', name, self.constant(scale))
+    if code.shape == value.shape:
+      return name
+    return self.node('Reshape', name, self.shape(value.shape))
 
   def tensor(self, value: Value) -> Tensor:
     """Any value as a tensor of the graph."""

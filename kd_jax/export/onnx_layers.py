@@ -174,7 +174,7 @@ def conv(graph, eqn, x, w):
     name = graph.node('Conv', *names, **attributes)
     return Tensor(name, shape, tuple(numbers.out_spec))
 
-  detail = (kernel[numbers.rhs_spec[0]], numbers.out_spec[1])
+  detail = (kernel[numbers.rhs_spec[0]], (numbers.out_spec[1],))
   return Deferred('linear', emit, shape, detail)
 
 
@@ -203,9 +203,10 @@ def dot(graph, eqn, x, w):
     product = Tensor(name, tuple(sizes), identity(len(sizes)))
     return graph.reshape(product, shape)
 
-  if batch_x or len(free_w) != 1 or not isinstance(sizes[-1], int):
+  if batch_x or not free_w or not isinstance(sizes[-1], int):
     return emit()
-  return Deferred('linear', emit, shape, (sizes[-1], len(shape) - 1))
+  last = tuple(range(len(shape) - len(free_w), len(shape)))
+  return Deferred('linear', emit, shape, (sizes[-1], last))
 
 
 def _matrix(
@@ -222,9 +223,9 @@ def _matrix(
   order = [i for group in groups for i in group]
   plain = all(len(group) == 1 for group in groups)
   sizes = [math.prod(shape[i] for i in group) for group in groups]
-  if isinstance(value, Codes) and plain:
-    return graph.name(value.view(lambda a: a.transpose(order)))
-  if isinstance(value, (Const, Codes)):
+  if isinstance(value, Codes):
+    return graph.name(_grouped(value, order, groups))
+  if isinstance(value, Const):
     array = np.broadcast_to(value.array, shape)
     return graph.constant(array.transpose(order).reshape(sizes))
   x = graph.full(graph.real(value), shape)
@@ -233,3 +234,21 @@ def _matrix(
   moved = tuple(order.index(p) for p in x.perm)
   x = Tensor(x.name, tuple(shape[i] for i in order), moved)
   return graph.reshape(x, sizes).name
+
+
+def _grouped(
+  codes: Codes, order: Sequence[int], groups: Sequence[Sequence[int]]
+) -> Codes:
+  """Codes whose axes are transposed and then joined in groups."""
+  code, scale = codes.code.transpose(order), codes.scale.transpose(order)
+  sizes, steps, start = [], [], 0
+  wide = list(scale.shape)
+  for group in groups:
+    end = start + len(group)
+    if any(size > 1 for size in wide[start:end]):
+      wide[start:end] = code.shape[start:end]
+    sizes.append(math.prod(code.shape[start:end]))
+    steps.append(math.prod(wide[start:end]))
+    start = end
+  scale = np.broadcast_to(scale, wide).reshape(steps)
+  return Codes(code.reshape(sizes), scale)

@@ -79,18 +79,21 @@ def _bias(linear: Value, value: Value) -> Const | Codes | None:
     return None
   if not isinstance(value, (Const, Codes)):
     return None
-  channels, axis = linear.detail
+  channels, axes = linear.detail
   if value.shape and len(value.shape) != len(linear.shape):
     return None
-  sizes = [s for i, s in enumerate(value.shape) if i != axis]
+  sizes = [s for i, s in enumerate(value.shape) if i not in axes]
   if any(size != 1 for size in sizes):
     return None
+  own = [linear.shape[axis] for axis in axes]
   if isinstance(value, Const):
-    flat = value.array.reshape(-1)
-    return Const(np.broadcast_to(flat, (channels,)))
+    last = value.array.reshape([value.shape[a] for a in axes if value.shape])
+    return Const(np.broadcast_to(last, own).reshape(channels))
   if value.code.size != channels:
     return None
-  return value.view(lambda a: a.reshape(-1))
+  scale = value.scale.reshape([value.scale.shape[a] for a in axes])
+  scale = scale if scale.size == 1 else np.broadcast_to(scale, own)
+  return Codes(value.code.reshape(-1), scale.reshape(-1))
 
 
 def _add(graph, eqn, x, y):
@@ -208,13 +211,11 @@ def _reshape(graph, eqn, x):
     raise unsupported(eqn, 'a dimension order')
   old, new = eqn.invars[0].aval.shape, eqn.params['new_sizes']
   if isinstance(x, Codes):
-    kept = [i for i, size in enumerate(x.shape) if size != 1]
-    if [x.shape[i] for i in kept] == [size for size in new if size != 1]:
-      # Only axes of size 1 come and go, so the scale can follow.
-      sizes = iter(kept)
-      scale = [1 if s == 1 else x.scale.shape[next(sizes)] for s in new]
-      return Codes(x.code.reshape(new), x.scale.reshape(scale))
-    x = Const(x.array)
+    scale = np.broadcast_to(x.scale, x.shape).reshape(new)
+    for axis in range(scale.ndim):
+      first = scale.take([0], axis)
+      scale = first if (first == scale).all() else scale
+    return Codes(x.code.reshape(new), scale)
   if isinstance(x, Const):
     if all(isinstance(size, int) for size in (*old, *new)):
       return Const(np.broadcast_to(x.array, old).reshape(new))
@@ -295,6 +296,33 @@ def _split(graph, eqn, x):
     parts.append(dataclasses.replace(x, name=name, shape=shape))
     start += size
   return parts
+
+
+def _gather(graph, eqn, x, index):
+  """Entries along one axis; an index out of range is the runtime's error."""
+  numbers = eqn.params['dimension_numbers']
+  shape, places = (tuple(v.aval.shape) for v in eqn.invars)
+  axes, rank = tuple(numbers.start_index_map), len(places) - 1
+  sizes = tuple(1 if i in axes else size for i, size in enumerate(shape))
+  kept = range(len(shape) - 1)
+  if (
+    len(axes) != 1
+    or places[-1] != 1
+    or tuple(numbers.collapsed_slice_dims) != axes
+    or tuple(eqn.params['slice_sizes']) != sizes
+    or tuple(numbers.offset_dims)
+    != tuple(i if i < axes[0] else i + rank for i in kept)
+  ):
+    raise unsupported(eqn, f'dimension_numbers={numbers}')
+  names = []
+  for value, full in ((x, shape), (index, places)):
+    tensor = graph.full(graph.tensor(value), full)
+    names.append(graph.align(tensor, identity(len(full))).name)
+  last = graph.constant(np.array([rank]))
+  names[1] = graph.node('Squeeze', names[1], last)
+  name = graph.node('Gather', *names, axis=axes[0])
+  out = tuple(eqn.outvars[0].aval.shape)
+  return Tensor(name, out, identity(len(out)))
 
 
 # --- Quantization -----------------------------------------------------------
@@ -386,6 +414,7 @@ PRIMITIVES: dict[str, Callable[..., Value | list[Value]]] = {
   'concatenate': _concatenate,
   'conv_general_dilated': onnx_layers.conv,
   'dot_general': onnx_layers.dot,
+  'gather': _gather,
   'pad': onnx_layers.pad,
   'reduce_max': onnx_layers.reduce('ReduceMax'),
   'reduce_min': onnx_layers.reduce('ReduceMin'),

@@ -5,12 +5,15 @@ from kd_jax.quantize.activations import init_quant_stats as init_quant_stats
 from kd_jax.quantize.activations import (
   quantize_activations as quantize_activations,
 )
+from kd_jax.quantize.conversion import convert as convert
 from kd_jax.quantize.delays import delayed as delayed
 from kd_jax.quantize.delays import freeze_batch_norm as freeze_batch_norm
 from kd_jax.quantize.delays import freeze_observer as freeze_observer
 from kd_jax.quantize.delays import (
   init_batch_norm_steps as init_batch_norm_steps,
 )
+from kd_jax.quantize.execution import dequantize_params as dequantize_params
+from kd_jax.quantize.execution import execute_integers as execute_integers
 from kd_jax.quantize.fake_quant import dequantize as dequantize
 from kd_jax.quantize.fake_quant import fake_quant as fake_quant
 from kd_jax.quantize.fake_quant import fake_quant_params as fake_quant_params
@@ -22,8 +25,6 @@ from kd_jax.quantize.fold import simulate_folding as simulate_folding
 from kd_jax.quantize.fold import (
   skip_folded_batch_norms as skip_folded_batch_norms,
 )
-from kd_jax.quantize.int8 import convert as convert
-from kd_jax.quantize.int8 import execute_integers as execute_integers
 from kd_jax.quantize.learned import init_lsq_params as init_lsq_params
 from kd_jax.quantize.learned import lsq as lsq
 from kd_jax.quantize.learned import lsq_gradient_factor as lsq_gradient_factor
@@ -44,6 +45,8 @@ from kd_jax.quantize.observers import min_max as min_max
 from kd_jax.quantize.observers import mse as mse
 from kd_jax.quantize.observers import octav as octav
 from kd_jax.quantize.observers import percentile as percentile
+from kd_jax.quantize.packing import pack_int4 as pack_int4
+from kd_jax.quantize.packing import unpack_int4 as unpack_int4
 from kd_jax.quantize.specs import INT8_ACTIVATIONS as INT8_ACTIVATIONS
 from kd_jax.quantize.specs import INT8_WEIGHTS as INT8_WEIGHTS
 from kd_jax.quantize.specs import QuantSpec as QuantSpec

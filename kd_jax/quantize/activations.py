@@ -68,14 +68,16 @@ def activation(
       'have a range per tensor or per axis.'
     )
   if spec.dynamic:
-    return _rounded(x, *_range_of_batch(x, spec, axis_name), spec), stats
+    grid = dynamic_scale(x, spec, axis_name)
+    return fake_quant(x, *grid, spec.qmin, spec.qmax), stats
   observer = observer or observers.ema_min_max()
   if stats is None:
     stats = observers.init_stats(observer, x, spec)
   if learning:
     stats = observers.observe(observer, stats, x, spec, axis_name)
   low, high = observers.observed_range(observer, stats, x, spec)
-  rounded = _rounded(x, low, high, spec)
+  grid = scale_and_zero_point(low, high, spec)
+  rounded = fake_quant(x, *grid, spec.qmin, spec.qmax)
   if learning and begin == 0:
     return rounded, stats
   # Those seen before this batch in training, and any at all in evaluation.
@@ -83,19 +85,31 @@ def activation(
   return jnp.where(jnp.max(stats['count']) >= needed, rounded, x), stats
 
 
-def _rounded(x, low, high, spec):
-  scale, zero_point = scale_and_zero_point(low, high, spec)
-  return fake_quant(x, scale, zero_point, spec.qmin, spec.qmax)
+def dynamic_scale(
+  x: jax.Array, spec: QuantSpec, axis_name: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Scale and zero point of an activation, from its own extremes.
 
+  Args:
+    x: the activation.
+    spec: the quantizer; its `axis` keep their sizes, the other axes become 1.
+    axis_name: the mapped axis that the batch is spread over; all of it counts,
+      unless every example has its own range.
 
-def _range_of_batch(x, spec, axis_name):
+  Returns:
+    `(scale, zero_point)`, float32 with the rank of `x`; no gradient passes.
+
+  Example:
+    >>> spec = QuantSpec(symmetric=False, narrow=False, axis=0, dynamic=True)
+    >>> x = jnp.array([[0.0, 2.55], [0.0, 5.1]])
+    >>> [round(s, 3) for s in dynamic_scale(x, spec)[0][:, 0].tolist()]
+    [0.01, 0.02]
+  """
   low, high = specs.extremes(jax.lax.stop_gradient(x), spec, 'activation')
-  axes = spec.axis if isinstance(spec.axis, tuple) else (spec.axis,)
-  per_example = {0, -x.ndim} & {*axes}
-  if axis_name is not None and not per_example:
+  if axis_name is not None and 0 not in spec.kept_axes(x.ndim):
     low = jax.lax.pmin(low, axis_name)
     high = jax.lax.pmax(high, axis_name)
-  return low, high
+  return scale_and_zero_point(low, high, spec)
 
 
 def quantize_activations(

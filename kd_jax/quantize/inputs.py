@@ -114,7 +114,7 @@ def intercept_inputs(
 
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
-    attention = _is(module, {ATTENTION})
+    attention = is_attention(module)
     if context.method_name != '__call__' or not (
       attention or is_quantizable(module)
     ):
@@ -125,14 +125,16 @@ def intercept_inputs(
         return next_fun(*args, **kwargs)
       if attention:
         layers = {name: f'{path}/{name}'.lstrip('/') for name in PRODUCTS}
-        if _has_products(module):
-          fn = _rounded_attention(
-            module.attention_fn,
-            lambda product, name, x: round_input(
-              scope, layers[product], (product, name), x
-            ),
-          )
-          with _set(module, 'attention_fn', fn):
+        if has_products(module):
+
+          def compute(product, einsum, equation, *operands):
+            operands = [
+              round_input(scope, layers[product], (product, input_name(i)), x)
+              for i, x in enumerate(operands)
+            ]
+            return einsum(equation, *operands)
+
+          with replaced_products(module, compute):
             return next_fun(*args, **kwargs)
         if any(map(chosen, layers.values())):
           raise ValueError(
@@ -192,30 +194,41 @@ def _set(module: Any, name: str, value: Any) -> Iterator[None]:
       attributes.pop(name, None)
 
 
-def _has_products(module):
+def is_attention(module: Any) -> bool:
+  """Whether a linen module is an attention with the products of `PRODUCTS`."""
+  return _is(module, {ATTENTION})
+
+
+def has_products(module: Any) -> bool:
+  """Whether the products of an attention can be replaced."""
   parameters = inspect.signature(module.attention_fn).parameters
   return {*PRODUCTS.values()} <= {*parameters}
 
 
-def _rounded_attention(attention_fn, round_operand):
-  def rounded(product, einsum):
-    def compute(equation, *operands):
-      operands = [
-        round_operand(product, input_name(i), x) for i, x in enumerate(operands)
-      ]
-      return einsum(equation, *operands)
+@contextlib.contextmanager
+def replaced_products(
+  module: Any, compute: Callable[..., jax.Array]
+) -> Iterator[None]:
+  """Computes the products of an attention by another function.
 
-    return compute
+  Args:
+    module: the attention, see `has_products`.
+    compute: `(product, einsum, equation, *operands) -> array` with one of the
+      names of `PRODUCTS` and the function that it takes the place of.
+  """
+  attention_fn = module.attention_fn
 
   @functools.wraps(attention_fn)
   def attention(*args, precision=None, **kwargs):
     # It takes either a precision or functions for the products.
     default = functools.partial(jnp.einsum, precision=precision)
     for product, argument in PRODUCTS.items():
-      kwargs[argument] = rounded(product, kwargs.get(argument) or default)
+      einsum = kwargs.get(argument) or default
+      kwargs[argument] = functools.partial(compute, product, einsum)
     return attention_fn(*args, **kwargs)
 
-  return attention
+  with _set(module, 'attention_fn', attention):
+    yield
 
 
 def read(scope: Any, collection: str, names: tuple[str, ...]) -> Any:

@@ -207,6 +207,17 @@ def initial_step(
   return jnp.where(step > 0, step, 1.0).reshape(shape)
 
 
+def step_of(steps: Mapping[str, jax.Array], path: str) -> jax.Array | None:
+  """The step of a weight as `lsq` uses it, or None without one.
+
+  Args:
+    steps: `quant_steps`, flat.
+    path: of the weight.
+  """
+  step = steps.get(f'{path}{_SUFFIX}')
+  return None if step is None else jnp.maximum(step, LEAST)
+
+
 def _weight_specs(params, rules):
   names = rules_lib.leaf_names(params)
   chosen = rules_lib.match(rules, names, kind='weight rule')

@@ -66,6 +66,16 @@ class QuantSpec:
       axis = axes if len(axes) > 1 else axes[0] if axes else None
       object.__setattr__(self, 'axis', axis)
 
+  def kept_axes(self, ndim: int) -> tuple[int, ...]:
+    """The axes with a scale per index, of an array of `ndim` axes, sorted."""
+    return tuple(sorted(axis % ndim for axis in self._axes))
+
+  @property
+  def _axes(self) -> tuple[int, ...]:
+    if self.axis is None:
+      return ()
+    return self.axis if isinstance(self.axis, tuple) else (self.axis,)
+
   @property
   def qmin(self) -> int:
     """The smallest code."""
@@ -135,9 +145,8 @@ def check(spec: QuantSpec, shape: tuple[int, ...], name: str) -> None:
     ...
     ValueError: w: group_size=3 does not divide axis -2 of shape (8, 2).
   """
-  axes = _axes(spec)
   ndim = len(shape)
-  for axis in axes:
+  for axis in spec._axes:
     if not -ndim <= axis < ndim:
       raise ValueError(f'{name}: axis={axis} is not an axis of shape {shape}.')
   if spec.group_size is None:
@@ -147,22 +156,16 @@ def check(spec: QuantSpec, shape: tuple[int, ...], name: str) -> None:
       f'{name}: group_size={spec.group_size} does not divide axis -2 of shape '
       f'{shape}.'
     )
-  if ndim - 2 in {axis % ndim for axis in axes}:
+  if ndim - 2 in spec.kept_axes(ndim):
     raise ValueError(
       f'{name}: axis={spec.axis} has a scale for each index of axis -2, which '
       f'group_size={spec.group_size} divides into groups.'
     )
 
 
-def _axes(spec: QuantSpec) -> tuple[int, ...]:
-  if spec.axis is None:
-    return ()
-  return spec.axis if isinstance(spec.axis, tuple) else (spec.axis,)
-
-
 def _blocks(x, spec):
   """`x` with axis -2 split into groups, its kept axes, and the new axis."""
-  kept = {axis % x.ndim for axis in _axes(spec)}
+  kept = {*spec.kept_axes(x.ndim)}
   if spec.group_size is None:
     return x, kept, ()
   at = x.ndim - 2

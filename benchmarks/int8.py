@@ -1,0 +1,238 @@
+"""Measures float32, fake-quant and integer execution of one network.
+
+  python benchmarks/int8.py --out benchmarks/results/int8.md
+
+One process compiles every form of a small convolutional network with random
+weights and times them in turns: the float32 network with BatchNorm folded, its
+fake-quant twin, the integers of `quantize.convert` with each way to run
+convolutions, and the ONNX file of the same integers in onnxruntime where that
+is installed. A second table has the ways to run single convolutions.
+"""
+
+import argparse
+import datetime
+import functools
+import pathlib
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata, util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from kd_jax import adapters, deploy, models, parity, quantize
+from kd_jax.export import onnx
+from kd_jax.quantize import convolutions as integer
+from kd_jax.quantize import products
+from kd_jax.report import measure
+
+WEIGHTS = [('.*/kernel', quantize.INT8_WEIGHTS)]
+ACTIVATIONS = [('.*', quantize.INT8_ACTIVATIONS)]
+REFERENCE = 'float32'
+WAYS = ('direct', 'im2col', 'float32')
+
+
+def forms(
+  widths: Sequence[int], size: int, batch: int
+) -> tuple[dict[str, Callable[[Any], Any]], np.ndarray]:
+  """Every form of the network, and images.
+
+  Args:
+    widths: channels of its convolutions; all but the first halve the image.
+    size: height and width of the images.
+    batch: how many.
+
+  Returns:
+    name -> `(images) -> logits`, compiled by the first call; and the images.
+  """
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(batch, size, size, 3)).astype(np.float32)
+  example = {'image': images}
+  model = models.CNN(10, widths=tuple(widths))
+  variables = adapters.init_linen(model, jax.random.key(0), example)
+  # BatchNorm as after training, to some statistics.
+  variables = jax.tree.map(
+    lambda v: v + 0.1 * rng.random(v.shape, np.float32), variables
+  )
+  folded = deploy.fold(model, variables, example)
+  skip = quantize.skip_folded_batch_norms
+  observed = quantize.quantize_activations(ACTIVATIONS)
+  plain = adapters.from_linen(model, interceptors=(skip,))
+  fake = adapters.from_linen(
+    model, interceptors=(skip, observed), train_argument=None
+  )
+  observe = jax.jit(lambda v, b: fake(v, b, train=True).model_state)
+  folded = {**folded, **observe(folded, example)}
+  integers = quantize.convert(folded, WEIGHTS, ACTIVATIONS)
+  rounded = jax.jit(
+    lambda v: v | {'params': quantize.fake_quant_params(v['params'], WEIGHTS)}
+  )(folded)
+  found = {
+    REFERENCE: _compiled(plain, folded),
+    'fake-quant': _compiled(fake, rounded),
+  }
+  for way in WAYS:
+    forward = deploy.integer_forward(model, convolution=way)
+    found[f'integer, {way}'] = _compiled(forward, integers)
+  if util.find_spec('onnx') and util.find_spec('onnxruntime'):
+    found['onnxruntime int8'] = _in_onnxruntime(model, integers, images)
+  return found, images
+
+
+def _compiled(forward, variables):
+  run = jax.jit(lambda v, x: forward(v, {'image': x}).output)
+  return lambda images: run(variables, images)
+
+
+def _in_onnxruntime(model, integers, images):
+  forward = deploy.integer_forward(model, simulate=True)
+  image = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
+  with tempfile.TemporaryDirectory() as folder:
+    path = onnx.export_onnx(
+      lambda x: forward(integers, {'image': x}).output,
+      image,
+      pathlib.Path(folder) / 'model.onnx',
+    )
+    return onnx.load_onnx(path)
+
+
+def convolutions(*, runs: int) -> str:
+  """A Markdown table of the ways to run single convolutions on codes."""
+  shapes = {
+    '16x34x34x3 -> 64': ((16, 34, 34, 3), 64, 3, 1, 1),
+    '16x34x34x64 -> 64': ((16, 34, 34, 64), 64, 3, 1, 1),
+    '16x18x18x128 -> 256, by 2': ((16, 18, 18, 128), 256, 3, 2, 1),
+    '16x16x16x128 -> 128, 1x1': ((16, 16, 16, 128), 128, 1, 1, 1),
+    '4x18x18x64, depthwise': ((4, 18, 18, 64), 64, 3, 1, 64),
+    '1x34x34x64 -> 64': ((1, 34, 34, 64), 64, 3, 1, 1),
+  }
+  rng = np.random.default_rng(0)
+  lines = [
+    '| convolution, 3x3 | int8, direct | im2col | float32 convolution | auto |',
+    '| --- ' + '| ---: ' * 3 + '| --- |',
+  ]
+  for name, (shape, features, size, stride, groups) in shapes.items():
+    channels = shape[-1] // groups
+    x, w = (
+      jnp.asarray(rng.integers(-127, 128, s), jnp.int8)
+      for s in (shape, (size, size, channels, features))
+    )
+    layer = nn.Conv(
+      features,
+      (size, size),
+      strides=stride,
+      padding='VALID',
+      feature_group_count=groups,
+    )
+    run = {
+      way: jax.jit(
+        functools.partial(_codes_convolved, layer, scale=1.0, way=way)
+      )
+      for way in WAYS[:2]
+    }
+    calls = {way: functools.partial(fn, x, w) for way, fn in run.items()}
+    floats = x.astype(jnp.float32), w.astype(jnp.float32)
+    calls['float32'] = functools.partial(
+      jax.jit(lambda x, w, layer=layer: integer.of_layer(layer, x, w)), *floats
+    )
+    times = measure.latencies(
+      {way: lambda _, call=call: call() for way, call in calls.items()},
+      np.zeros(0),
+      runs=runs,
+    )
+    best = ' | '.join(f'{times[way]["low_ms"]:.2f}' for way in calls)
+    lines.append(f'| {name} | {best} | {integer.fastest(w, groups)} |')
+  return '\n'.join(lines)
+
+
+def _codes_convolved(layer, x, w, *, scale, way):
+  scale = jnp.full((1, 1, 1, w.shape[-1]), scale)
+  codes = products.Codes(x, jnp.float32(1)), products.Codes(w, scale)
+  return integer.product(layer, *codes, None, way=way)
+
+
+def benchmark(
+  found: Mapping[str, Callable[[Any], Any]], images: np.ndarray, *, runs: int
+) -> list[dict[str, Any]]:
+  """Times and errors of every form.
+
+  Returns:
+    One dict per form: `name`, `median_ms`, `low_ms`, `high_ms`, `speedup` over
+    float32, and `sqnr_db` of its logits against float32.
+  """
+  times = measure.latencies(found, images, runs=runs)
+  rows = []
+  for name, run in found.items():
+    error = parity.compare(
+      lambda b, run=run: run(b['image']),
+      lambda b: found[REFERENCE](b['image']),
+      [{'image': images}],
+    )
+    row = {'name': name, **times[name], 'sqnr_db': error.sqnr_db}
+    row['speedup'] = times[REFERENCE]['median_ms'] / row['median_ms']
+    rows.append(row)
+  return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """A Markdown table of the rows of `benchmark`."""
+  lines = [
+    '| form | ms, median (quartiles) | speed / float32 | SQNR dB |',
+    '| --- ' + '| ---: ' * 3 + '|',
+  ]
+  for row in rows:
+    lines.append(
+      f'| {row["name"]} | {row["median_ms"]:.2f} ({row["low_ms"]:.2f} to '
+      f'{row["high_ms"]:.2f}) | {row["speedup"]:.2f} | {row["sqnr_db"]:.1f} |'
+    )
+  return '\n'.join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Measures, prints, and writes the table."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--widths', type=int, nargs='+', default=(64, 128, 256))
+  parser.add_argument('--size', type=int, default=32, help='of the images')
+  parser.add_argument('--batch', type=int, default=16)
+  parser.add_argument('--runs', type=int, default=50, help='rounds of timing')
+  parser.add_argument('--out', help='Markdown file to write')
+  args = parser.parse_args(argv)
+  found, images = forms(args.widths, args.size, args.batch)
+  rows = benchmark(found, images, runs=args.runs)
+  packages = ['jax', 'flax']
+  packages += ['onnxruntime'] if 'onnxruntime int8' in found else []
+  versions = ', '.join(f'{p} {metadata.version(p)}' for p in packages)
+  shape = 'x'.join(map(str, images.shape))
+  widths = '-'.join(map(str, args.widths))
+  text = '\n'.join(
+    [
+      table(rows),
+      '',
+      convolutions(runs=args.runs),
+      '',
+      f'- 3x3 convolutions of {widths} channels, the first at full resolution, '
+      f'the others with stride 2, then pooling and 10 classes; {shape} float32 '
+      'images.',
+      '- Single convolutions: milliseconds, the lower quartile; their inputs '
+      'are padded already. `auto` is what `execute_integers` chooses here.',
+      f'- {args.runs} rounds after three that warm up; one round runs every '
+      'form once, in one process. Read the ratios where other jobs run.',
+      f'- {measure.hardware()}; python {platform.python_version()}, '
+      f'{versions}; {datetime.datetime.now(datetime.UTC):%Y-%m-%d}.',
+    ]
+  )
+  print(text)
+  if args.out:
+    out = pathlib.Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + '\n')
+
+
+if __name__ == '__main__':
+  main()
