@@ -4,12 +4,14 @@ Owns the path from trained variables to a function of raw images; nothing
 about files, which is `export`.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from kd_jax import adapters, quantize
+from kd_jax import rules as rules_lib
 from kd_jax.types import Batch, StudentFn, Variables
 
 WEIGHTS = quantize.INT8_WEIGHTS
@@ -42,55 +44,91 @@ def integer_forward(
   )
 
 
+def evaluation(model: adapters.LinenModule) -> Callable[..., StudentFn]:
+  """The `make_forward` that post-training algorithms take, of a linen model.
+
+  Args:
+    model: the module; folded BatchNorms are left out when it runs.
+
+  Returns:
+    `(interceptor) -> forward`. Without its train argument the model stays in
+    evaluation mode, also when `train=True` tells observers to learn.
+  """
+
+  def make_forward(interceptor: adapters.Interceptor) -> StudentFn:
+    return adapters.from_linen(
+      model,
+      interceptors=(quantize.skip_folded_batch_norms, interceptor),
+      train_argument=None,
+    )
+
+  return make_forward
+
+
 def post_training_int8(
   model: adapters.LinenModule,
   variables: Variables,
   batches: Iterable[Batch],
+  *,
+  weights: quantize.QuantSpec = WEIGHTS,
+  equalize: bool = False,
+  smooth: float | None = None,
+  rounding: str = 'nearest',
+  correct: bool = False,
 ) -> dict[str, Any]:
   """A trained linen model on integers, without further training.
 
   Weights become int8 per output channel; the range of every layer's input is
-  learned from the batches, in evaluation mode.
+  learned from the batches, in evaluation mode. The options run in this order,
+  after BatchNorm is folded; `correct` comes last because it removes the mean
+  of what rounding left. For other settings call the functions of `quantize`
+  with `evaluation(model)`.
 
   Args:
     model: the module.
     variables: its trained variables.
     batches: pre-processed batches to calibrate with; a few are enough.
+    weights: the quantizer of all kernels.
+    equalize: whether channels are rescaled, see `quantize.equalize`.
+    smooth: alpha of `quantize.smooth`, or None to leave it out.
+    rounding: 'nearest' or 'adaround', see `quantize.adaround`.
+    correct: whether biases are corrected, see `quantize.correct_biases`.
 
   Returns:
     What `integer_forward` runs with.
 
   Raises:
-    ValueError: without any batch.
+    ValueError: without any batch, or for an unknown rounding.
   """
-  interceptor = quantize.quantize_activations([('.*', ACTIVATIONS)])
-  # Without its train argument the model stays in evaluation mode, whatever
-  # the observers, which learn in training only, are told.
-  forward = adapters.from_linen(
-    model, interceptors=(interceptor,), train_argument=None
+  learn = rules_lib.choose(
+    'rounding', rounding, {'nearest': False, 'adaround': True}
   )
-
-  @jax.jit
-  def observe(variables, batch):
-    state = forward(variables, batch, train=True).model_state
-    return state['quant_stats']
-
-  example = None
-  variables = dict(variables)
-  for batch in batches:
-    if example is None:
-      example = batch
-      variables['quant_stats'] = quantize.init_quant_stats(
-        forward, variables, batch
-      )
-    variables['quant_stats'] = observe(variables, batch)
+  batches = iter(batches)
+  example = next(batches, None)
   if example is None:
     raise ValueError('There is no batch to calibrate with.')
-  return quantize.convert(
-    fold(model, variables, example),
-    [('.*/kernel', WEIGHTS)],
-    [('.*', ACTIVATIONS)],
-  )
+  batches = itertools.chain([example], batches)
+  if learn or correct or smooth is not None:
+    batches = list(batches)
+  make_forward = evaluation(model)
+  rules = [('.*/kernel', weights)], [('.*', ACTIVATIONS)]
+  variables = fold(model, variables, example)
+  if equalize:
+    plain = adapters.from_linen(
+      model, interceptors=(quantize.skip_folded_batch_norms,)
+    )
+    variables = quantize.equalize(plain, variables, example)
+  if smooth is not None:
+    variables = quantize.smooth(make_forward, variables, batches, alpha=smooth)
+  stats = quantize.calibrate(make_forward, variables, batches, rules[1])
+  variables = {**variables, 'quant_stats': stats}
+  if learn:
+    variables = quantize.adaround(make_forward, variables, batches, *rules)
+  if correct:
+    variables = quantize.correct_biases(
+      make_forward, variables, batches, *rules
+    )
+  return quantize.convert(variables, *rules)
 
 
 def fold(

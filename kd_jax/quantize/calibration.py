@@ -1,0 +1,167 @@
+"""Calibration after training: ranges of activations, and biases.
+
+Owns what is measured on a handful of batches without changing any kernel.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from kd_jax import rules as rules_lib
+from kd_jax.quantize import observers, record
+from kd_jax.quantize.activations import (
+  COLLECTION,
+  init_quant_stats,
+  quantize_activations,
+)
+from kd_jax.quantize.fake_quant import QuantSpec, fake_quant_params
+from kd_jax.types import Batch, Variables
+
+
+def calibrate(
+  make_forward: record.MakeForward,
+  variables: Variables,
+  batches: Iterable[Batch],
+  rules: rules_lib.Rules[QuantSpec],
+  *,
+  observer: observers.Observer | None = None,
+) -> Any:
+  """Learns the ranges of a trained model's activations in one pass.
+
+  Args:
+    make_forward: `(interceptor) -> forward` in evaluation mode; see `record`.
+    variables: the model's variables; a `quant_stats` among them is ignored.
+    batches: pre-processed batches; a few are enough. Each is read once.
+    rules: activation rules, `(pattern, QuantSpec or None)` on layer paths.
+    observer: how ranges are learned; `ema_min_max()` when None.
+
+  Returns:
+    The collection `quant_stats`; merge it as
+    `variables | {'quant_stats': stats}`.
+
+  Raises:
+    ValueError: without any batch, or for a rule that matches no layer.
+  """
+  forward = make_forward(quantize_activations(rules, observer=observer))
+  variables = {k: v for k, v in variables.items() if k != COLLECTION}
+
+  def observe(stats, variables, batch):
+    variables = {**variables, COLLECTION: stats}
+    return forward(variables, batch, None, train=True).model_state[COLLECTION]
+
+  observe = jax.jit(observe, donate_argnums=0)
+  stats = None
+  for batch in batches:
+    if stats is None:
+      stats = init_quant_stats(forward, variables, batch, rules)
+    stats = observe(stats, variables, batch)
+  if stats is None:
+    raise ValueError('There is no batch to calibrate with.')
+  return stats
+
+
+def frozen(observer: observers.Observer | None) -> observers.Observer:
+  """An observer that learns nothing: the ranges stay as they are."""
+  observer = observer or observers.ema_min_max()
+  return observer._replace(update=lambda stats, x, axis_name: stats)
+
+
+def correct_biases(
+  make_forward: record.MakeForward,
+  variables: Variables,
+  batches: Iterable[Batch],
+  weight_rules: rules_lib.Rules[QuantSpec],
+  activation_rules: rules_lib.Rules[QuantSpec] = (),
+  *,
+  observer: observers.Observer | None = None,
+) -> dict[str, Any]:
+  """Removes the mean error that quantization gives each output channel.
+
+  b <- b - (E[W~ x~] - E[W x]), over examples and positions, where x is the
+  layer's input in the float model and x~ that in the quantized one, all of
+  whose earlier layers are corrected already. One pass does it for all layers:
+  each batch runs through the float model first, then through the quantized
+  one, and every layer subtracts the mean error before the next one reads it.
+
+  Args:
+    make_forward: `(interceptor) -> forward` in evaluation mode; see `record`.
+    variables: float variables with BatchNorm folded, and `quant_stats` if
+      there are activation rules. The kernels may be on their grid already.
+    batches: a handful of pre-processed batches; each is read once.
+    weight_rules: on parameter paths; the layers whose kernel they choose are
+      corrected.
+    activation_rules: on layer paths, to correct for rounded inputs as well.
+    observer: the observer calibrated with.
+
+  Returns:
+    New variables with float kernels and corrected biases. A layer without a
+    bias gets one: run the model with `skip_folded_batch_norms`, which adds
+    it, or with integers.
+
+  Raises:
+    ValueError: without any batch, or for a rule that matches nothing.
+
+  References:
+    Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
+    Correction", 2019, arXiv:1906.04721, section 4.2.
+  """
+  names = rules_lib.leaf_names(variables['params'])
+  chosen = rules_lib.match(weight_rules, names, kind='weight rule')
+  layers = {n.removesuffix('/kernel') for n in chosen if n.endswith('/kernel')}
+
+  def mean(module, path, x, y):
+    return _channel_mean(module, y) if path in layers else None
+
+  def correct(next_fun, args, kwargs, context):
+    y = next_fun(*args, **kwargs)
+    module = context.module
+    if not record.is_layer(context):
+      return y
+    if not module.has_variable(COLLECTION, 'mean'):
+      return y
+    error = _channel_mean(module, y) - module.get_variable(COLLECTION, 'mean')
+    module.put_variable(COLLECTION, 'error', error)
+    error = jnp.expand_dims(error, tuple(range(y.ndim - error.ndim)))
+    return y - error.astype(y.dtype)
+
+  float_fn = make_forward(record.record('mean', mean))
+  quantizer = quantize_activations(activation_rules, observer=frozen(observer))
+  rounded_fn = make_forward(record.chain(quantizer, correct))
+
+  @jax.jit
+  def errors(variables, batch):
+    means = float_fn(variables, batch, None, train=True).model_state[COLLECTION]
+    rounded = fake_quant_params(variables['params'], weight_rules)
+    rounded = {**variables, 'params': rounded, COLLECTION: means}
+    return record.measure(rounded_fn, rounded, batch, 'error')
+
+  total, count = {}, 0
+  for batch in batches:
+    size = len(jax.tree.leaves(batch)[0])
+    error = errors(dict(variables), batch)
+    total = total or dict.fromkeys(error, 0.0)
+    total = {layer: total[layer] + size * error[layer] for layer in error}
+    count += size
+  if not count:
+    raise ValueError('There is no batch to correct biases with.')
+  params = traverse_util.flatten_dict(variables['params'], sep='/')
+  for layer, error in total.items():
+    bias = params.get(f'{layer}/bias')
+    if bias is None:
+      dtype = params[f'{layer}/kernel'].dtype
+      bias = jnp.zeros(error.shape, dtype)
+    params[f'{layer}/bias'] = (bias - error / count).astype(bias.dtype)
+  params = traverse_util.unflatten_dict(params, sep='/')
+  return {**variables, 'params': params}
+
+
+def _channel_mean(module, y):
+  """The mean of a layer's output over all axes but those of its bias."""
+  features = 1
+  if module.has_variable('params', 'bias'):
+    features = module.get_variable('params', 'bias').ndim
+  axes = tuple(range(y.ndim - features))
+  return jnp.mean(y.astype(jnp.float32), axis=axes)
