@@ -121,14 +121,14 @@ def post_training_int8(
   if smooth is not None:
     variables = quantize.smooth(make_forward, variables, batches, alpha=smooth)
   stats = quantize.calibrate(make_forward, variables, batches, rules[1])
-  variables = {**variables, 'quant_stats': stats}
+  rounded = variables = {**variables, 'quant_stats': stats}
   if learn:
-    variables = quantize.adaround(make_forward, variables, batches, *rules)
+    rounded = quantize.adaround(make_forward, variables, batches, *rules)
   if correct:
-    variables = quantize.correct_biases(
-      make_forward, variables, batches, *rules
+    rounded = quantize.correct_biases(
+      make_forward, variables, batches, *rules, rounded=rounded
     )
-  return quantize.convert(variables, *rules)
+  return quantize.convert(rounded, *rules)
 
 
 def fold(

@@ -57,12 +57,12 @@ class Stack(nn.Module):
 
 
 MODELS = {
-  'cnn': models.CNN(CLASSES, widths=(6, 9)),
+  'cnn': models.CNN(CLASSES, widths=(8, 16)),
   'resnet': models.CifarResNet(CLASSES, depth=8, width=3),
   'mlp': models.MLP(CLASSES, hidden=(11, 7)),
   'mobilenet': models.CifarMobileNetV2(CLASSES),
   'vit': models.ViT(
-    CLASSES, patch_size=4, width=24, depth=2, heads=2, mlp_ratio=2
+    CLASSES, patch_size=4, width=24, depth=1, heads=2, mlp_ratio=2
   ),
   'depthwise': Depthwise(),
   'stack': Stack(),
@@ -113,7 +113,7 @@ def images(count, seed):
   rng = np.random.default_rng(seed)
   label = rng.integers(CLASSES, size=count)
   noise = rng.normal(size=(count, SIZE, SIZE, 1))
-  image = prototypes[label] * rng.uniform(0.3, 1, size=(count, 1, 1, 1))
+  image = prototypes[label] * rng.uniform(0.5, 1.5, size=(count, 1, 1, 1))
   return {'image': (image + noise).astype('f'), 'label': label}
 
 
@@ -122,9 +122,9 @@ def trained(name):
   """A network trained for some steps: the model and its variables."""
   model = MODELS[name]
   forward = adapters.from_linen(model)
-  data = images(2048, seed=0)
+  data = images(4096, seed=0)
   variables = adapters.init_linen(model, jax.random.key(0), data)
-  tx = optax.adam(3e-3)
+  tx = optax.adam(1e-2)
 
   @jax.jit
   def train(variables, data):
@@ -145,7 +145,7 @@ def trained(name):
       params = optax.apply_updates(params, updates)
       return ({**new, 'params': params}, opt_state), None
 
-    rows = jax.random.randint(jax.random.key(1), (150, 128), 0, 2048)
+    rows = jax.random.randint(jax.random.key(1), (250, 64), 0, 4096)
     return jax.lax.scan(step, (variables, tx.init(variables['params'])), rows)
 
   (variables, _), _ = train(variables, jax.tree.map(jnp.asarray, data))

@@ -76,6 +76,7 @@ def correct_biases(
   weight_rules: rules_lib.Rules[QuantSpec],
   activation_rules: rules_lib.Rules[QuantSpec] = (),
   *,
+  rounded: Variables | None = None,
   observer: observers.Observer | None = None,
 ) -> dict[str, Any]:
   """Removes the mean error that quantization gives each output channel.
@@ -88,18 +89,19 @@ def correct_biases(
 
   Args:
     make_forward: `(interceptor) -> forward` in evaluation mode; see `record`.
-    variables: float variables with BatchNorm folded, and `quant_stats` if
-      there are activation rules. The kernels may be on their grid already.
+    variables: float variables with BatchNorm folded.
     batches: a handful of pre-processed batches; each is read once.
     weight_rules: on parameter paths; the layers whose kernel they choose are
       corrected.
     activation_rules: on layer paths, to correct for rounded inputs as well.
+    rounded: the variables to correct, such as those from `adaround`, with
+      `quant_stats` if there are activation rules; `variables` when None.
     observer: the observer calibrated with.
 
   Returns:
-    New variables with float kernels and corrected biases. A layer without a
-    bias gets one: run the model with `skip_folded_batch_norms`, which adds
-    it, or with integers.
+    `rounded` with corrected biases; its kernels are as they were given. A
+    layer without a bias gets one: run the model with
+    `skip_folded_batch_norms`, which adds it, or with integers.
 
   Raises:
     ValueError: without any batch, or for a rule that matches nothing.
@@ -108,6 +110,7 @@ def correct_biases(
     Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
     Correction", 2019, arXiv:1906.04721, section 4.2.
   """
+  rounded = variables if rounded is None else rounded
   names = rules_lib.leaf_names(variables['params'])
   chosen = rules_lib.match(weight_rules, names, kind='weight rule')
   layers = {n.removesuffix('/kernel') for n in chosen if n.endswith('/kernel')}
@@ -132,22 +135,24 @@ def correct_biases(
   rounded_fn = make_forward(record.chain(quantizer, correct))
 
   @jax.jit
-  def errors(variables, batch):
-    means = float_fn(variables, batch, None, train=True).model_state[COLLECTION]
-    rounded = fake_quant_params(variables['params'], weight_rules)
-    rounded = {**variables, 'params': rounded, COLLECTION: means}
+  def errors(variables, rounded, batch):
+    # The ranges travel with what is measured.
+    variables = {**variables, COLLECTION: rounded.get(COLLECTION, {})}
+    stats = float_fn(variables, batch, None, train=True).model_state[COLLECTION]
+    params = fake_quant_params(rounded['params'], weight_rules)
+    rounded = {**rounded, 'params': params, COLLECTION: stats}
     return record.measure(rounded_fn, rounded, batch, 'error')
 
   total, count = {}, 0
   for batch in batches:
     size = len(jax.tree.leaves(batch)[0])
-    error = errors(dict(variables), batch)
+    error = errors(dict(variables), dict(rounded), batch)
     total = total or dict.fromkeys(error, 0.0)
     total = {layer: total[layer] + size * error[layer] for layer in error}
     count += size
   if not count:
     raise ValueError('There is no batch to correct biases with.')
-  params = traverse_util.flatten_dict(variables['params'], sep='/')
+  params = traverse_util.flatten_dict(rounded['params'], sep='/')
   for layer, error in total.items():
     bias = params.get(f'{layer}/bias')
     if bias is None:
@@ -155,7 +160,7 @@ def correct_biases(
       bias = jnp.zeros(error.shape, dtype)
     params[f'{layer}/bias'] = (bias - error / count).astype(bias.dtype)
   params = traverse_util.unflatten_dict(params, sep='/')
-  return {**variables, 'params': params}
+  return {**rounded, 'params': params}
 
 
 def _channel_mean(module, y):

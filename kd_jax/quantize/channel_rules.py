@@ -430,7 +430,17 @@ def _read(walk, x, kernel, channels, axis):
 
 
 RULES = (
-  dict.fromkeys(('convert_element_type', 'copy', 'reduce_precision'), _keep)
+  dict.fromkeys(
+    (
+      'convert_element_type',
+      'copy',
+      'mesh_cast',
+      'reduce_precision',
+      'reshard',
+      'sharding_constraint',
+    ),
+    _keep,
+  )
   | dict.fromkeys(('abs', 'neg', 'stop_gradient', 'name'), _keep_scaled)
   | dict.fromkeys(('gt', 'ge', 'lt', 'le'), _compare)
   | dict.fromkeys(('max', 'min'), _maximum)

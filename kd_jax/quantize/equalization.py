@@ -194,12 +194,19 @@ def rescale(
   Returns:
     All leaves, those that `scale` names changed.
   """
-  new = dict(leaves)
+  new, factor = dict(leaves), _replicated(factor)
   for name, channels in scale.multiplied.items():
     new[name] = new[name] * _expand(factor, channels, new[name].ndim)
   for name, reader in scale.divided.items():
     new[name] = new[name] / _expand(factor, reader.channels, new[name].ndim)
   return new
+
+
+def _replicated(x):
+  """Whole on every device: what it scales keeps a sharding of its own."""
+  if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+  return x
 
 
 def _expand(factor, channels, rank):
@@ -223,7 +230,7 @@ def channel_maxima(
   """
   alike = [i for i, size in enumerate(channels.shape) if size == 1]
   axes = tuple(scale.stacked + i for i in alike)
-  largest = jnp.max(jnp.abs(w), axis=axes)
+  largest = _replicated(jnp.max(jnp.abs(w), axis=axes))
   return _by_channel(
     largest.reshape(*w.shape[: scale.stacked], -1), channels, scale
   )

@@ -36,12 +36,12 @@ def adaround(
   rules: rules_lib.Rules[QuantSpec],
   activation_rules: rules_lib.Rules[QuantSpec] = (),
   *,
-  target: str = 'layer',
+  target: str = 'teacher',
   teacher: Variables | None = None,
   steps: int = 1000,
   batch_size: int = 32,
-  learning_rate: float = 1e-2,
-  regularization: float = 0.1,
+  learning_rate: float = 3e-2,
+  regularization: float = 1.0,
   warm_start: float = 0.2,
   beta: tuple[float, float] = (20.0, 2.0),
   rng: jax.Array | None = None,
@@ -52,8 +52,9 @@ def adaround(
   W~ = s clip(floor(W / s) + h(V), qmin, qmax) with
   h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1), and V minimises
     ||Y - W~ x~||^2 / ||Y - Wn x~||^2 + regularization * mean(1 - |2h - 1|^beta)
-  where Wn is W rounded to nearest: in units of the error to be beaten, the
-  regularization means the same in every layer. x~ is the layer's input with
+  where Wn is W rounded to nearest. (The paper has no denominator, and a sum
+  over the weights: in units of the error to be beaten, the regularization
+  means the same in every layer.) x~ is the layer's input with
   all earlier layers rounded already. Layers are rounded in the order of the
   computation, each by one compiled loop of Adam. beta falls from `beta[0]` to
   `beta[1]` along a cosine, after a share `warm_start` of the steps without
@@ -69,9 +70,10 @@ def adaround(
     rules: weight rules on parameter paths; symmetric specs. Kernels of
       modules are rounded here, other parameters to nearest.
     activation_rules: on layer paths, to round for quantized inputs.
-    target: 'layer' for Y = W x~, or 'teacher' for the output that the float
-      model has in the same place, Y = W x.
-    teacher: variables of that model; `variables` when None.
+    target: 'teacher' for the output that the float model has in the same
+      place, Y = W x, so that each layer also makes up for those before it; or
+      'layer' for Y = W x~.
+    teacher: variables of the float model; `variables` when None.
     steps: of each layer.
     batch_size: examples of a step, drawn with replacement.
     learning_rate: of Adam.

@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.report.plots import COLORS, LAYERS, MARKERS, MUTED, SPARE, figure
+from kd_jax.report.plots import (
+  COLORS,
+  LAYERS,
+  MARKERS,
+  MUTED,
+  PAPER,
+  SPARE,
+  figure,
+)
 
 
 def sensitivity_figure(
@@ -68,7 +76,10 @@ def draw_sensitivity(ax: Any, report: Any) -> bool:
       *zip(*here),
       MARKERS[n % len(MARKERS)],
       color=colors[n % len(colors)],
-      ms=6,
+      ms=7,
+      mec=PAPER,
+      mew=0.8,
+      alpha=0.9,
       label=option,
     )
   ax.set_xscale('log')
