@@ -21,6 +21,7 @@ def _network():
   return model, deploy.fold(model, variables, batch), batch
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_rows_are_the_loss_of_one_change_at_a_time():
   model, variables, batch = _network()
   variables['params']['nothing'] = None
@@ -53,6 +54,7 @@ def test_rows_are_the_loss_of_one_change_at_a_time():
   assert all(a.loss < b.loss for a, b in zip(rows[::2], rows[1::2]))
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_one_compilation_serves_all_parameters_and_options():
   model, variables, batch = _network()
   traces = []
@@ -74,6 +76,7 @@ def test_one_compilation_serves_all_parameters_and_options():
   assert len(traces) == 2
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_pruning_and_any_loss_can_be_measured():
   model, variables, batch = _network()
 
@@ -107,6 +110,7 @@ def test_pruning_and_any_loss_can_be_measured():
   )
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_mistakes_of_sensitivity_are_named():
   model, variables, batch = _network()
   forward = cases.forward_of(model)

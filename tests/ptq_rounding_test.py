@@ -36,6 +36,7 @@ def _kl(model, variables, test, want):
 # --- calibration
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_calibration_observes_every_batch_in_evaluation_mode():
   """BatchNorm and Dropout are in the model; ranges are of its real inputs."""
 
@@ -75,6 +76,7 @@ def test_calibration_observes_every_batch_in_evaluation_mode():
     quantize.calibrate(deploy.evaluation(Net()), variables, batches, wrong)
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_calibration_uses_the_given_observer():
   model, variables, batch = cases.random_variables('stack')
   observer = quantize.ema_min_max(decay=0.0)
@@ -139,6 +141,7 @@ def test_corrected_biases_give_the_float_means(rules):
     np.testing.assert_array_equal(*same)
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_batches_count_by_their_size():
   """A linear layer: the correction is that of all examples at once."""
   rng = np.random.default_rng(0)
@@ -219,7 +222,7 @@ def _adarounded(target='teacher'):
     batches,
     cases.INT4,
     target=target,
-    steps=500,
+    steps=400,
   )
 
 
@@ -262,6 +265,7 @@ def test_adarounded_weights_are_on_the_grid_of_nearest_rounding():
   assert moved > 10
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_adaround_minimises_the_error_of_a_layer():
   """Every rounding of a small layer is tried: the learned one is near best."""
   rng = np.random.default_rng(3)
@@ -278,7 +282,7 @@ def test_adaround_minimises_the_error_of_a_layer():
     variables,
     [{'image': x}],
     cases.INT4,
-    steps=800,
+    steps=600,
     batch_size=64,
   )['params']['layers_0']['kernel']
 
@@ -342,15 +346,16 @@ def test_targets_differ_and_mistakes_are_named():
     adaround(batches, affine)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_scanned_layers_are_adarounded(dtype):
+@pytest.mark.usefixtures('quick_compilation')
+def test_scanned_layers_are_adarounded():
+  dtype = 'bfloat16'
   model, variables, batch = cases.random_variables('stack', dtype=dtype)
   # A whole layer is pruned, and one block's.
   kernel = variables['params']['blocks']['dense2']['kernel']
   variables['params']['blocks']['dense2']['kernel'] = kernel.at[1].set(0)
   variables['params']['head']['kernel'] *= 0
   got = quantize.adaround(
-    deploy.evaluation(model), variables, [batch, batch], cases.INT4, steps=150
+    deploy.evaluation(model), variables, [batch, batch], cases.INT4, steps=100
   )['params']
   new, old = (
     got['blocks']['dense1']['kernel'],
@@ -364,6 +369,7 @@ def test_scanned_layers_are_adarounded(dtype):
   assert not got['blocks']['dense2']['kernel'][1].any()
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_adaround_draws_by_its_key():
   rng = np.random.default_rng(0)
   model = nn.Sequential([nn.Dense(16)])

@@ -44,6 +44,19 @@ def calibrate(
 
   Raises:
     ValueError: without any batch, or for a rule that matches no layer.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> from kd_jax import adapters
+    >>> model = nn.Sequential([nn.Dense(2)])
+    >>> make_forward = lambda interceptor: adapters.from_linen(
+    ...   model, interceptors=(interceptor,), train_argument=None)
+    >>> x = jnp.array([[-1.0, 3.0]])
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> rules = [('.*', QuantSpec(symmetric=False, narrow=False))]
+    >>> stats = calibrate(make_forward, variables, [{'image': x}], rules)
+    >>> float(stats['layers_0']['input0']['high'])
+    3.0
   """
   forward = make_forward(quantize_activations(rules, observer=observer))
   variables = {k: v for k, v in variables.items() if k != COLLECTION}
@@ -109,6 +122,19 @@ def correct_biases(
   References:
     Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
     Correction", 2019, arXiv:1906.04721, section 4.2.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> from kd_jax import adapters
+    >>> model = nn.Sequential([nn.Dense(1)])
+    >>> make_forward = lambda interceptor: adapters.from_linen(
+    ...   model, interceptors=(interceptor,), train_argument=None)
+    >>> layer = {'kernel': jnp.array([[7.0], [1.4]]), 'bias': jnp.zeros(1)}
+    >>> variables, x = {'params': {'layers_0': layer}}, jnp.array([[1.0, 2.0]])
+    >>> rules = [('.*/kernel', QuantSpec(bits=4, axis=-1))]
+    >>> got = correct_biases(make_forward, variables, [{'image': x}], rules)
+    >>> round(float(got['params']['layers_0']['bias'][0]), 4)
+    0.8
   """
   rounded = variables if rounded is None else rounded
   names = rules_lib.leaf_names(variables['params'])

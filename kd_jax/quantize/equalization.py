@@ -129,6 +129,18 @@ def smooth(
   References:
     Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training
     Quantization for Large Language Models", 2022, arXiv:2211.10438.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> from kd_jax import adapters
+    >>> model = nn.Sequential([nn.LayerNorm(), nn.Dense(2)])
+    >>> make_forward = lambda interceptor: adapters.from_linen(
+    ...   model, interceptors=(interceptor,), train_argument=None)
+    >>> x = jnp.array([[-1.0, 3.0, 0.5]])
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> got = smooth(make_forward, variables, [{'image': x}])
+    >>> np.allclose(*(model.apply(v, x) for v in (variables, got)), atol=1e-5)
+    True
   """
   if not 0 <= alpha <= 1:
     raise ValueError(f'smooth: alpha is in [0, 1], not {alpha}.')

@@ -5,7 +5,7 @@ kernel rounded here is on the grid that training, conversion and exports use.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ _LOW, _HIGH = -0.1, 1.1
 def adaround(
   make_forward: record.MakeForward,
   variables: Variables,
-  batches: Sequence[Batch],
+  batches: Iterable[Batch],
   rules: rules_lib.Rules[QuantSpec],
   activation_rules: rules_lib.Rules[QuantSpec] = (),
   *,
@@ -52,14 +52,14 @@ def adaround(
   W~ = s clip(floor(W / s) + h(V), qmin, qmax) with
   h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1), and V minimises
     ||Y - W~ x~||^2 / ||Y - Wn x~||^2 + regularization * mean(1 - |2h - 1|^beta)
-  where Wn is W rounded to nearest. (The paper has no denominator, and a sum
-  over the weights: in units of the error to be beaten, the regularization
-  means the same in every layer.) x~ is the layer's input with
-  all earlier layers rounded already. Layers are rounded in the order of the
-  computation, each by one compiled loop of Adam. beta falls from `beta[0]` to
-  `beta[1]` along a cosine, after a share `warm_start` of the steps without
-  regularization. A layer keeps nearest rounding if the learned one is no
-  better on all batches together. The weight that sets a scale keeps its code.
+  where Wn is W rounded to nearest, and x~ the layer's input with all earlier
+  layers rounded already. The paper has no denominator and sums over weights:
+  in units of the error to be beaten, the regularization means the same in
+  every layer. Layers are rounded in the order of the computation, each by one
+  compiled loop of Adam. beta falls from `beta[0]` to `beta[1]` along a cosine,
+  after a share `warm_start` of the steps without regularization. A layer keeps
+  nearest rounding if the learned one is no better on all batches together.
+  Weights with the largest code are rounded to nearest: they set the scale.
 
   Args:
     make_forward: `(interceptor) -> forward` in evaluation mode; see `record`.
@@ -95,10 +95,27 @@ def adaround(
   References:
     Nagel et al., "Up or Down? Adaptive Rounding for Post-Training
     Quantization", 2020, arXiv:2004.10568.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> from kd_jax import adapters
+    >>> model = nn.Sequential([nn.Dense(1)])
+    >>> make_forward = lambda interceptor: adapters.from_linen(
+    ...   model, interceptors=(interceptor,), train_argument=None)
+    >>> kernel = jnp.array([[7.0], [1.4], [1.3], [1.45]])
+    >>> layer = {'kernel': kernel, 'bias': jnp.zeros(1)}
+    >>> variables = {'params': {'layers_0': layer}}
+    >>> rules = [('.*/kernel', QuantSpec(bits=4, axis=-1))]
+    >>> batch = {'image': jnp.ones((8, 4))}
+    >>> got = adaround(make_forward, variables, [batch], rules, steps=200)
+    >>> nearest = fake_quant_params(variables['params'], rules)
+    >>> [float(p['layers_0']['kernel'].sum()) for p in (nearest, got['params'])]
+    [10.0, 11.0]
   """
   from_teacher = rules_lib.choose(
     'target', target, {'layer': False, 'teacher': True}
   )
+  batches = list(batches)
   if not batches:
     raise ValueError('There is no batch to round with.')
   names = rules_lib.leaf_names(variables['params'])

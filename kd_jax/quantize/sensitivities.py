@@ -5,7 +5,7 @@ Owns the measurement. What it is used for is `allocation`; how it looks is
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +56,7 @@ def _fake_quant(w, spec):
 def sensitivity(
   forward: Callable[..., Any],
   variables: Variables,
-  batches: Sequence[Batch],
+  batches: Iterable[Batch],
   rules: rules_lib.Rules[bool],
   options: Mapping[Hashable, Perturbation],
   *,
@@ -95,6 +95,7 @@ def sensitivity(
     >>> [row.option.bits for row in rows], rows[0].loss < rows[1].loss
     ([8, 4], True)
   """
+  batches = list(batches)
   if not batches or not options:
     raise ValueError('sensitivity: needs at least one batch and one option.')
   loss = loss or functools.partial(logits.kl_divergence, temperature=1.0)

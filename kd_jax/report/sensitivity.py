@@ -36,6 +36,11 @@ def sensitivity_figure(
 
   Returns:
     A matplotlib Figure.
+
+  Example:
+    >>> figure = sensitivity_figure([('a', 0.5, 1e-3), ('b', 0.5, 1e-2)])
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['a', 'b']
   """
   rows = [(str(p), _label(o), float(v)) for p, o, v in rows]
   count = min(len({path for path, _, _ in rows}), LAYERS)
