@@ -108,6 +108,7 @@ BETWEEN = {
   'half_of_the_channels': (lambda x, w: x[:, ::2], True),
   'squeezed': (lambda x, w: x[:, None].squeeze(1), True),
   'a_branch_and_its_sum': (lambda x, w: x + nn.relu(x), True),
+  'stretched': (lambda x, w: jnp.maximum(x[:, :1], jnp.zeros((1, 8))), False),
   'relu6': (lambda x, w: nn.relu6(x), False),
   'gelu': (lambda x, w: nn.gelu(x), False),
   'softmax': (lambda x, w: nn.softmax(x), False),
@@ -160,6 +161,13 @@ def test_what_may_lie_between_two_layers(name):
   np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol)
 
 
+def _two_layers(x, kernels):
+  """The body of a scan that also returns what is inside."""
+  a, b = kernels
+  x = x @ a
+  return x @ b, x
+
+
 def _plain(apply):
   return adapters.from_apply(lambda p, x: apply(p, x))
 
@@ -174,22 +182,17 @@ def _plain(apply):
     lambda p, x: x @ (p['a'] * 2.0) @ p['b'] @ p['b'],
     lambda p, x: nn.relu(x @ p['a'] + p['c'][None]) @ p['b'] * p['c'][None],
     lambda p, x: jnp.concatenate([x @ p['a'], x], -1)[:, :4] @ p['b'],
+    lambda p, x: (lambda h: (h, h @ p['b'])[0])(x @ p['a']),
+    lambda p, x: jax.lax.scan(_two_layers, x, (p['as'], p['bs']))[1],
   ],
 )
 def test_weights_with_another_use_are_left_alone(apply):
   params = {'a': jnp.ones((4, 4)), 'b': jnp.ones((4, 4)), 'c': jnp.ones(4)}
+  params |= {'as': jnp.ones((3, 4, 4)), 'bs': jnp.ones((3, 4, 4))}
   found = quantize.free_scales(
     _plain(apply), {'params': params}, {'image': jnp.ones((2, 4))}
   )
   assert found == []
-
-
-@pytest.mark.usefixtures('quick_compilation')
-def test_an_output_is_no_free_scale():
-  apply = lambda p, x: (x @ p['a'], x @ p['a'] @ p['b'])[0]
-  params = {'a': jnp.ones((4, 4)), 'b': jnp.ones((4, 4))}
-  x = {'image': jnp.ones((2, 4))}
-  assert quantize.free_scales(_plain(apply), {'params': params}, x) == []
 
 
 @pytest.mark.usefixtures('quick_compilation')

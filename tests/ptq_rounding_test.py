@@ -370,6 +370,19 @@ def test_scanned_layers_are_adarounded():
 
 
 @pytest.mark.usefixtures('quick_compilation')
+def test_the_weight_that_sets_the_scale_keeps_its_code():
+  """Though -6 and 1 would give the better output: -6 + 2.5 = -7 + 3.5."""
+  model = nn.Sequential([nn.Dense(1)])
+  kernel = jnp.array([[-7.0], [1.4]])
+  variables = {'params': {'layers_0': {'kernel': kernel, 'bias': jnp.zeros(1)}}}
+  batch = {'image': np.ones((8, 2), 'f') * np.array([[1, 2.5]], 'f')}
+  got = quantize.adaround(
+    deploy.evaluation(model), variables, [batch], cases.INT4, steps=200
+  )
+  np.testing.assert_allclose(got['params']['layers_0']['kernel'], [[-7], [1]])
+
+
+@pytest.mark.usefixtures('quick_compilation')
 def test_adaround_draws_by_its_key():
   rng = np.random.default_rng(0)
   model = nn.Sequential([nn.Dense(16)])

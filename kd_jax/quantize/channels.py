@@ -179,16 +179,15 @@ class _Walk:
     return [output] * len(eqn.outvars)
 
   def _scan(self, eqn, values, body):
-    first = eqn.params['num_consts'] + eqn.params['num_carry']
-    inputs = [None] * first
-    self.stop(values[:first])
-    for value in values[first:]:
-      if isinstance(value, Leaf) and value.axis is None:
-        value = dataclasses.replace(value, stacked=value.stacked + 1)
+    inputs = []
+    for value, outer, inner in zip(values, eqn.invars, body.invars):
+      # Constants and carries keep their shape; what is scanned loses an axis.
+      scanned = outer.aval.ndim == inner.aval.ndim + 1
+      if scanned and isinstance(value, Leaf) and value.axis is None:
+        inputs.append(dataclasses.replace(value, stacked=value.stacked + 1))
       else:
         self.stop([value])
-        value = None
-      inputs.append(value)
+        inputs.append(None)
     self.stop(self.run(body, inputs))
     return [None] * len(eqn.outvars)
 
