@@ -52,17 +52,16 @@ def test_the_whole_pipeline_runs_on_integers():
     deploy.post_training_int8, model, variables, weights=four
   )
   plain = run(cases.calibration())
-  best = run(
-    iter(cases.calibration()),
-    equalize=True,
-    smooth=0.5,
-    rounding='adaround',
-    correct=True,
-  )
+  options = {'equalize': True, 'smooth': 0.5, 'correct': True}
+  nearest = run(cases.calibration(), **options)
+  best = run(iter(cases.calibration()), rounding='adaround', **options)
   assert jax.tree.structure(plain) == jax.tree.structure(best)
   before, after = (_agreement(model, v, test, want) for v in (plain, best))
   assert after >= 0.97 and after > before
-  assert np.abs(best['int8']['conv2']['kernel']).max() == 7
+  # Some weights are rounded to the other side, by one code.
+  kernels = [v['int8']['conv2']['kernel'] for v in (nearest, best)]
+  off = np.abs(np.subtract(*map(np.asarray, kernels)))
+  assert off.max() == 1 and np.abs(kernels[1]).max() == 7
 
 
 def test_options_have_an_effect_each():

@@ -371,15 +371,20 @@ def test_scanned_layers_are_adarounded():
 
 @pytest.mark.usefixtures('quick_compilation')
 def test_the_weight_that_sets_the_scale_keeps_its_code():
-  """Though -6 and 1 would give the better output: -6 + 2.5 = -7 + 3.5."""
+  """Though one less would make up for the other weight's error.
+
+  Its code is 7 but for rounding, so that it could be rounded down to 6.
+  """
+  w = np.linspace(1, 2, 999).astype('f')
+  w = w[w / (w / np.float32(7)) < 7][0]
   model = nn.Sequential([nn.Dense(1)])
-  kernel = jnp.array([[-7.0], [1.4]])
+  kernel = jnp.array([[w], [1.6 * w / 7]])
   variables = {'params': {'layers_0': {'kernel': kernel, 'bias': jnp.zeros(1)}}}
   batch = {'image': np.ones((8, 2), 'f') * np.array([[1, 2.5]], 'f')}
   got = quantize.adaround(
     deploy.evaluation(model), variables, [batch], cases.INT4, steps=200
-  )
-  np.testing.assert_allclose(got['params']['layers_0']['kernel'], [[-7], [1]])
+  )['params']['layers_0']['kernel']
+  np.testing.assert_allclose(got * 7 / w, [[7], [2]], rtol=1e-6)
 
 
 @pytest.mark.usefixtures('quick_compilation')
