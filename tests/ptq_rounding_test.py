@@ -371,20 +371,27 @@ def test_scanned_layers_are_adarounded():
 
 @pytest.mark.usefixtures('quick_compilation')
 def test_the_weight_that_sets_the_scale_keeps_its_code():
-  """Though one less would make up for the other weight's error.
-
-  Its code is 7 but for rounding, so that it could be rounded down to 6.
-  """
+  """Though another teacher's is smaller by one: the grid would be another."""
   w = np.linspace(1, 2, 999).astype('f')
+  # Its code is 7 but for an error of rounding, which could take it down to 6.
   w = w[w / (w / np.float32(7)) < 7][0]
   model = nn.Sequential([nn.Dense(1)])
-  kernel = jnp.array([[w], [1.6 * w / 7]])
-  variables = {'params': {'layers_0': {'kernel': kernel, 'bias': jnp.zeros(1)}}}
-  batch = {'image': np.ones((8, 2), 'f') * np.array([[1, 2.5]], 'f')}
+
+  def variables(*codes):
+    kernel = jnp.array(codes)[:, None] * w / 7
+    return {'params': {'layers_0': {'kernel': kernel, 'bias': jnp.zeros(1)}}}
+
   got = quantize.adaround(
-    deploy.evaluation(model), variables, [batch], cases.INT4, steps=200
-  )['params']['layers_0']['kernel']
-  np.testing.assert_allclose(got * 7 / w, [[7], [2]], rtol=1e-6)
+    deploy.evaluation(model),
+    variables(7.0, 2.0),
+    [{'image': np.ones((8, 2), 'f')}],
+    cases.INT4,
+    teacher=variables(6.0, 2.0),
+    steps=200,
+  )
+  codes = np.asarray(got['params']['layers_0']['kernel']) * 7 / w
+  np.testing.assert_allclose(codes[0], 7, rtol=1e-6)
+  np.testing.assert_allclose(codes, np.round(codes), atol=1e-5)
 
 
 @pytest.mark.usefixtures('quick_compilation')
