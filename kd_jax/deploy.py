@@ -4,16 +4,19 @@ Owns the path from trained variables to a function of raw images; nothing
 about files, which is `export`.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from kd_jax import adapters, quantize, rules
+from kd_jax import adapters, quantize
+from kd_jax import rules as rules_lib
 from kd_jax.types import Batch, StudentFn, Variables
 
-WEIGHTS = quantize.INT8_WEIGHTS
-ACTIVATIONS = quantize.INT8_ACTIVATIONS
+Rules = rules_lib.Rules[quantize.QuantSpec]
+WEIGHT_RULES: Rules = (('.*/kernel', quantize.INT8_WEIGHTS),)
+ACTIVATION_RULES: Rules = (('.*', quantize.INT8_ACTIVATIONS),)
 Preprocess = Callable[..., Batch]
 
 
@@ -21,7 +24,7 @@ def integer_forward(
   model: adapters.LinenModule,
   *,
   simulate: bool = False,
-  dynamic: rules.Rules[quantize.QuantSpec] = (),
+  dynamic: Rules = (),
   convolution: str = 'auto',
   taps: Sequence[str] = (),
   axis_name: str | None = None,
@@ -51,57 +54,131 @@ def integer_forward(
   )
 
 
-def post_training_int8(
+def evaluation(
+  model: adapters.LinenModule,
+  *,
+  interceptors: Sequence[adapters.Interceptor] = (),
+) -> Callable[..., StudentFn]:
+  """The `make_forward` that post-training algorithms take, of a linen model.
+
+  Args:
+    model: the module; folded BatchNorms are left out when it runs.
+    interceptors: others, as for `integer_forward`.
+
+  Returns:
+    `(interceptor) -> forward`. Without its train argument the model stays in
+    evaluation mode, also when `train=True` tells observers to learn.
+  """
+
+  def make_forward(interceptor: adapters.Interceptor) -> StudentFn:
+    return adapters.from_linen(
+      model,
+      interceptors=(
+        *interceptors,
+        quantize.skip_folded_batch_norms,
+        interceptor,
+      ),
+      train_argument=None,
+    )
+
+  return make_forward
+
+
+def post_training_quantize(
   model: adapters.LinenModule,
   variables: Variables,
   batches: Iterable[Batch],
   *,
+  weight_rules: Rules = WEIGHT_RULES,
+  activation_rules: Rules = ACTIVATION_RULES,
+  observer: quantize.Observer | None = None,
+  weight_observer: quantize.Observer | None = None,
+  equalize: bool = False,
+  smooth: float | None = None,
+  rounding: str = 'nearest',
+  correct: bool = False,
   interceptors: Sequence[adapters.Interceptor] = (),
 ) -> dict[str, Any]:
   """A trained linen model on integers, without further training.
 
-  Weights become int8 per output channel; the range of every layer's input is
-  learned from the batches, in evaluation mode.
+  Static, with the default rules: weights int8 per output channel, and the
+  range of every layer's input learned from the batches in evaluation mode.
+  Dynamic, with activation specs that are `dynamic`: ranges are found in each
+  batch at hand; give the same rules to `integer_forward(dynamic=...)`.
+  Weight-only, without activation rules. The options run in the order of the
+  arguments, after BatchNorm is folded; `correct` comes last because it removes
+  the mean of what rounding left. For other settings call the functions of
+  `quantize` with `evaluation(model)`.
 
   Args:
     model: the module.
     variables: its trained variables.
     batches: pre-processed batches to calibrate with; a few are enough.
+    weight_rules: `(pattern, QuantSpec or None)` pairs on parameter paths.
+    activation_rules: the same on layer paths.
+    observer: how the ranges of activations are learned; `ema_min_max()` when
+      None.
+    weight_observer: how those of weights are chosen, see `fake_quant_params`.
+    equalize: whether channels are rescaled, see `quantize.equalize`.
+    smooth: alpha of `quantize.smooth`, or None to leave it out.
+    rounding: 'nearest' or 'adaround', see `quantize.adaround`.
+    correct: whether biases are corrected, see `quantize.correct_biases`.
     interceptors: others, as for `integer_forward`.
 
   Returns:
     What `integer_forward` runs with.
 
   Raises:
-    ValueError: without any batch.
+    ValueError: without any batch, for an unknown rounding, or for 'adaround'
+      with a `weight_observer`.
   """
-  interceptor = quantize.quantize_activations([('.*', ACTIVATIONS)])
-  # Without its train argument the model stays in evaluation mode, whatever
-  # the observers, which learn in training only, are told.
-  forward = adapters.from_linen(
-    model, interceptors=(*interceptors, interceptor), train_argument=None
+  learn = rules_lib.choose(
+    'rounding', rounding, {'nearest': False, 'adaround': True}
   )
-
-  @jax.jit
-  def observe(variables, batch):
-    state = forward(variables, batch, train=True).model_state
-    return state['quant_stats']
-
-  example = None
-  variables = dict(variables)
-  for batch in batches:
-    if example is None:
-      example = batch
-      variables['quant_stats'] = quantize.init_quant_stats(
-        forward, variables, batch
-      )
-    variables['quant_stats'] = observe(variables, batch)
+  if learn and weight_observer is not None:
+    raise ValueError(
+      "post_training_quantize: rounding='adaround' learns on the grid of the "
+      'extremes; it takes no weight_observer.'
+    )
+  batches = iter(batches)
+  example = next(batches, None)
   if example is None:
     raise ValueError('There is no batch to calibrate with.')
+  batches = itertools.chain([example], batches)
+  if learn or correct or smooth is not None:
+    batches = list(batches)
+  make_forward = evaluation(model, interceptors=interceptors)
+  rules = weight_rules, activation_rules
+  variables = fold(model, variables, example, interceptors=interceptors)
+  if equalize:
+    plain = adapters.from_linen(
+      model, interceptors=(*interceptors, quantize.skip_folded_batch_norms)
+    )
+    variables = quantize.equalize(plain, variables, example)
+  if smooth is not None:
+    variables = quantize.smooth(make_forward, variables, batches, alpha=smooth)
+  if activation_rules:
+    stats = quantize.calibrate(
+      make_forward, variables, batches, activation_rules, observer=observer
+    )
+    variables = {**variables, 'quant_stats': stats}
+  rounded = variables
+  if learn:
+    rounded = quantize.adaround(
+      make_forward, variables, batches, *rules, observer=observer
+    )
+  if correct:
+    rounded = quantize.correct_biases(
+      make_forward,
+      variables,
+      batches,
+      *rules,
+      rounded=rounded,
+      observer=observer,
+      weight_observer=weight_observer,
+    )
   return quantize.convert(
-    fold(model, variables, example, interceptors=interceptors),
-    [('.*/kernel', WEIGHTS)],
-    [('.*', ACTIVATIONS)],
+    rounded, *rules, observer=observer, weight_observer=weight_observer
   )
 
 

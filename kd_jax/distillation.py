@@ -85,7 +85,7 @@ def _save_integers(run, where, model):
   calibration = (
     transform({}, run.preprocess(next(batches), train=False)) for _ in range(8)
   )
-  integers = deploy.post_training_int8(model, variables, calibration)
+  integers = deploy.post_training_quantize(model, variables, calibration)
   save_weights(directory / 'weights.int8.safetensors', integers)
 
 

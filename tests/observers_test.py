@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kd_jax import quantize
-from kd_jax.quantize import QuantSpec, calibration, histograms
+from kd_jax.quantize import QuantSpec, criteria, histograms
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -219,7 +219,7 @@ def test_the_error_of_a_histogram_is_that_of_the_values(name, spec):
   unit = 2.0 ** int(stats['exponent'])
   for share in (1.0, 0.4):
     low, high = share * min(x.min(), 0), share * x.max()
-    got = calibration.squared_error(
+    got = criteria.squared_error(
       histograms.bins(stats), low / unit, high / unit, spec
     )
     np.testing.assert_allclose(

@@ -133,10 +133,10 @@ def test_the_shrunk_model_folds_and_runs_on_integers_as_the_masked_one():
   given = _interceptors(plan, kept)
   folded = deploy.fold(model, small, batch, interceptors=given)
   assert 'norm1' not in folded['params'] and 'conv1' in folded['params']
-  integers = deploy.post_training_int8(
+  integers = deploy.post_training_quantize(
     model, small, [batch], interceptors=given
   )
-  whole = deploy.post_training_int8(model, masked, [batch])
+  whole = deploy.post_training_quantize(model, masked, [batch])
   assert integers['int8']['conv2']['kernel'].shape == (
     *(3, 3, 1),
     len(kept['conv1']),

@@ -5,6 +5,14 @@ from kd_jax.quantize.activations import init_quant_stats as init_quant_stats
 from kd_jax.quantize.activations import (
   quantize_activations as quantize_activations,
 )
+from kd_jax.quantize.allocation import Allocation as Allocation
+from kd_jax.quantize.allocation import allocate as allocate
+from kd_jax.quantize.allocation import size_costs as size_costs
+from kd_jax.quantize.allocation import weight_bytes as weight_bytes
+from kd_jax.quantize.calibration import calibrate as calibrate
+from kd_jax.quantize.calibration import correct_biases as correct_biases
+from kd_jax.quantize.channels import FreeScale as FreeScale
+from kd_jax.quantize.channels import free_scales as free_scales
 from kd_jax.quantize.conversion import convert as convert
 from kd_jax.quantize.delays import delayed as delayed
 from kd_jax.quantize.delays import freeze_batch_norm as freeze_batch_norm
@@ -12,6 +20,8 @@ from kd_jax.quantize.delays import freeze_observer as freeze_observer
 from kd_jax.quantize.delays import (
   init_batch_norm_steps as init_batch_norm_steps,
 )
+from kd_jax.quantize.equalization import equalize as equalize
+from kd_jax.quantize.equalization import smooth as smooth
 from kd_jax.quantize.execution import dequantize_params as dequantize_params
 from kd_jax.quantize.execution import execute_integers as execute_integers
 from kd_jax.quantize.fake_quant import dequantize as dequantize
@@ -47,6 +57,10 @@ from kd_jax.quantize.observers import octav as octav
 from kd_jax.quantize.observers import percentile as percentile
 from kd_jax.quantize.packing import pack_int4 as pack_int4
 from kd_jax.quantize.packing import unpack_int4 as unpack_int4
+from kd_jax.quantize.rounding import adaround as adaround
+from kd_jax.quantize.sensitivities import Sensitivity as Sensitivity
+from kd_jax.quantize.sensitivities import sensitivity as sensitivity
+from kd_jax.quantize.sensitivities import weight_options as weight_options
 from kd_jax.quantize.specs import INT8_ACTIVATIONS as INT8_ACTIVATIONS
 from kd_jax.quantize.specs import INT8_WEIGHTS as INT8_WEIGHTS
 from kd_jax.quantize.specs import QuantSpec as QuantSpec

@@ -1,289 +1,204 @@
-"""The range of values to represent, searched for in a histogram.
+"""Calibration after training: ranges of activations, and biases.
 
-Owns the criteria: percentile, mean squared error, entropy, OCTAV. Each takes
-a histogram and a quantizer and returns `(low, high)`: symmetric quantizers
-look for one clipping value of |x|, affine ones for both ends. They serve
-tensors of any rank through `observers`.
-
-Everything is computed in units of the histogram's 2**e, so that no square
-over- or underflows, and ends within the exact extremes of the values.
+Owns what is measured on a handful of batches without changing any kernel.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
-from kd_jax.quantize import histograms
-from kd_jax.quantize.specs import QuantSpec, scale_and_zero_point
-
-Range = tuple[jax.Array, jax.Array]
-
-
-def _exact_ends(stats) -> Range:
-  """The extremes with 0 between them, in units of the histogram."""
-  low, high = (
-    histograms.scaled(stats[k], stats['exponent']) for k in ('low', 'high')
-  )
-  return jnp.minimum(low, 0), jnp.maximum(high, 0)
-
-
-def _result(stats, low, high) -> Range:
-  lowest, highest = _exact_ends(stats)
-  low, high = jnp.clip(low, lowest, 0), jnp.clip(high, 0, highest)
-  low, high = (histograms.unscaled(v, stats['exponent']) for v in (low, high))
-  # NaN and infinities stay visible: they are in no bin.
-  clean = jnp.isfinite(stats['low']) & jnp.isfinite(stats['high'])
-  return (
-    jnp.where(clean, low, stats['low']),
-    jnp.where(clean, high, stats['high']),
-  )
+from kd_jax import rules as rules_lib
+from kd_jax.quantize import observers, record
+from kd_jax.quantize.activations import (
+  COLLECTION,
+  init_quant_stats,
+  quantize_activations,
+)
+from kd_jax.quantize.fake_quant import fake_quant_params
+from kd_jax.quantize.specs import QuantSpec
+from kd_jax.types import Batch, Variables
 
 
-def percentile(
-  stats: histograms.Stats,
-  spec: QuantSpec,
+def calibrate(
+  make_forward: record.MakeForward,
+  variables: Variables,
+  batches: Iterable[Batch],
+  rules: rules_lib.Rules[QuantSpec],
   *,
-  percent: float = 99.99,
-  ignore_zeros: bool = False,
-) -> Range:
-  """The range that holds all but a share of the values at each end.
-
-  Symmetric: the value that `percent` of |x| do not exceed. Affine: the
-  percentiles `100 - percent` and `percent` of x. Between the edges of a bin
-  values count as evenly spread.
+  observer: observers.Observer | None = None,
+) -> Any:
+  """Learns the ranges of a trained model's activations in one pass.
 
   Args:
-    stats: a histogram.
-    spec: the quantizer.
-    percent: in (50, 100].
-    ignore_zeros: whether zeros count as no values, as after pruning.
-  """
-  share = 1 - percent / 100
-  if spec.symmetric:
-    b = histograms.amplitudes(stats, ignore_zeros=ignore_zeros)
-    high = histograms.upper_quantile(b, share * jnp.sum(b.counts))
-    return _result(stats, -high, high)
-  b = histograms.bins(stats, ignore_zeros=ignore_zeros)
-  tail = share * jnp.sum(b.counts)
-  low = histograms.lower_quantile(b, tail)
-  return _result(stats, low, histograms.upper_quantile(b, tail))
-
-
-def squared_error(
-  b: histograms.Bins, low: jax.Array, high: jax.Array, spec: QuantSpec
-) -> jax.Array:
-  """The sum over values of (x - Q(x))^2, rounding and clipping.
-
-  With t = x / scale, k its code (clipped) less the zero point, the integral
-  of (t - k)^2 dt is k / 12 + (t - k)^3 / 3 for any t; its difference over a
-  bin is exact for values spread evenly over the bin.
-
-  Args:
-    b: bins.
-    low: smallest value of the range, in the units of the bins; a scalar.
-    high: largest value.
-    spec: the quantizer.
+    make_forward: `(interceptor) -> forward` in evaluation mode; see `record`.
+    variables: the model's variables; a `quant_stats` among them is ignored.
+    batches: pre-processed batches; a few are enough. Each is read once.
+    rules: activation rules, `(pattern, QuantSpec or None)` on layer paths.
+    observer: how ranges are learned; `ema_min_max()` when None.
 
   Returns:
-    float32 scalar, in squared units of the bins.
+    The collection `quant_stats`; merge it as
+    `variables | {'quant_stats': stats}`.
+
+  Raises:
+    ValueError: without any batch, or for a rule that matches no layer.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> from kd_jax import adapters
+    >>> model = nn.Sequential([nn.Dense(2)])
+    >>> make_forward = lambda interceptor: adapters.from_linen(
+    ...   model, interceptors=(interceptor,), train_argument=None)
+    >>> x = jnp.array([[-1.0, 3.0]])
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> rules = [('.*', QuantSpec(symmetric=False, narrow=False))]
+    >>> stats = calibrate(make_forward, variables, [{'image': x}], rules)
+    >>> float(stats['layers_0']['input0']['high'])
+    3.0
   """
-  scale, zero_point = scale_and_zero_point(low, high, spec)
-  first, last = spec.qmin - zero_point, spec.qmax - zero_point
+  forward = make_forward(quantize_activations(rules, observer=observer))
+  variables = {k: v for k, v in variables.items() if k != COLLECTION}
 
-  def error(t):
-    return t - jnp.clip(jnp.round(t), first, last)
+  def observe(stats, variables, batch):
+    variables = {**variables, COLLECTION: stats}
+    state = forward(variables, batch, None, train=True).model_state
+    return state.get(COLLECTION, {})
 
-  def integral(t):
-    rest = error(t)
-    return (t - rest) / 12 + rest**3 / 3
+  observe = jax.jit(observe, donate_argnums=0)
+  stats = None
+  for batch in batches:
+    if stats is None:
+      stats = init_quant_stats(forward, variables, batch, rules)
+    stats = observe(stats, variables, batch)
+  if stats is None:
+    raise ValueError('There is no batch to calibrate with.')
+  return stats
 
-  left, right = b.left / scale, b.right / scale
-  width = right - left
-  spread = (integral(right) - integral(left)) / jnp.where(width > 0, width, 1)
-  mean = jnp.where(width > 0, spread, error(left) ** 2)
-  return jnp.sum(b.counts * mean) * scale**2
+
+def frozen(observer: observers.Observer | None) -> observers.Observer:
+  """An observer that learns nothing: the ranges stay as they are."""
+  observer = observer or observers.ema_min_max()
+  return observer._replace(update=lambda stats, x, axis_name: stats)
 
 
-def mean_squared_error(
-  stats: histograms.Stats,
-  spec: QuantSpec,
+def correct_biases(
+  make_forward: record.MakeForward,
+  variables: Variables,
+  batches: Iterable[Batch],
+  weight_rules: rules_lib.Rules[QuantSpec],
+  activation_rules: rules_lib.Rules[QuantSpec] = (),
   *,
-  ignore_zeros: bool = False,
-) -> Range:
-  """The range with the least squared error of rounding and clipping.
+  rounded: Variables | None = None,
+  observer: observers.Observer | None = None,
+  weight_observer: observers.Observer | None = None,
+) -> dict[str, Any]:
+  """Removes the mean error that quantization gives each output channel.
 
-  Shares of the extremes are tried, first 1/32 apart, then 1/256, then 1/2048;
-  affine ranges move both ends together and then each of them. Zeros have no
-  error, so that `ignore_zeros` changes nothing here.
+  b <- b - (E[W~ x~] - E[W x]), over examples and positions, where x is the
+  layer's input in the float model and x~ that in the quantized one, all of
+  whose earlier layers are corrected already. One pass does it for all layers:
+  each batch runs through the float model first, then through the quantized
+  one, and every layer subtracts the mean error before the next one reads it.
 
   Args:
-    stats: a histogram.
-    spec: the quantizer, of which bits and symmetry matter.
-    ignore_zeros: see `percentile`.
-  """
-  b = histograms.bins(stats, ignore_zeros=ignore_zeros)
-  low, high = _exact_ends(stats)
-  if spec.symmetric:
-    high = jnp.maximum(-low, high)
-    low = -high
-  # Which ends are moved, and whether from where they are, by steps of what.
-  both, below, above = (True, True), (True, False), (False, True)
-  stages = [(both, False, 1 / 32)]
-  if spec.symmetric:
-    stages += [(both, True, 1 / 256), (both, True, 1 / 2048)]
-  else:
-    stages += [(above, False, 1 / 32), (below, False, 1 / 32)]
-    for step in (1 / 256, 1 / 256, 1 / 2048):
-      stages += [(above, True, step), (below, True, step)]
-  moved, near, steps = (jnp.array(column) for column in zip(*stages))
+    make_forward: `(interceptor) -> forward` in evaluation mode; see `record`.
+    variables: float variables with BatchNorm folded.
+    batches: a handful of pre-processed batches; each is read once.
+    weight_rules: on parameter paths; the layers whose kernel they choose are
+      corrected.
+    activation_rules: on layer paths, to correct for rounded inputs as well.
+    rounded: the variables to correct, such as those from `adaround`, with
+      `quant_stats` if there are activation rules; `variables` when None.
+    observer: the observer calibrated with.
+    weight_observer: how ranges of weights are chosen, see `fake_quant_params`.
 
-  def error(shares):
-    return squared_error(b, shares[0] * low, shares[1] * high, spec)
+  Returns:
+    `rounded` with corrected biases; its kernels are as they were given. A
+    layer without a bias gets one: run the model with
+    `skip_folded_batch_norms`, which adds it, or with integers.
 
-  def search(shares, stage):
-    moved, near, step = stage
-    # In falling order: the first of equal errors wins, the widest range.
-    centre = jnp.where(near, shares, 0.5)
-    offsets = jnp.arange(16, -16, -1, dtype=jnp.float32)[:, None] * step
-    tried = jnp.clip(centre[None] + offsets, 1 / 2048, 1)
-    tried = jnp.where(moved[None], tried, shares[None])
-    errors = jax.lax.map(error, tried, batch_size=8)
-    return tried[jnp.argmin(errors)], None
-
-  shares, _ = jax.lax.scan(search, jnp.ones(2), (moved, near, steps))
-  return _result(stats, shares[0] * low, shares[1] * high)
-
-
-def octav(
-  stats: histograms.Stats,
-  spec: QuantSpec,
-  *,
-  ignore_zeros: bool = False,
-  iterations: int = 20,
-) -> Range:
-  """Optimally clipped range, by the fixed point of its optimality condition.
-
-  Rounding costs scale^2 / 12 for every value inside the range, clipping the
-  squared distance from its end. For a symmetric range [-a, a] and B bits,
-
-      a <- sum(|x| 1[|x| > a]) / (4^-B / 3 * n_inside + n_outside).
-
-  For an affine range, with c = 4^-B / 12, n_above and s_above the number and
-  the sum of the values above its upper end, and likewise below,
-
-      high <- (s_above + c * n_inside * low) / (c * n_inside + n_above)
-      low <- (s_below + c * n_inside * high) / (c * n_inside + n_below),
-
-  which for values on one side of 0 is the first with 12 for 3.
-
-  Args:
-    stats: a histogram.
-    spec: the quantizer, of which bits and symmetry matter.
-    ignore_zeros: see `percentile`. Zeros are exact on every grid, but the
-      formula counts a rounding error for them unless they are ignored.
-    iterations: number of updates.
+  Raises:
+    ValueError: without any batch, or for a rule that matches nothing.
 
   References:
-    Sakr et al., "Optimal Clipping and Magnitude-aware Differentiation for
-    Improved Quantization-aware Training", 2022, arXiv:2206.06501.
+    Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
+    Correction", 2019, arXiv:1906.04721, section 4.2.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> from kd_jax import adapters
+    >>> model = nn.Sequential([nn.Dense(1)])
+    >>> make_forward = lambda interceptor: adapters.from_linen(
+    ...   model, interceptors=(interceptor,), train_argument=None)
+    >>> layer = {'kernel': jnp.array([[7.0], [1.4]]), 'bias': jnp.zeros(1)}
+    >>> variables, x = {'params': {'layers_0': layer}}, jnp.array([[1.0, 2.0]])
+    >>> rules = [('.*/kernel', QuantSpec(bits=4, axis=-1))]
+    >>> got = correct_biases(make_forward, variables, [{'image': x}], rules)
+    >>> round(float(got['params']['layers_0']['bias'][0]), 4)
+    0.8
   """
-  lowest, highest = _exact_ends(stats)
-  c = 4.0**-spec.bits / 12
-  if spec.symmetric:
-    b = histograms.amplitudes(stats, ignore_zeros=ignore_zeros)
-    total = jnp.sum(b.counts)
+  rounded = variables if rounded is None else rounded
+  names = rules_lib.leaf_names(variables['params'])
+  chosen = rules_lib.match(weight_rules, names, kind='weight rule')
+  layers = {n.removesuffix('/kernel') for n in chosen if n.endswith('/kernel')}
 
-    def update(_, a):
-      outside, sums = histograms.above(b, a)
-      cost = 4 * c * (total - outside) + outside
-      return sums / jnp.where(cost > 0, cost, 1)
+  def mean(module, path, x, y):
+    return _channel_mean(module, y) if path in layers else None
 
-    # From 0 the first update gives the mean of |x|.
-    a = jax.lax.fori_loop(0, iterations, update, jnp.zeros_like(highest))
-    return _result(stats, -a, a)
+  def correct(next_fun, args, kwargs, context):
+    y = next_fun(*args, **kwargs)
+    module = context.module
+    if not record.is_layer(context):
+      return y
+    if not module.has_variable(COLLECTION, 'mean'):
+      return y
+    error = _channel_mean(module, y) - module.get_variable(COLLECTION, 'mean')
+    module.put_variable(COLLECTION, 'error', error)
+    error = jnp.expand_dims(error, tuple(range(y.ndim - error.ndim)))
+    return y - error.astype(y.dtype)
 
-  b = histograms.bins(stats, ignore_zeros=ignore_zeros)
-  mirrored = histograms.Bins(-b.right, -b.left, b.counts)
-  total = jnp.sum(b.counts)
+  float_fn = make_forward(record.record('mean', mean))
+  quantizer = quantize_activations(activation_rules, observer=frozen(observer))
+  rounded_fn = make_forward(record.chain(quantizer, correct))
 
-  def update_both(_, ends):
-    low, high = ends
-    n_above, s_above = histograms.above(b, high)
-    n_below, s_below = histograms.above(mirrored, -low)
-    inside = c * jnp.maximum(total - n_above - n_below, 0)
-    above, below = inside + n_above, inside + n_below
-    new_high = (s_above + inside * low) / jnp.where(above > 0, above, 1)
-    new_low = (inside * high - s_below) / jnp.where(below > 0, below, 1)
-    return jnp.minimum(new_low, 0), jnp.maximum(new_high, 0)
+  @jax.jit
+  def errors(variables, rounded, batch):
+    # The ranges travel with what is measured.
+    variables = {**variables, COLLECTION: rounded.get(COLLECTION, {})}
+    stats = float_fn(variables, batch, None, train=True).model_state[COLLECTION]
+    params = fake_quant_params(
+      rounded['params'], weight_rules, observer=weight_observer
+    )
+    rounded = {**rounded, 'params': params, COLLECTION: stats}
+    return record.measure(rounded_fn, rounded, batch, 'error')
 
-  start = (jnp.zeros_like(lowest), jnp.zeros_like(highest))
-  low, high = jax.lax.fori_loop(0, iterations, update_both, start)
-  return _result(stats, low, high)
-
-
-def entropy(
-  stats: histograms.Stats, spec: QuantSpec, *, stride: int = 8
-) -> Range:
-  """The clipping value that changes the distribution of |x| least.
-
-  For i bins kept, P is the histogram of |x| up to bin i with all values above
-  added to its last bin; Q is that of the values up to bin i, averaged over
-  the nonempty bins of each of L levels. The i with the least KL(P || Q)
-  wins, the largest of equal ones. L is 2**(bits - 1), and 2**bits for an affine
-  quantizer of values on one side of 0. Zeros are left out.
-
-  Args:
-    stats: a histogram.
-    spec: the quantizer, of which bits and symmetry matter.
-    stride: difference of the numbers of bins tried, out of at most 2048.
-
-  References:
-    Migacz, "8-bit Inference with TensorRT", GPU Technology Conference 2017.
-  """
-  b = histograms.amplitudes(stats, ignore_zeros=True)
-  counts = b.counts[1:]
-  size = counts.shape[0]
-  lowest, highest = _exact_ends(stats)
-  largest = jnp.maximum(-lowest, highest)
-  levels = jnp.int32(spec.qmax + 1)
-  if not spec.symmetric:
-    levels = jnp.where((lowest < 0) & (highest > 0), levels, 2 * levels)
-  used = jnp.clip(jnp.ceil(largest * size).astype(jnp.int32), 1, size)
-
-  # Sums from the top, where counts are small and float32 sums exact.
-  def upward(values):
-    return jnp.append(jnp.cumsum(values[::-1])[::-1], 0.0)
-
-  filled = (counts > 0).astype(jnp.float32)
-  values_from, filled_from = upward(counts), upward(filled)
-  index = jnp.arange(size, dtype=jnp.int32)
-
-  def divergence(kept):
-    level = index * levels // kept
-    first = jnp.minimum(-(-level * kept // levels), size)
-    last = jnp.minimum(-(-(level + 1) * kept // levels), size)
-    held = filled_from[first] - filled_from[last]
-    mean = (values_from[first] - values_from[last]) / jnp.maximum(held, 1)
-    inside = index < kept
-    q = jnp.where(inside, filled * mean, 0)
-    p = jnp.where(inside, counts, 0)
-    p = p + jnp.where(index == kept - 1, values_from[kept], 0)
-    q = q / jnp.maximum(jnp.sum(q), 1e-30)
-    p = p / jnp.maximum(jnp.sum(p), 1e-30)
-    ratio = jnp.where(p > 0, p, 1) / jnp.where(q > 0, q, 1)
-    terms = jnp.where(p > 0, jnp.where(q > 0, p * jnp.log(ratio), jnp.inf), 0)
-    return jnp.sum(terms)
-
-  # From the largest, so that it wins among equal ones.
-  tried = jnp.arange(size, spec.qmax, -stride, dtype=jnp.int32)
-  tried = jnp.minimum(tried, used)
-  # Fewer bins than levels would be kept as they are.
-  tried = jnp.where(tried < levels, used, tried)
-  divergences = jax.lax.map(divergence, tried, batch_size=16)
-  kept = tried[jnp.argmin(divergences)]
-  a = jnp.minimum(kept / size, largest)
-  return _result(stats, -a, a)
+  total, count = {}, 0
+  for batch in batches:
+    size = len(jax.tree.leaves(batch)[0])
+    error = errors(dict(variables), dict(rounded), batch)
+    total = total or dict.fromkeys(error, 0.0)
+    total = {layer: total[layer] + size * error[layer] for layer in error}
+    count += size
+  if not count:
+    raise ValueError('There is no batch to correct biases with.')
+  params = traverse_util.flatten_dict(rounded['params'], sep='/')
+  for layer, error in total.items():
+    bias = params.get(f'{layer}/bias')
+    if bias is None:
+      dtype = params[f'{layer}/kernel'].dtype
+      bias = jnp.zeros(error.shape, dtype)
+    params[f'{layer}/bias'] = (bias - error / count).astype(bias.dtype)
+  params = traverse_util.unflatten_dict(params, sep='/')
+  return {**rounded, 'params': params}
 
 
-Criterion = Callable[[histograms.Stats, QuantSpec], Range]
+def _channel_mean(module, y):
+  """The mean of a layer's output over all axes but those of its bias."""
+  features = 1
+  if module.has_variable('params', 'bias'):
+    features = module.get_variable('params', 'bias').ndim
+  axes = tuple(range(y.ndim - features))
+  return jnp.mean(y.astype(jnp.float32), axis=axes)

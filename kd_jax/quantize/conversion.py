@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from kd_jax import rules as rules_lib
-from kd_jax.quantize import activations, execution, learned, observers, packing
+from kd_jax.quantize import (
+  activations,
+  execution,
+  learned,
+  observers,
+  packing,
+  specs,
+)
 from kd_jax.quantize.execution import COLLECTION
 from kd_jax.quantize.fake_quant import (
   QuantSpec,
@@ -30,6 +37,7 @@ from kd_jax.types import Variables
 
 # Leaves room for the products: 2**30 + 255 * 127 * 32768 < 2**31.
 _BIAS_BITS = 30
+_weight_scale = jax.jit(weight_scale, static_argnames=('spec', 'observer'))
 
 
 def convert(
@@ -90,7 +98,7 @@ def convert(
   observer = observer or observers.ema_min_max()
   raw = dict(variables['params'])
   steps = traverse_util.flatten_dict(raw.pop(learned.STEPS, {}), sep='/')
-  specs = rules_lib.match(
+  chosen = rules_lib.match(
     weight_rules, rules_lib.leaf_names(raw), kind='weight rule'
   )
   raw = traverse_util.flatten_dict(raw, sep='/')
@@ -102,7 +110,7 @@ def convert(
     for name, grid in inputs.items()
     for part, value in grid.items()
   }
-  for path, spec in specs.items():
+  for path, spec in chosen.items():
     layer, _, name = path.rpartition('/')
     grid = grids.get(layer, {}).get(activations.input_name(0))
     if name not in execution.CODED or (grid is None and not spec.symmetric):
@@ -111,7 +119,7 @@ def convert(
     bias = raw.get(_join(layer, 'bias')) if name == 'kernel' else None
     scale = learned.step_of(steps, path)
     if scale is None:
-      scale, _ = weight_scale(raw[path], spec, weight_observer, name=path)
+      scale, _ = _scale(path, raw[path], spec, weight_observer)
     entry = _weight(path, raw[path], scale, bias, spec, grid)
     del params[path]
     if 'bias' in entry:
@@ -133,11 +141,16 @@ def convert(
   }
 
 
+def _scale(path, w, spec, observer):
+  specs.check(spec, w.shape, path)
+  return _weight_scale(w, spec, observer)
+
+
 def _rounded(path, w, spec, steps, observer):
   """A weight that stays float, on its grid."""
   scale, zero_point = learned.step_of(steps, path), jnp.float32(0)
   if scale is None:
-    scale, zero_point = weight_scale(w, spec, observer, name=path)
+    scale, zero_point = _scale(path, w, spec, observer)
   code = quantize(w, scale, zero_point, spec)
   return dequantize(code, scale, zero_point).astype(w.dtype)
 

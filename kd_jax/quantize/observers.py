@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kd_jax.quantize import calibration, histograms, specs
+from kd_jax.quantize import criteria, histograms, specs
 from kd_jax.quantize.specs import INT8_ACTIVATIONS, QuantSpec
 
 Stats = dict[str, jax.Array]
@@ -116,7 +116,7 @@ def ema_min_max(*, decay: float = 0.99) -> Observer:
   return Observer(_no_extremes, update, merge, _stored)
 
 
-def _of_histogram(criterion: calibration.Criterion) -> Observer:
+def _of_histogram(criterion: criteria.Criterion) -> Observer:
   def update(stats: Stats, x: jax.Array, axis_name: Any) -> Stats:
     return histograms.merge(stats, histograms.of(x, axis_name))
 
@@ -129,7 +129,7 @@ def _of_histogram(criterion: calibration.Criterion) -> Observer:
 def percentile(
   percent: float = 99.99, *, ignore_zeros: bool = False
 ) -> Observer:
-  """Cuts off a share of the values: see `calibration.percentile`.
+  """Cuts off a share of the values: see `criteria.percentile`.
 
   This observer, `mse`, `entropy` and `octav` have one state, a histogram of
   all batches (16 KiB a tensor), so that what one has seen the others can use.
@@ -160,7 +160,7 @@ def percentile(
     raise ValueError(f'percentile: percent={percent} is not in (50, 100].')
 
   def criterion(stats, spec):
-    return calibration.percentile(
+    return criteria.percentile(
       stats, spec, percent=percent, ignore_zeros=ignore_zeros
     )
 
@@ -168,7 +168,7 @@ def percentile(
 
 
 def mse() -> Observer:
-  """The least squared error: see `calibration.mean_squared_error`.
+  """The least squared error: see `criteria.mean_squared_error`.
 
   Zeros have no error, so pruned weights need no other treatment.
 
@@ -180,11 +180,11 @@ def mse() -> Observer:
     >>> bool(high < 1.5)
     True
   """
-  return _of_histogram(calibration.mean_squared_error)
+  return _of_histogram(criteria.mean_squared_error)
 
 
 def entropy(*, stride: int = 8) -> Observer:
-  """The least Kullback-Leibler divergence: see `calibration.entropy`.
+  """The least Kullback-Leibler divergence: see `criteria.entropy`.
 
   Args:
     stride: bins between the thresholds tried; 1 tries them all.
@@ -207,13 +207,13 @@ def entropy(*, stride: int = 8) -> Observer:
     raise ValueError(f'entropy: stride={stride} is not a positive number.')
 
   def criterion(stats, spec):
-    return calibration.entropy(stats, spec, stride=stride)
+    return criteria.entropy(stats, spec, stride=stride)
 
   return _of_histogram(criterion)
 
 
 def octav(*, ignore_zeros: bool = False) -> Observer:
-  """Optimal clipping by a few cheap iterations: see `calibration.octav`.
+  """Optimal clipping by a few cheap iterations: see `criteria.octav`.
 
   Args:
     ignore_zeros: whether zeros count as no values, as after pruning.
@@ -231,7 +231,7 @@ def octav(*, ignore_zeros: bool = False) -> Observer:
   """
 
   def criterion(stats, spec):
-    return calibration.octav(stats, spec, ignore_zeros=ignore_zeros)
+    return criteria.octav(stats, spec, ignore_zeros=ignore_zeros)
 
   return _of_histogram(criterion)
 

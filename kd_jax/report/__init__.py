@@ -15,6 +15,7 @@ import numpy as np
 from kd_jax.report.findings import summary
 from kd_jax.report.html import html
 from kd_jax.report.plots import curves_figure, size_figure, sparsity_figure
+from kd_jax.report.sensitivity import sensitivity_figure
 from kd_jax.report.table import markdown, print_table
 
 FORMAT = 1
@@ -28,6 +29,7 @@ __all__ = [
   'markdown',
   'print_table',
   'read_report',
+  'sensitivity_figure',
   'size_figure',
   'sparsity_figure',
   'summary',
