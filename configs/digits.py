@@ -134,21 +134,51 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     {
       'train': training(1 if tiny else 60, 3e-3),
       'terms': kd(),
+      # Who teaches: 'teacher', or 'student', the network before compression.
+      'teacher': 'teacher',
+      # Points in training are '30%' of it, '400 steps' or '12 epochs'.
       'prune': {
+        # gradual; sparse (SET, RigL); straight_through (dense weights behind
+        # masks); preserve (what is zero at the start stays so).
+        'method': 'gradual',
+        # Share of zeros at the end; 0 for no pruning.
         'sparsity': 0.8,
+        # magnitude, taylor, fisher, snip, movement, lamp or random.
+        'score': 'magnitude',
+        # global, layer or erk.
         'scope': 'global',
+        # weights; neurons, which are removed at the end; channels of each
+        # layer; N:M such as '2:4'; blocks such as '8x128'.
+        'structure': 'weights',
         'rules': (('.*/kernel', True),),
-        # Shares of the steps between which sparsity rises, and steps between
-        # two prunings.
-        'begin': 0.0,
-        'end': 0.5,
+        # Patterns of groups and parameters of which no neuron leaves.
+        'keep': (),
+        # cubic, linear or once.
+        'schedule': 'cubic',
+        'begin': '0%',
+        'end': '50%',
+        # Steps between two prunings.
         'every': 5,
+        # Whether a weight may come back: never, or gradient.
+        'revive': 'never',
+        # How sparse training grows weights: gradient (RigL) or random (SET).
+        'grow': 'gradient',
       },
       'quantize': {
-        # int8, int4 or float, by parameter path and by layer path.
+        # int8, int4 or float, by parameter path.
         'weights': (('.*/kernel', 'int8'),),
+        # int8, int8_symmetric, int8_dynamic or float, by layer path.
         'activations': (('.*', 'int8'),),
+        # observed, or learned by gradients: lsq (weights too) or pact.
+        'ranges': 'observed',
+        # ema, min_max, percentile, mse, entropy or octav.
+        'observer': 'ema',
         'observer_decay': 0.99,
+        # Of weights: extremes, percentile, mse or octav.
+        'weight_observer': 'extremes',
+        # When values are rounded, and when observers and BatchNorm stop.
+        'begin': '0%',
+        'freeze': '100%',
       },
     }
   )

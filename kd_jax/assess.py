@@ -207,6 +207,9 @@ def _curve(history: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def _sparsity(run: Run) -> list[dict[str, Any]]:
+  known = run.workdir.result('compress').get('sparsity')
+  if known:
+    return known
   params = weights.load_weights(run.workdir.weights('compress'))['params']
   chosen = run.config.compress.prune.rules
   return [row._asdict() for row in sparsity_report(params, chosen)]

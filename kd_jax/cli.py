@@ -1,4 +1,4 @@
-"""The command line: `kd-jax run | compare | evaluate | shrink | report`.
+"""The command line: `kd-jax run | compare | compress | evaluate | ...`.
 
 Owns flags, messages and exit codes; everything else is a call.
 """
@@ -18,6 +18,9 @@ kd-jax: a large model into a small fast one, in JAX.
                   student, prune and quantize it, export and report
   kd-jax compare  --config FILE --workdir DIR   train one student with every
                   method of distillation and several seeds, and tabulate
+  kd-jax compress --model PATH --recipe FILE --budget SIZE --workdir DIR
+                  find and train the best small form of a trained network
+                  within a size, FLOPs or a latency
   kd-jax evaluate --workdir DIR [--split SPLIT] measure what a run made
   kd-jax shrink   --workdir DIR --sparsity X    remove channels and heads of a
                   trained student, and print what can leave and what it costs
@@ -34,6 +37,14 @@ run:
   --stages A,B            only these of: teacher, alone, distill, compress,
                           convert, export, report
   --overwrite             runs the stages again; deletes what depends on them
+
+compress:
+  --model PATH            a work directory of kd-jax run, or a safetensors file
+                          of the network that --recipe.student.model names
+  --recipe FILE           a configuration such as configs/compress.py;
+                          --recipe.KEY=VALUE changes one field
+  --budget LIMIT          such as '20 KB', '1.5 MFLOP' or '0.4 ms'
+  --stage STAGE           of a work directory: distill (default) or alone
 
 evaluate:
   --split SPLIT           train, validation or test (default)
@@ -52,8 +63,13 @@ all:
 EXAMPLES = {
   'run': 'configs/digits.py',
   'compare': 'configs/compare_digits.py',
+  'compress': 'configs/compress.py',
 }
-COMMANDS = ('run', 'compare', 'evaluate', 'shrink', 'report')
+# The flag that names a configuration file.
+CONFIGS = {'run': 'config', 'compare': 'config', 'compress': 'recipe'}
+COMMANDS = ('run', 'compare', 'compress', 'evaluate', 'shrink', 'report')
+
+_PLACES = {'workdir': 'DIR', 'model': 'PATH', 'budget': "'20 KB'"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,13 +121,17 @@ def _parse(command: str, words: list[str]) -> flags.FlagValues:
   if command == 'run':
     flags.DEFINE_list('stages', [], 'stages to run', flag_values=values)
     flags.DEFINE_boolean('overwrite', False, 'run again', flag_values=values)
-  if command in ('run', 'compare'):
+  if command in CONFIGS:
     _define_config(command, words, values)
+  if command == 'compress':
+    flags.DEFINE_string('model', None, 'what to compress', flag_values=values)
+    flags.DEFINE_string('budget', None, 'limit', flag_values=values)
   if command == 'evaluate':
     flags.DEFINE_string('split', 'test', 'split', flag_values=values)
+  if command in ('shrink', 'compress'):
+    flags.DEFINE_string('stage', 'distill', 'whose student', flag_values=values)
   if command == 'shrink':
     flags.DEFINE_float('sparsity', 0.5, 'share to remove', flag_values=values)
-    flags.DEFINE_string('stage', 'distill', 'whose student', flag_values=values)
     flags.DEFINE_string('scope', 'global', 'ranking', flag_values=values)
     flags.DEFINE_list('keep', [], 'what stays', flag_values=values)
     flags.DEFINE_integer('multiple_of', 1, 'of channels', flag_values=values)
@@ -126,8 +146,9 @@ def _parse(command: str, words: list[str]) -> flags.FlagValues:
     sys.argv = argv
   if left[1:]:
     raise ValueError(f'{program} takes no argument {left[1]!r}.')
-  if not values.workdir:
-    raise ValueError(f'{program} needs --workdir=DIR.')
+  for name in ('workdir', 'model', 'budget'):
+    if name in values and not values[name].value:
+      raise ValueError(f'{program} needs --{name}={_PLACES[name]}.')
   return values
 
 
@@ -136,17 +157,18 @@ def _define_config(
 ) -> None:
   from ml_collections import config_flags  # noqa: PLC0415
 
-  path = _value_of('config', words)
+  flag = CONFIGS[command]
+  path = _value_of(flag, words)
   if path is None:
     raise ValueError(
-      f'kd-jax {command} needs --config=FILE, such as {EXAMPLES[command]}.'
+      f'kd-jax {command} needs --{flag}=FILE, such as {EXAMPLES[command]}.'
     )
   file = path.split(':')[0]
   if not os.path.isfile(file):
     raise ValueError(f'There is no configuration file {file!r}.')
-  _check_overrides(path, words)
+  _check_overrides(flag, path, words)
   config_flags.DEFINE_config_file(
-    'config', None, 'configuration', flag_values=values, lock_config=True
+    flag, None, 'configuration', flag_values=values, lock_config=True
   )
 
 
@@ -159,7 +181,7 @@ def _value_of(flag: str, words: list[str]) -> str | None:
   return None
 
 
-def _check_overrides(path: str, words: list[str]) -> None:
+def _check_overrides(flag: str, path: str, words: list[str]) -> None:
   """Names the near misses of an unknown --config.KEY."""
   import runpy  # noqa: PLC0415
 
@@ -169,6 +191,6 @@ def _check_overrides(path: str, words: list[str]) -> None:
   config: Any = runpy.run_path(file)['get_config'](*variant)
   known = workdir.flatten(config.to_dict())
   for word in words:
-    match = re.match(r'--(?:no)?config\.([\w.]+)', word)
+    match = re.match(rf'--(?:no)?{flag}\.([\w.]+)', word)
     if match:
-      rules.choose('config key', match[1], known)
+      rules.choose(f'{flag} key', match[1], known)

@@ -7,10 +7,10 @@ import ml_collections
 from rich.console import Console
 from rich.table import Table
 
-from kd_jax import assess, recipe, shrunk
+from kd_jax import assess, recipe, search, shrunk
 from kd_jax import compare as compare_lib
 from kd_jax import report as report_lib
-from kd_jax.report import comparison
+from kd_jax.report import comparison, tradeoff
 from kd_jax.run import Run
 from kd_jax.train import Preempted
 from kd_jax.workdir import Workdir
@@ -41,6 +41,23 @@ def compare(values: Any) -> int:
     return PREEMPTED
   comparison.print_table(result)
   print(f'Table and plot: {values.workdir}/comparison.md, comparison.png')
+  return 0
+
+
+def compress(values: Any) -> int:
+  """`kd-jax compress`."""
+  config = values.recipe
+  config.search.budget = values.budget
+  opened = search.open_run(config, values.model, values.stage, values.workdir)
+  try:
+    result = search.compress(opened)
+  except Preempted as e:
+    print(f'kd-jax: {e} Run the same command to go on.', file=sys.stderr)
+    return PREEMPTED
+  tradeoff.print_table(result)
+  paths = tradeoff.write(result, values.workdir)
+  print(f'Artefact: {opened.workdir.path / "artefact"}')
+  print(f'Tables and plots: {", ".join(map(str, paths.values()))}')
   return 0
 
 

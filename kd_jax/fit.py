@@ -18,7 +18,7 @@ from kd_jax import train as train_lib
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.objectives import Objective
 from kd_jax.run import Network, Run
-from kd_jax.step import init_state, make_train_step
+from kd_jax.step import init_state, make_train_step, with_step
 from kd_jax.types import StudentFn, TrainState, Variables
 from kd_jax.weights import save_weights
 
@@ -38,15 +38,17 @@ class Student:
     params_fn: see `make_train_step`.
     frozen: pattern of parameters that do not train; '' for none.
     wrap: what to make of the optimizer, such as pruning.
+    finish: `(variables) -> variables` to save at the end.
   """
 
   make: Callable[..., StudentFn]
   variables: Variables
   served: Callable[[Variables], Variables] = dict
   served_make: Callable[..., StudentFn] | None = None
-  params_fn: Callable[[Any], Any] = lambda params: params
+  params_fn: Callable[..., Any] = lambda params: params
   frozen: str = ''
   wrap: Callable[[Any], Any] = lambda tx: tx
+  finish: Callable[[Variables], Variables] = dict
 
 
 def total_steps(c: ml_collections.ConfigDict, images: data.Images) -> int:
@@ -170,9 +172,10 @@ def fit(
   trained = _train(run, where, key, c, images, prepared, evaluate)
   save_weights(
     run.workdir.stage(where) / 'weights.safetensors',
-    jax.device_get(student.served(_averaged(trained.state))),
+    jax.device_get(student.finish(student.served(_averaged(trained.state)))),
   )
-  return {
+  result = _sparsity(trained.state)
+  return result | {
     'history': trained.history,
     'train_seconds': trained.seconds,
     'steps': int(trained.state.step),
@@ -213,10 +216,11 @@ def _evaluator(run: Run, student: Student):
     return lambda state: {}
   forward = (student.served_make or student.make)()
   fn = jax.jit(deploy.from_images(forward, run.preprocess))
+  params_at = jax.jit(with_step(student.params_fn))
 
   def evaluate(state: TrainState) -> dict[str, float]:
     variables = dict(student.served(_averaged(state)))
-    variables['params'] = student.params_fn(variables['params'])
+    variables['params'] = params_at(variables['params'], state.step)
     numbers = run.evaluate(lambda b: fn(variables, b['image']), 'validation')
     masks = prune.masks_of(state.opt_state)
     if masks:
@@ -226,6 +230,16 @@ def _evaluator(run: Run, student: Student):
     return {f'eval/{name}': value for name, value in numbers.items()}
 
   return evaluate
+
+
+def _sparsity(state: TrainState) -> Result:
+  """Target and achieved sparsity of every masked parameter."""
+  masks = prune.masks_of(state.opt_state)
+  if not masks:
+    return {}
+  params = prune.apply_masks(state.params, masks)
+  rows = prune.sparsity_report(params, masks=jax.device_get(masks))
+  return {'sparsity': [row._asdict() for row in rows if row.path in masks]}
 
 
 def _pruned_layers(params, masks) -> list[prune.LayerSparsity]:

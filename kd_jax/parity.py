@@ -9,7 +9,7 @@ linen model. Owns no data and no models.
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import jax
@@ -200,6 +200,8 @@ def check_parity(
   weight_rules: rules.Rules[quantize.QuantSpec],
   activation_rules: rules.Rules[quantize.QuantSpec] = (),
   observer: quantize.Observer | None = None,
+  weight_observer: quantize.Observer | None = None,
+  interceptors: Sequence[adapters.Interceptor] = (),
   train_argument: str | None = 'train',
 ) -> ParityReport:
   """Compares float, fake-quant and integer execution layer by layer.
@@ -213,7 +215,8 @@ def check_parity(
     batch: one batch, pre-processed.
     weight_rules: as given to `convert`.
     activation_rules: as given to `convert`.
-    observer: as given to `convert`.
+    observer: as given to `convert`, and so is `weight_observer`.
+    interceptors: others of the network, such as `prune.resized(...)`.
     train_argument: see `adapters.from_linen`.
 
   Returns:
@@ -229,20 +232,21 @@ def check_parity(
   taps = sorted(layer for layer in stored if layer)
   multiplying: set[str] = set()
 
-  def forward(*interceptors):
+  def forward(*quantizers):
     run = adapters.from_linen(
       model,
       taps=taps,
       interceptors=(
+        *interceptors,
         _recorder(taps, multiplying),
         quantize.skip_folded_batch_norms,
-        *interceptors,
+        *quantizers,
       ),
       train_argument=train_argument,
     )
     return jax.jit(lambda v, b: run(v, b)[:2])
 
-  rounded = jax.jit(lambda p: quantize.fake_quant_params(p, weight_rules))(
+  rounded = jax.jit(lambda p: _rounded(p, weight_rules, weight_observer))(
     variables['params']
   )
   observed = quantize.quantize_activations(activation_rules, observer=observer)
@@ -283,6 +287,12 @@ def check_parity(
     integer=pair('integer', 'float'),
     exact=pair('integer', 'fake'),
   )
+
+
+def _rounded(params, rules, observer):
+  if 'quant_steps' in params:
+    return quantize.lsq_params(params, rules)
+  return quantize.fake_quant_params(params, rules, observer=observer)
 
 
 def print_parity(report: ParityReport, file: TextIO | None = None) -> None:

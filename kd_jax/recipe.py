@@ -9,6 +9,7 @@ together.
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,14 +21,12 @@ from kd_jax import (
   deploy,
   distillation,
   parity,
-  prune,
-  quantize,
   rules,
 )
 from kd_jax.export import export_stablehlo, onnx
-from kd_jax.fit import Result, Student, fit, total_steps
+from kd_jax.fit import Result, Student, fit
 from kd_jax.report import write_report
-from kd_jax.run import Run
+from kd_jax.run import Network, Run
 from kd_jax.weights import load_weights, save_weights
 
 
@@ -52,54 +51,63 @@ def distill(run: Run) -> Result:
 
 def compress(run: Run) -> Result:
   """Prunes and fake-quantizes the distilled student while distilling on."""
-  c, teacher = run.config.compress, run.teacher()
-  variables = dict(run.student('distill').variables)
-  variables['quant_stats'] = quantize.init_quant_stats(
-    run.fake_quant_forward(), variables, run.example, run.rules('activations')
-  )
-  steps = total_steps(c.train, run.transfer)
-  begin = round(c.prune.begin * steps)
-  schedule = prune.cubic(
-    c.prune.sparsity,
-    begin=begin,
-    end=max(begin + 1, round(c.prune.end * steps)),
-    every=c.prune.every,
-  )
+  c, compression = run.config.compress, run.compression
+  teachers = {
+    'teacher': run.teacher,
+    'student': functools.partial(run.student, 'distill'),
+  }
+  teacher = rules.choose('teacher of compress', c.teacher, teachers)()
   student = Student(
-    run.fake_quant_forward,
-    variables,
-    params_fn=run.fake_quant,
-    wrap=functools.partial(
-      prune.prune,
-      schedule=schedule,
-      rules=c.prune.rules,
-      scope=c.prune.scope,
-    ),
+    compression.make,
+    compression.start(),
+    params_fn=compression.params_fn,
+    wrap=compression.wrap,
+    finish=compression.finish,
   )
   objective = distillation.compress_objective(run, teacher)
-  return fit(run, 'compress', c.train, objective, student, teacher=teacher)
+  result = fit(run, 'compress', c.train, objective, student, teacher=teacher)
+  phases = [phase._asdict() for phase in compression.phases()]
+  words = [f'{p["name"]} {p["begin"]}-{p["end"]}' for p in phases]
+  return result | {'phases': phases, 'note': f' ({", ".join(words)})'}
 
 
 def convert(run: Run) -> Result:
-  """Folds BatchNorm and turns the compressed student into integers."""
+  """Removes pruned units, folds BatchNorm and makes integers."""
   variables = load_weights(run.workdir.weights('compress'))
-  integers = quantize.convert(
-    deploy.fold(run.model('student'), variables, run.example),
-    run.rules('weights'),
-    run.rules('activations'),
-    observer=run.observer(),
-  )
+  converted = run.compression.convert(variables)
   directory = run.workdir.stage('convert')
-  save_weights(directory / 'weights.safetensors', integers)
-  return {}
+  save_weights(directory / 'weights.safetensors', converted.variables)
+  return {'overrides': converted.overrides}
 
 
 def export(run: Run) -> Result:
   """Writes the integer student for servers, and compares each file with it."""
   directory = run.workdir.stage('export')
+  kernels = export_files(run, run.integer, directory)
+  note = '' if kernels else ', without ONNX: pip install "kd_jax[onnx]"'
+  return {
+    'parity': _parities(run, directory),
+    'onnx_kernels': kernels,
+    'note': note,
+  }
+
+
+def export_files(
+  run: Run, make: Callable[..., Network], directory: Path
+) -> dict[str, int] | None:
+  """Writes an integer network as StableHLO and, with the extra, as ONNX.
+
+  Args:
+    run: whose images it is for.
+    make: `(simulate=False) -> network`.
+    directory: where to.
+
+  Returns:
+    Which kernels onnxruntime runs it with; None without the extra [onnx].
+  """
   test = run.splits['test']
   images = jax.ShapeDtypeStruct((1, *test.image_shape), np.uint8)
-  network = run.integer()
+  network = make()
   metadata = {
     'config': run.workdir.fingerprint,
     'dataset': run.config.data.name,
@@ -114,24 +122,19 @@ def export(run: Run) -> Result:
     metadata=metadata,
     overwrite=True,
   )
-  kernels = None
-  if assess.has_onnx():
-    simulated = run.integer(simulate=True)
-    apply = deploy.from_images(simulated.forward, run.preprocess)
-    onnx.export_onnx(
-      functools.partial(apply, simulated.variables),
-      images,
-      directory / 'student.int8.onnx',
-      class_names=test.class_names,
-      metadata=metadata,
-    )
-    kernels = onnx.integer_kernels(directory / 'student.int8.onnx')
-  note = '' if kernels else ', without ONNX: pip install "kd_jax[onnx]"'
-  return {
-    'parity': _parities(run, directory),
-    'onnx_kernels': kernels,
-    'note': note,
-  }
+  if not assess.has_onnx():
+    return None
+  simulated = make(simulate=True)
+  apply = deploy.from_images(simulated.forward, run.preprocess)
+  path = directory / 'student.int8.onnx'
+  onnx.export_onnx(
+    functools.partial(apply, simulated.variables),
+    images,
+    path,
+    class_names=test.class_names,
+    metadata=metadata,
+  )
+  return onnx.integer_kernels(path)
 
 
 def _parities(run: Run, directory) -> list[dict[str, Any]]:

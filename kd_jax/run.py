@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from kd_jax import (
   adapters,
@@ -20,23 +21,15 @@ from kd_jax import (
   metrics,
   models,
   networks,
-  quantize,
   rules,
   sharding,
 )
+from kd_jax.compression import Compression
 from kd_jax.step import make_eval_step
 from kd_jax.types import Batch, Forward, StudentFn, Variables
 from kd_jax.weights import load_weights
 from kd_jax.workdir import Workdir
 
-SPECS = {
-  'weights': {
-    'int8': quantize.INT8_WEIGHTS,
-    'int4': dataclasses.replace(quantize.INT8_WEIGHTS, bits=4),
-    'float': None,
-  },
-  'activations': {'int8': quantize.INT8_ACTIVATIONS, 'float': None},
-}
 # Stages whose networks start from the same random weights share a number.
 _RNG = {'teacher': 0, 'alone': 1, 'distill': 1, 'compress': 2}
 TEACHER = 'teacher'
@@ -208,34 +201,20 @@ class Run:
     features = jax.eval_shape(forward, variables, self.example).features
     return features[tap].shape[-1]
 
-  def rules(self, kind: str) -> list[tuple[str, Any]]:
-    """The quantization rules of 'weights' or 'activations'."""
-    return [
-      (pattern, rules.choose(f'{kind} format', name, SPECS[kind]))
-      for pattern, name in self.config.compress.quantize[kind]
-    ]
-
-  def observer(self) -> quantize.Observer:
-    """The observer of activations."""
-    decay = self.config.compress.quantize.observer_decay
-    return quantize.ema_min_max(decay=decay)
-
-  def fake_quant(self, params: Any) -> Any:
-    """Weights rounded to their grids; the `params_fn` of compression."""
-    return quantize.fake_quant_params(params, self.rules('weights'))
-
-  def fake_quant_forward(
-    self, *, taps: Sequence[str] = (), axis_name: str | None = None
-  ) -> StudentFn:
-    """The student with its activations rounded to their grids."""
-    interceptor = quantize.quantize_activations(
-      self.rules('activations'), observer=self.observer(), axis_name=axis_name
-    )
-    return adapters.from_linen(
+  @functools.cached_property
+  def compression(self) -> Compression:
+    """What `config.compress` makes of the distilled student."""
+    c = self.config.compress
+    train = self.splits['train']
+    raw = train.read(np.arange(min(c.train.batch_size, len(train))))
+    epoch_steps = data.batches_per_epoch(self.transfer, c.train.batch_size)
+    return Compression(
+      c,
       self.model('student'),
-      taps=taps,
-      interceptors=(interceptor,),
-      axis_name=axis_name,
+      self.student('distill').variables,
+      self.preprocess(raw, train=False),
+      steps=c.train.epochs * epoch_steps,
+      epoch_steps=epoch_steps,
     )
 
   def network(
@@ -305,15 +284,17 @@ class Run:
   def compressed(self) -> Network:
     """The pruned student, fake-quantized."""
     variables = load_weights(self.workdir.weights('compress'))
-    variables['params'] = self.fake_quant(variables['params'])
     return Network(
-      'pruned + int8 fake-quant', self.fake_quant_forward, variables
+      'pruned + int8 fake-quant',
+      self.compression.make,
+      self.compression.simulated(variables),
     )
 
   def integer(self, *, simulate: bool = False) -> Network:
-    """The pruned student on integers."""
+    """The pruned student on integers, without the units that were pruned."""
+    overrides = self.workdir.result('convert')['overrides']
     make = functools.partial(
-      deploy.integer_forward, self.model('student'), simulate=simulate
+      self.compression.integer_forward, overrides, simulate=simulate
     )
     weights = load_weights(self.workdir.weights('convert'))
     return Network('integer (JAX)', make, weights)

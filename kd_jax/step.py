@@ -80,7 +80,7 @@ def make_train_step(
     >>> state.params.tolist()
     [0.25, 0.25]
   """
-  params_at = _with_step(params_fn)
+  params_at = with_step(params_fn)
 
   def train_step(state, batch, rng):
     rng = jax.random.fold_in(rng, state.step)
@@ -145,10 +145,18 @@ def make_train_step(
   return train_step
 
 
-def _with_step(
+def with_step(
   params_fn: Callable[..., Params],
 ) -> Callable[[Params, jax.Array], Params]:
-  """`params_fn` as a function of the parameters and the step."""
+  """A map of parameters as a function of the parameters and the step.
+
+  Args:
+    params_fn: `params -> params` or `(params, step) -> params`.
+
+  Example:
+    >>> [int(fn(3, 2)) for fn in (with_step(lambda p: p), with_step(pow))]
+    [3, 9]
+  """
   try:
     arguments = inspect.signature(params_fn).parameters.values()
   except ValueError:  # Some builtins have no signature.

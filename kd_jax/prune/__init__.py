@@ -50,6 +50,7 @@ from kd_jax.prune.structures import unstructured as unstructured
 from kd_jax.prune.transform import PruneState as PruneState
 from kd_jax.prune.transform import find_state as find_state
 from kd_jax.prune.transform import masks_of as masks_of
+from kd_jax.prune.transform import preserve as preserve
 from kd_jax.prune.transform import prune as prune
 from kd_jax.prune.transform import rewind as rewind
 from kd_jax.prune.transform import straight_through as straight_through

@@ -22,7 +22,7 @@ from kd_jax.prune.structures import Structure, unstructured
 
 
 class PruneState(NamedTuple):
-  """State of `prune` and of `sparse_train`.
+  """State of `prune`, of `preserve` and of `sparse_train`.
 
   Attributes:
     step: int32 scalar, number of updates so far.
@@ -158,6 +158,53 @@ def prune(
       updates = _revived(updates, params, state.masks, dense)
     new = PruneState(state.step + 1, sparsity, masks, inner, memory, dense)
     return erase(updates, params, masks), new
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def preserve(
+  tx: optax.GradientTransformation, rules: rules_lib.Rules[bool]
+) -> optax.GradientTransformationExtraArgs:
+  """Wraps an optimizer so that what is zero stays zero.
+
+  For a network that was pruned before and trains on, such as with fake-quant.
+
+  Args:
+    tx: any optax transformation; this wrapper goes outside of everything.
+    rules: `(pattern, True or None)` pairs on parameter paths.
+
+  Returns:
+    A transformation whose `update` needs `params`; its state is a
+    `PruneState`, with the masks of the parameters that `init` was given.
+
+  Raises:
+    ValueError: in `init`, for a rule that matches nothing.
+
+  Example:
+    >>> tx = preserve(optax.sgd(0.1), [('.*', True)])
+    >>> params = {'w': jnp.array([0.0, 2.0])}
+    >>> updates, _ = tx.update({'w': jnp.ones(2)}, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)['w'].tolist()
+    [0.0, 1.899999976158142]
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def init(params):
+    weights = masks_lib.choose_params(params, rules)
+    masks = {name: w != 0 for name, w in weights.items()}
+    zeros = sum(jnp.sum(~m, dtype=jnp.float32) for m in masks.values())
+    size = sum(m.size for m in masks.values())
+    return PruneState(
+      jnp.int32(0), zeros / max(size, 1), masks, tx.init(params)
+    )
+
+  def update(grads, state, params=None, **extra):
+    if params is None:
+      raise ValueError('preserve: update needs the parameters.')
+    grads = masks_lib.apply_masks(grads, state.masks)
+    updates, inner = tx.update(grads, state.inner, params, **extra)
+    new = state._replace(step=state.step + 1, inner=inner)
+    return erase(updates, params, state.masks), new
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from kd_jax import rules as rules_lib
+from kd_jax.quantize import learned
 from kd_jax.quantize.fake_quant import fake_quant_params
 from kd_jax.quantize.specs import QuantSpec, per_channel
 from kd_jax.types import Batch, Variables
@@ -119,7 +120,11 @@ def fold_batch_norm(
 
   Returns:
     New variables: each folded layer has a kernel scaled per output channel
-    and a bias; the folded BatchNorms' variables are gone.
+    and a bias; the folded BatchNorms' variables are gone. Steps that LSQ
+    learned for the kernels are scaled with them.
+
+  Raises:
+    ValueError: if a kernel to scale has one learned step for all channels.
 
   References:
     Jacob et al., 2018, arXiv:1712.05877, section 3.2.
@@ -140,11 +145,27 @@ def fold_batch_norm(
     kernel = params[f'{layer}/kernel']
     params[f'{layer}/kernel'] = kernel * per_channel(gain, kernel)
     params[f'{layer}/bias'] = (bias - mean) * gain + shift
+    _fold_step(params, layer, kernel, gain)
   return {
     collection: traverse_util.unflatten_dict(tree, sep='/')
     for collection, tree in flat.items()
     if tree
   }
+
+
+def _fold_step(params, layer, kernel, gain):
+  """A step that LSQ learned is scaled as its kernel is."""
+  path = f'{learned.STEPS}/{layer}/kernel_step'
+  step = params.get(path)
+  if step is None:
+    return
+  if step.shape[-1] != kernel.shape[-1]:
+    raise ValueError(
+      f'{layer}: its kernel has one learned step for all output channels, '
+      'which a BatchNorm scales by a factor each; learn one per channel '
+      '(axis=-1).'
+    )
+  params[path] = step * jnp.abs(per_channel(gain, step))
 
 
 def simulate_folding(

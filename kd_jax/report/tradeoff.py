@@ -1,0 +1,228 @@
+"""The walk of `kd-jax compress`, as Markdown, a table and plots.
+
+Owns how the numbers of `search.compress` are shown; measures nothing.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kd_jax.report import plots
+from kd_jax.report.sensitivity import sensitivity_figure
+from kd_jax.report.units import count, size
+
+NAMES = ('compress.md', 'compress.png', 'sensitivity.png')
+_AXES = {
+  'bytes': 'Size of the weights in bytes',
+  'flops': 'FLOPs of one example',
+  'ms': 'Latency of one batch in ms',
+}
+_HEADER = (
+  'candidate',
+  'gone',
+  'weights',
+  'size',
+  'FLOPs',
+  'ms',
+  'fits',
+  'before',
+  'trained',
+)
+
+
+def cells(result: Mapping[str, Any]) -> list[list[str]]:
+  """The rows of the table, as text: the dense network, then the candidates."""
+  dense = result['dense']
+  rows = [
+    [
+      dense['name'],
+      '-',
+      'float32',
+      size(dense['bytes']),
+      count(dense['flops']),
+      '-',
+      '-',
+      '-',
+      _percent(dense['accuracy']),
+    ]
+  ]
+  for row in result['candidates']:
+    rows.append(
+      [
+        row['name'] + (' *' if row['chosen'] else ''),
+        f'{row["channels"]:.0%}',
+        row['weights'],
+        size(row['bytes']),
+        count(row['flops']),
+        f'{row["ms"]:.3f}',
+        'yes' if row['within'] else 'no',
+        _percent(row['untrained']),
+        '-' if row['trained'] is None else _percent(row['trained']),
+      ]
+    )
+  return rows
+
+
+def _percent(share: float) -> str:
+  return f'{100 * share:.2f}'
+
+
+def summary(result: Mapping[str, Any]) -> str:
+  """What was found, in one sentence."""
+  test, budget = result['test'], result['budget']
+  return (
+    f'{test["name"]} is the best that was found within '
+    f'{budget["limit"]:g} {budget["cost"]}: {test["accuracy"]:.2%} on '
+    f'{test["examples"]} test images, where the uncompressed network has '
+    f'{test["dense"]:.2%}.'
+  )
+
+
+def print_table(result: Mapping[str, Any]) -> None:
+  """Prints the walk."""
+  table = Table(
+    title='Validation accuracy in % before and after training, * chosen'
+  )
+  for i, name in enumerate(_HEADER):
+    side = 'left' if i in (0, 2) else 'right'
+    table.add_column(name, justify=side, no_wrap=True)
+  for row in cells(result):
+    table.add_row(*row)
+  Console().print(table)
+  print(summary(result))
+
+
+def figure(result: Mapping[str, Any]) -> Any:
+  """Accuracy against cost, of everything that was looked at.
+
+  Args:
+    result: what `search.compress` returned.
+
+  Returns:
+    A matplotlib Figure.
+  """
+  return plots.figure(result, draw, width=6.8, height=4.2)
+
+
+def draw(ax: Any, result: Mapping[str, Any]) -> bool:
+  """Draws each candidate, trained and untrained, and the budget."""
+  cost, limit = result['budget']['cost'], result['budget']['limit']
+  rows, colors = result['candidates'], plots.COLORS
+  untrained = [(row[cost], 100 * row['untrained']) for row in rows]
+  trained = [r for r in rows if r['trained'] is not None]
+  ax.plot(
+    *zip(*untrained),
+    'o',
+    mfc='none',
+    color=plots.MUTED,
+    label='quantized without training',
+  )
+  for row in trained:
+    ends = (100 * row['untrained'], 100 * row['trained'])
+    ax.plot([row[cost]] * 2, ends, color=plots.GRID, zorder=1)
+  ax.plot(
+    *zip(*((r[cost], 100 * r['trained']) for r in trained)),
+    'o',
+    color=colors['compressed'],
+    label='trained',
+  )
+  for row in trained:
+    if row['chosen']:
+      point = (row[cost], 100 * row['trained'])
+      ax.plot(*point, '*', ms=15, color=colors['distilled'], label='chosen')
+      ax.annotate(
+        row['name'], point, xytext=(8, -12), textcoords='offset points'
+      )
+  ax.axhline(
+    100 * result['dense']['accuracy'],
+    color=colors['teacher'],
+    ls='--',
+    label='uncompressed',
+  )
+  ax.axvline(limit, color=colors['student alone'], ls=':', label='budget')
+  ax.set_xlabel(_AXES[cost])
+  ax.set_ylabel('Validation accuracy in %')
+  ax.set_title('Accuracy against cost', loc='left')
+  ax.legend(loc='center left', bbox_to_anchor=(1.0, 0.5))
+  return True
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+  """The walk, the layers and their integers as Markdown."""
+  lines = [summary(result), '', *_table(_HEADER, cells(result)), '']
+  lines += [
+    'Gone: the share of channels and heads that were removed. Accuracy is that '
+    'of the validation split, before training (quantized after the channels '
+    'were removed) and trained; * is chosen. Size is that of the weights file, '
+    'FLOPs of one image, ms the median of 30 calls of all candidates in turns.',
+    '',
+  ]
+  layers = [
+    [
+      row['layer'],
+      *(count(v) for v in row['flops']),
+      *(count(v) for v in row['parameters']),
+      *(size(v) for v in row['bytes']),
+    ]
+    for row in result['layers']
+  ]
+  names = ('FLOPs', 'parameters', 'bytes')
+  header = ['layer', *(w for n in names for w in (n, 'after'))]
+  lines += [*_table(header, layers), '']
+  if result['parity']:
+    header = ('layer', 'runs', 'fake dB', 'int8 dB', 'int8-fake dB')
+    header += ('max error', 'saturated', 'dead inputs', 'dead weights')
+    lines += _table(header, [_parity(row) for row in result['parity']])
+  return '\n'.join(lines) + '\n'
+
+
+def _parity(row):
+  decibels = ('fake_sqnr_db', 'integer_sqnr_db', 'sqnr_db')
+  share = row['saturation']
+  return [
+    row['layer'],
+    row['execution'],
+    *('exact' if row[d] is None else f'{row[d]:.1f}' for d in decibels),
+    f'{row["max_error"]:.3g}',
+    '-' if share is None else f'{share:.2%}',
+    *(
+      '-' if row[k] is None else str(row[k])
+      for k in ('dead_inputs', 'dead_weights')
+    ),
+  ]
+
+
+def _table(header, rows) -> list[str]:
+  return [
+    '| ' + ' | '.join(header) + ' |',
+    '| --- ' + '| ---: ' * (len(header) - 1) + '|',
+    *('| ' + ' | '.join(row) + ' |' for row in rows),
+  ]
+
+
+def write(
+  result: Mapping[str, Any], directory: str | os.PathLike[str]
+) -> dict[str, Path]:
+  """Writes the tables and the plots.
+
+  Args:
+    result: what `search.compress` returned.
+    directory: where to; exists.
+
+  Returns:
+    file name -> path, for each of `NAMES`.
+  """
+  paths = {name: Path(directory) / name for name in NAMES}
+  paths[NAMES[0]].write_text(markdown(result), encoding='utf-8')
+  figure(result).savefig(paths[NAMES[1]], dpi=150)
+  # Without the names of the collections and of the parameter.
+  rows = [
+    (path.removesuffix('/kernel'), f'{bits} bits', loss)
+    for path, bits, loss in result['sensitivity']
+  ]
+  sensitivity_figure(rows).savefig(paths[NAMES[2]], dpi=150)
+  return paths

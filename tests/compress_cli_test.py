@@ -1,0 +1,182 @@
+"""`kd-jax compress`: the walk, the artefact, the messages."""
+
+import json
+import pathlib
+import runpy
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from kd_jax import adapters, cli, search, workdir
+from kd_jax.report import tradeoff
+from kd_jax.run import Run
+from kd_jax.weights import load_weights, save_weights
+
+CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+RECIPE = f'{CONFIGS / "compress.py"}:tiny'
+MODEL = {'name': 'cnn', 'widths': (8, 6)}
+BUDGET = '2.1 KB'
+pytestmark = [
+  pytest.mark.usefixtures('quick_compilation'),
+  pytest.mark.xdist_group('compress_cli'),
+]
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, data_dir):
+  """A work directory in which 'distill' is finished, without training."""
+  config = runpy.run_path(str(CONFIGS / 'digits.py'))['get_config']('tiny')
+  config.data.data_dir = str(data_dir)
+  config.student.model = MODEL
+  path = tmp_path_factory.mktemp('compress') / 'run'
+  folder = workdir.Workdir(path, config.to_dict())
+  folder.write_config()
+  run = Run(config, folder)
+  model = run.model('student')
+  variables = adapters.init_linen(model, jax.random.key(0), run.example)
+  save_weights(folder.stage('distill') / 'weights.safetensors', variables)
+  folder.finish('distill', {})
+  return folder.path
+
+
+def _words(trained, directory, *more, budget=BUDGET):
+  return [
+    'compress',
+    f'--model={trained}',
+    f'--recipe={RECIPE}',
+    f'--budget={budget}',
+    f'--workdir={directory}',
+    *more,
+  ]
+
+
+@pytest.fixture(scope='module')
+def finished(trained, tmp_path_factory):
+  directory = tmp_path_factory.mktemp('compressed') / 'small'
+  assert cli.main(_words(trained, directory)) == 0
+  return directory
+
+
+def _result(directory):
+  return json.loads((directory / 'search' / 'result.json').read_text())
+
+
+def test_the_walk_is_within_the_budget_where_it_says_so(finished):
+  result = _result(finished)
+  rows = {row['name']: row for row in result['candidates']}
+  assert set(rows) == {'int8-0', 'mixed-0', 'int4-0', 'int8-50', 'int4-50'}
+  for row in rows.values():
+    assert row['within'] == (row['bytes'] <= 2100)
+    assert 0 <= row['untrained'] <= 1 and row['ms'] > 0
+  assert not rows['int8-0']['within'] and rows['mixed-0']['within']
+  order = [rows[n]['bytes'] for n in ('int4-0', 'mixed-0', 'int8-0')]
+  assert order == sorted(order)
+  assert rows['int8-50']['flops'] < 0.6 * rows['int8-0']['flops']
+  # One is trained, and it is chosen; it keeps to the budget.
+  (best,) = [row for row in rows.values() if row['trained'] is not None]
+  assert (
+    best['chosen'] and best['within'] and best['name'] == result['test']['name']
+  )
+  assert result['dense']['bytes'] > best['bytes']
+  layers = {row['layer']: row for row in result['layers']}
+  assert set(layers) >= {'conv1', 'conv2', 'head'}
+  assert layers['conv2']['bytes'][1] < layers['conv2']['bytes'][0]
+  assert {row['layer'] for row in result['parity']} >= {'conv1', 'head'}
+  assert {bits for _, bits, _ in result['sensitivity']} == {8, 4}
+
+
+def test_the_artefact_runs_in_jax_and_as_files(finished, trained):
+  result, directory = _result(finished), finished / 'artefact'
+  stored = workdir.Workdir(finished)
+  run = Run(ml_collections.ConfigDict(stored.config), stored)
+  forward, variables = search.load_compressed(directory, run.model('student'))
+  batch = run.preprocess(run.splits['test'].read(np.arange(64)), train=False)
+  logits = forward(variables, batch).output
+  assert logits.shape == (64, 10) and 'int8' in variables
+  assert (directory / 'stablehlo').is_dir()
+  assert (directory / 'student.int8.onnx').is_file()
+  fn = run.apply(search.Network('small', lambda **_: forward, variables))
+  assert run.evaluate(fn, 'test')['accuracy'] == result['test']['accuracy']
+  about = json.loads((directory / 'compressed.json').read_text())
+  about['format'] = 'other'
+  foreign = finished.parent / 'foreign'
+  foreign.mkdir()
+  (foreign / 'compressed.json').write_text(json.dumps(about))
+  with pytest.raises(ValueError, match="holds 'other'"):
+    search.load_compressed(foreign, run.model('student'))
+
+
+def test_tables_and_plots_are_written(finished, capsys):
+  for name in tradeoff.NAMES:
+    assert (finished / name).stat().st_size > 500
+  text = (finished / 'compress.md').read_text()
+  assert ' is the best that was found within 2100 bytes' in text
+  for word in ('| mixed-0 *' if 'mixed-0 *' in text else ' *', '| conv2 |'):
+    assert word in text
+  tradeoff.print_table(_result(finished))
+  printed = capsys.readouterr().out
+  assert 'int4-50' in printed and 'test images' in printed
+
+
+def test_the_same_command_trains_nothing_again(finished, trained, capsys):
+  weights = next(finished.glob('candidates/*/weights.safetensors'))
+  before = weights.stat().st_mtime_ns, _result(finished)
+  (finished / 'compress.md').unlink()
+  assert cli.main(_words(trained, finished)) == 0
+  assert (weights.stat().st_mtime_ns, _result(finished)) == before
+  assert 'training' not in capsys.readouterr().out.split('Validation')[0]
+  assert (finished / 'compress.md').exists()
+
+
+def test_a_trained_candidate_is_not_trained_again(finished, trained, tmp_path):
+  """A walk that stopped after a training goes on from there."""
+  search_dir = finished / 'search' / 'result.json'
+  whole = search_dir.read_text()
+  weights = next(finished.glob('candidates/*/weights.safetensors'))
+  before = weights.stat().st_mtime_ns
+  search_dir.unlink()
+  try:
+    assert cli.main(_words(trained, finished)) == 0
+    assert weights.stat().st_mtime_ns == before
+    assert _result(finished)['test'] == json.loads(whole)['test']
+  finally:
+    search_dir.write_text(whole)
+
+
+def test_a_safetensors_file_is_the_model_that_the_recipe_names(
+  trained, data_dir, tmp_path
+):
+  path = trained / 'distill' / 'weights.safetensors'
+  recipe = runpy.run_path(str(CONFIGS / 'compress.py'))['get_config']('tiny')
+  recipe.student.model = MODEL
+  recipe.data.data_dir = str(data_dir)
+  recipe.search.budget = '3 KB'
+  run = search.open_run(recipe, str(path), 'distill', str(tmp_path / 'w'))
+  found = search._dense(run)
+  want = load_weights(path)
+  jax.tree.map(np.testing.assert_array_equal, found.variables, want)
+  assert run.config.student.model.widths == (8, 6)
+
+
+CASES = {
+  'budget': (['--budget=20 kB'], "'20 kB' is no budget"),
+  'nothing fits': (['--budget=10 B'], 'No candidate fits 10 B: the cheapest'),
+  'model': (['--model=/nowhere'], 'neither a work directory'),
+  'stage': (['--stage=alone'], "'alone' is not finished"),
+  'stage word': (['--stage=teacher'], "stage with a student 'teacher'"),
+  'key': (['--recipe.search.finalist=2'], 'search.finalists'),
+  'no model': (['--model='], 'needs --model=PATH'),
+  'no recipe': (['--recipe='], 'no configuration file'),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_bad_input_gets_one_sentence(case, trained, tmp_path, capsys):
+  more, message = CASES[case]
+  words = _words(trained, tmp_path / 'new')
+  flags = {w.split('=')[0] for w in more}
+  words = [w for w in words if w.split('=')[0] not in flags]
+  assert cli.main([*words, *more]) == 2
+  assert message in capsys.readouterr().err
