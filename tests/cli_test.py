@@ -12,7 +12,7 @@ TINY = str(ROOT / 'configs' / 'digits.py') + ':tiny'
 BAD = {
   'unknown command': (
     ['rnu'],
-    'the commands are run, compare, evaluate, shrink, report',
+    'the commands are run, compare, compress, evaluate, shrink, report',
   ),
   'no config': (['run', '--workdir=x'], 'needs --config=FILE'),
   'no workdir': (['run', f'--config={TINY}'], 'needs --workdir=DIR'),

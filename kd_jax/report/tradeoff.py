@@ -30,7 +30,7 @@ _HEADER = (
   'ms',
   'fits',
   'before',
-  'trained',
+  'after',
 )
 
 
