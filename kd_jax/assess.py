@@ -13,13 +13,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from kd_jax import deploy, terms, weights
 from kd_jax.export import artefact_bytes, load_stablehlo, onnx
-from kd_jax.prune import sparsity_report
+from kd_jax.prune import layer_costs, sparsity_report
+from kd_jax.quantize import dequantize_params
 from kd_jax.report import measure
+from kd_jax.rules import leaf_names
 from kd_jax.run import Network, Run
+from kd_jax.types import Batch
 
 TRAINED = {
   'teacher': 'teacher',
@@ -105,6 +109,8 @@ def assemble(run: Run) -> dict[str, Any]:
     'models': rows,
     'curves': _curves(run),
     'sparsity': _sparsity(run),
+    'layers': _layers(run),
+    'integers': _integers(run),
     'parity': _parity(run),
     'aims': aims(run, rows),
   }
@@ -213,6 +219,57 @@ def _sparsity(run: Run) -> list[dict[str, Any]]:
   params = weights.load_weights(run.workdir.weights('compress'))['params']
   chosen = run.config.compress.prune.rules
   return [row._asdict() for row in sparsity_report(params, chosen)]
+
+
+def layers(
+  example: Batch, before: Network, after: Network
+) -> list[dict[str, Any]]:
+  """What each layer costs in a float network and in its integer form.
+
+  Args:
+    example: a pre-processed batch of one.
+    before: the float network.
+    after: its integer form, whose layers have the same paths.
+
+  Returns:
+    A row for each layer with parameters: `layer`, and `flops` of one example,
+    `parameters` and stored `bytes` as pairs, before and after.
+  """
+  names = leaf_names(before.variables['params'])
+  kinds = ('flops', 'parameters', 'bytes')
+  rows = {
+    name.rpartition('/')[0]: {kind: [0, 0] for kind in kinds} for name in names
+  }
+
+  def row(path):
+    parts = path.split('/')[1:]
+    prefixes = ('/'.join(parts[:i]) for i in range(len(parts), -1, -1))
+    return rows.get(next((p for p in prefixes if p in rows), ''))
+
+  for i, network in enumerate((before, after)):
+    variables = network.variables
+    for cost in layer_costs(network.forward, variables, example):
+      if found := row(cost.path):
+        found['flops'][i] += 2 * cost.macs
+    real = {'params': dequantize_params(variables)['params']}
+    for tree, kind in ((real, 'parameters'), (variables, 'bytes')):
+      for path, leaf in zip(leaf_names(tree), jax.tree.leaves(tree)):
+        if found := row(path):
+          found[kind][i] += leaf.size if kind == 'parameters' else leaf.nbytes
+  return [{'layer': path, **row} for path, row in rows.items()]
+
+
+def _layers(run: Run) -> list[dict[str, Any]]:
+  return layers(run.example, run.student('distill'), run.integer())
+
+
+def _integers(run: Run) -> list[dict[str, Any]]:
+  trained = weights.load_weights(run.workdir.weights('compress'))
+  compression = run.compression
+  train = run.splits['train']
+  raw = train.read(np.arange(min(run.config.eval_batch_size, len(train))))
+  batch = run.preprocess(raw, train=False)
+  return compression.parity(compression.convert(trained), batch)
 
 
 def _parity(run: Run) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ trained here, and what the network learns from is in `distillation`.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import optax
 
 from kd_jax import adapters, deploy, prune, quantize
 from kd_jax import rules as rules_lib
+from kd_jax.parity import check_parity
 from kd_jax.types import Batch, StudentFn, Variables
 
 SPECS = {
@@ -500,6 +502,36 @@ class Compression:
       dynamic=self.rules('activations'),
       **options,
     )
+
+  def parity(self, converted: Converted, batch: Batch) -> list[dict[str, Any]]:
+    """Float, fake-quant and integers of every layer; see `check_parity`.
+
+    Args:
+      converted: the network.
+      batch: pre-processed.
+
+    Returns:
+      A row for each layer, of JSON values; none where nothing is quantized.
+    """
+    if not any(self.quantizes.values()):
+      return []
+    report = check_parity(
+      self.model,
+      converted.folded,
+      converted.variables,
+      batch,
+      weight_rules=self.rules('weights'),
+      activation_rules=self.rules('activations'),
+      observer=self.observer(),
+      weight_observer=self.weight_observer(),
+      interceptors=self.interceptors(converted.overrides),
+    )
+    # JSON has no infinity: equal outputs have no noise.
+    infinite = (math.inf, -math.inf)
+    return [
+      {k: None if v in infinite else v for k, v in row.items()}
+      for row in report.rows()
+    ]
 
   def _shrunk(self, variables):
     p = self.recipe.prune

@@ -7,7 +7,6 @@ made from, so no teacher is needed.
 """
 
 import functools
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +19,10 @@ import numpy as np
 
 from kd_jax import (
   adapters,
+  assess,
   data,
   deploy,
   distillation,
-  parity,
   prune,
   quantize,
 )
@@ -491,59 +490,9 @@ def _publish(run, dense, candidate) -> dict[str, Any]:
   }
   return {
     'test': test,
-    'layers': layer_costs(run.example, dense, made()),
-    'parity': _parity(run, candidate, converted),
+    'layers': assess.layers(run.example, dense, made()),
+    'integers': candidate.compression.parity(converted, _calibration(run)[0]),
   }
-
-
-def layer_costs(
-  example: Any, before: Network, after: Network
-) -> list[dict[str, Any]]:
-  """What each layer costs in two forms of one network.
-
-  Args:
-    example: a pre-processed batch of one.
-    before: one form.
-    after: another, whose layers have the same paths.
-
-  Returns:
-    A row for each layer with parameters: `layer`, and `flops`, `parameters`
-    and `bytes` as pairs, before and after. FLOPs are of one example.
-  """
-  rows: dict[str, Any] = {}
-  for i, network in enumerate((before, after)):
-    costs = prune.layer_costs(network.forward, network.variables, example)
-    for cost in costs:
-      path = cost.path.split('/', 1)[-1].rsplit('/', 1)[0]
-      row = rows.setdefault(
-        path, {k: [0, 0] for k in ('flops', 'parameters', 'bytes')}
-      )
-      row['flops'][i] += 2 * cost.macs
-      row['parameters'][i] += cost.parameters
-      row['bytes'][i] += cost.bytes
-  return [{'layer': path, **row} for path, row in rows.items()]
-
-
-def _parity(run, candidate, converted) -> list[dict[str, Any]]:
-  compression = candidate.compression
-  if not any(compression.quantizes.values()):
-    return []
-  report = parity.check_parity(
-    run.model('student'),
-    converted.folded,
-    converted.variables,
-    _calibration(run)[0],
-    weight_rules=compression.rules('weights'),
-    activation_rules=compression.rules('activations'),
-    observer=compression.observer(),
-    weight_observer=compression.weight_observer(),
-    interceptors=compression.interceptors(converted.overrides),
-  )
-  rows = [
-    {k: None if v in (math.inf, -math.inf) else v for k, v in row.items()}
-    for row in report.rows()
-  ]
-  return rows
 
 
 def load_compressed(

@@ -83,7 +83,7 @@ def test_the_walk_is_within_the_budget_where_it_says_so(finished):
   layers = {row['layer']: row for row in result['layers']}
   assert set(layers) >= {'conv1', 'conv2', 'head'}
   assert layers['conv2']['bytes'][1] < layers['conv2']['bytes'][0]
-  assert {row['layer'] for row in result['parity']} >= {'conv1', 'head'}
+  assert {row['layer'] for row in result['integers']} >= {'conv1', 'head'}
   assert {bits for _, bits, _ in result['sensitivity']} == {8, 4}
 
 

@@ -14,7 +14,10 @@ from typing import Any
 from kd_jax.report import plots
 from kd_jax.report.findings import Report, aims, models_of, summary
 from kd_jax.report.table import (
+  INTEGERS,
   Cell,
+  integer_rows,
+  layer_rows,
   model_columns,
   parity_rows,
   provenance,
@@ -119,6 +122,8 @@ def html(report: Report) -> str:
     _section('Aims', _aim_list(report)),
     _section('Accuracy against size', _size(report)),
     _section('Training and pruning', _training(report)),
+    _section('Layers', _details('Cost of each layer', *layer_rows(report))),
+    _section('Integers', _details(INTEGERS, *integer_rows(report))),
     _section('Equality of the artefacts', _table(*parity_rows(report))),
     _section('How it was measured', _list(report.get('protocol') or [])),
     _section('Made by', _made_by(report)),
@@ -281,9 +286,16 @@ def _training(report: Report) -> str:
     return ''
   body = f'<div class="plots">{body}</div>'
   if rows:
-    body += '<details><summary>Sparsity as a table</summary>'
-    body += f'{_table(titles, rows)}</details>'
+    body += _details('Sparsity as a table', titles, rows)
   return body
+
+
+def _details(label: str, titles: list[str], rows: list[list[str]]) -> str:
+  """A table that opens on demand."""
+  if not rows:
+    return ''
+  summary = f'<summary>{_text(label)}</summary>'
+  return f'<details>{summary}{_table(titles, rows)}</details>'
 
 
 def _size(report: Report) -> str:

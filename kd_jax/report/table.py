@@ -36,6 +36,10 @@ from kd_jax.report.units import (
   size,
 )
 
+INTEGERS = (
+  'Signal to noise of each output: fake-quant and integers against float, and '
+  'integers against fake-quant'
+)
 WIDTH = 100  # columns of a terminal that the printed table never exceeds
 
 
@@ -177,6 +181,8 @@ def markdown(report: Report) -> str:
     'Aims': _bullets(f'{v}: {t} ({x})' for v, t, x in aims(report)),
     'Equality': _markdown_table(*parity_rows(report)),
     'Sparsity': _markdown_table(*sparsity_rows(report)),
+    'Layers': _markdown_table(*layer_rows(report)),
+    'Integers': _markdown_table(*integer_rows(report)),
     'How it was measured': _bullets(report.get('protocol') or []),
     'Made by': _bullets(f'{k}: {v}' for k, v in provenance(report)),
   }
@@ -246,13 +252,49 @@ def parity_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def sparsity_rows(report: Report) -> tuple[list[str], list[list[str]]]:
   """Titles and rows of the table of layers and how much of each is zero."""
-  rows = []
-  for layer in report.get('sparsity') or []:
+  rows, layers = [], report.get('sparsity') or []
+  aimed = any(number(layer.get('target')) is not None for layer in layers)
+  for layer in layers:
     total, left = number(layer.get('size')), number(layer.get('nonzero'))
     zero = 1 - left / total if total and left is not None else None
     path = str(layer.get('path') or DASH)
-    rows.append([path, count(total), count(left), percent(zero)])
-  return ['layer', 'weights', 'nonzero', 'zero'], rows
+    row = [path, count(total), count(left), percent(zero)]
+    rows.append([*row, percent(layer.get('target'))] if aimed else row)
+  titles = ['layer', 'weights', 'nonzero', 'zero']
+  return [*titles, 'target'] if aimed else titles, rows
+
+
+def layer_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+  """Titles and rows of the table of what each layer costs before and after."""
+  kinds = (('flops', count), ('parameters', count), ('bytes', size))
+  titles = ['layer', 'FLOPs', 'after', 'parameters', 'after', 'bytes', 'after']
+  rows = []
+  for layer in report.get('layers') or []:
+    pairs = [(layer.get(kind) or (None, None), write) for kind, write in kinds]
+    numbers = [write(v) for pair, write in pairs for v in pair]
+    rows.append([str(layer.get('layer') or DASH), *numbers])
+  return titles, rows
+
+
+def integer_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+  """Titles and rows of the table of every layer's integers."""
+  titles = ['layer', 'runs', 'fake-quant dB', 'int8 dB', 'int8 - fake-quant']
+  titles += ['saturated', 'dead inputs', 'dead weights']
+  kinds = ('fake_sqnr_db', 'integer_sqnr_db', 'sqnr_db')
+  rows = []
+  for layer in report.get('integers') or []:
+    decibels = [number(layer.get(kind)) for kind in kinds]
+    dead = [layer.get(kind) for kind in ('dead_inputs', 'dead_weights')]
+    rows.append(
+      [
+        str(layer.get('layer') or DASH),
+        str(layer.get('execution') or DASH),
+        *('exact' if d is None else f'{d:.1f}' for d in decibels),
+        percent(layer.get('saturation'), 2),
+        *(DASH if n is None else str(n) for n in dead),
+      ]
+    )
+  return titles, rows
 
 
 def provenance(report: Report) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from kd_jax.report import plots
 from kd_jax.report.sensitivity import sensitivity_figure
+from kd_jax.report.table import INTEGERS, integer_rows, layer_rows
 from kd_jax.report.units import count, size
 
 NAMES = ('compress.md', 'compress.png', 'sensitivity.png')
@@ -161,39 +162,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     'FLOPs of one image, ms the median of 30 calls of all candidates in turns.',
     '',
   ]
-  layers = [
-    [
-      row['layer'],
-      *(count(v) for v in row['flops']),
-      *(count(v) for v in row['parameters']),
-      *(size(v) for v in row['bytes']),
-    ]
-    for row in result['layers']
-  ]
-  names = ('FLOPs', 'parameters', 'bytes')
-  header = ['layer', *(w for n in names for w in (n, 'after'))]
-  lines += [*_table(header, layers), '']
-  if result['parity']:
-    header = ('layer', 'runs', 'fake dB', 'int8 dB', 'int8-fake dB')
-    header += ('max error', 'saturated', 'dead inputs', 'dead weights')
-    lines += _table(header, [_parity(row) for row in result['parity']])
+  lines += [*_table(*layer_rows(result)), '', INTEGERS + '.', '']
+  lines += _table(*integer_rows(result))
   return '\n'.join(lines) + '\n'
-
-
-def _parity(row):
-  decibels = ('fake_sqnr_db', 'integer_sqnr_db', 'sqnr_db')
-  share = row['saturation']
-  return [
-    row['layer'],
-    row['execution'],
-    *('exact' if row[d] is None else f'{row[d]:.1f}' for d in decibels),
-    f'{row["max_error"]:.3g}',
-    '-' if share is None else f'{share:.2%}',
-    *(
-      '-' if row[k] is None else str(row[k])
-      for k in ('dead_inputs', 'dead_weights')
-    ),
-  ]
 
 
 def _table(header, rows) -> list[str]:
