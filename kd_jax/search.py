@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -285,9 +283,7 @@ def _smaller(run, model, variables, share):
     return variables, {}
   forward = adapters.from_linen(model)
   plan = _plan(run, model, variables)
-  params = variables['params']
-  names = rules_lib.leaf_names(params)
-  scores = dict(zip(names, map(jnp.abs, jax.tree.leaves(params))))
+  scores = prune.magnitudes(variables['params'])
   kept = prune.choose_units(
     plan, scores, share, multiple_of=run.config.search.multiple_of
   )

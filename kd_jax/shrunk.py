@@ -10,9 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from kd_jax import adapters, prune, rules
 from kd_jax.run import Run
 from kd_jax.types import StudentFn
@@ -86,9 +83,7 @@ def shrink_student(
   plan = prune.find_groups(forward, variables, run.example, keep=keep)
   if not plan.groups:
     raise ValueError(f'Nothing can leave the student of {stage!r}.')
-  params = variables['params']
-  names = rules.leaf_names(params)
-  scores = dict(zip(names, map(jnp.abs, jax.tree.leaves(params))))
+  scores = prune.magnitudes(variables['params'])
   kept = prune.choose_units(
     plan, scores, sparsity, scope=scope, multiple_of=multiple_of
   )

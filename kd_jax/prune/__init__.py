@@ -27,6 +27,7 @@ from kd_jax.prune.scores import accumulate as accumulate
 from kd_jax.prune.scores import fisher as fisher
 from kd_jax.prune.scores import lamp as lamp
 from kd_jax.prune.scores import magnitude as magnitude
+from kd_jax.prune.scores import magnitudes as magnitudes
 from kd_jax.prune.scores import movement as movement
 from kd_jax.prune.scores import random as random
 from kd_jax.prune.scores import snip as snip

@@ -294,6 +294,23 @@ def path_key(key: jax.Array, name: str) -> jax.Array:
   return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
+def magnitudes(params: Any) -> dict[str, jax.Array]:
+  """|w| of every parameter, for `masks_from` and `choose_units`.
+
+  Args:
+    params: any pytree of arrays.
+
+  Returns:
+    parameter path -> array of the parameter's shape.
+
+  Example:
+    >>> magnitudes({'dense': {'kernel': jnp.array([-2.0, 1.0])}})
+    {'dense/kernel': Array([2., 1.], dtype=float32)}
+  """
+  names, leaves = rules_lib.leaf_names(params), jax.tree.leaves(params)
+  return {name: jnp.abs(leaf) for name, leaf in zip(names, leaves)}
+
+
 def accumulate(
   score: Score,
   grad_fn: Callable[[Any, Any], Any],
