@@ -6,7 +6,6 @@ recover -> quantize -> freeze -> remove units -> fold -> convert. Nothing is
 trained here, and what the network learns from is in `distillation`.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -21,52 +20,19 @@ import optax
 from kd_jax import adapters, deploy, prune, quantize
 from kd_jax import rules as rules_lib
 from kd_jax.parity import check_parity
+from kd_jax.recipe_words import (
+  OBSERVERS,
+  SCORES,
+  SPECS,
+  WEIGHT_OBSERVERS,
+  moment,
+)
 from kd_jax.types import Batch, StudentFn, Variables
 
-SPECS = {
-  'weights': {
-    'int8': quantize.INT8_WEIGHTS,
-    'int4': dataclasses.replace(quantize.INT8_WEIGHTS, bits=4),
-    'float': None,
-  },
-  'activations': {
-    'int8': quantize.INT8_ACTIVATIONS,
-    'int8_symmetric': quantize.QuantSpec(narrow=False),
-    'int8_dynamic': dataclasses.replace(
-      quantize.INT8_ACTIVATIONS, dynamic=True
-    ),
-    'float': None,
-  },
-}
-OBSERVERS: dict[str, Callable[[Any], quantize.Observer]] = {
-  'ema': lambda c: quantize.ema_min_max(decay=c.observer_decay),
-  'min_max': lambda c: quantize.min_max(),
-  'percentile': lambda c: quantize.percentile(),
-  'mse': lambda c: quantize.mse(),
-  'entropy': lambda c: quantize.entropy(),
-  'octav': lambda c: quantize.octav(),
-}
-WEIGHT_OBSERVERS: dict[str, Callable[[], quantize.Observer | None]] = {
-  'extremes': lambda: None,
-  'percentile': quantize.percentile,
-  'mse': quantize.mse,
-  # Pruned weights are no values to represent.
-  'octav': lambda: quantize.octav(ignore_zeros=True),
-}
-SCORES: dict[str, Callable[[], prune.Score]] = {
-  'magnitude': prune.magnitude,
-  'taylor': prune.taylor,
-  'fisher': prune.fisher,
-  'snip': prune.snip,
-  'movement': prune.movement,
-  'lamp': prune.lamp,
-  'random': prune.random,
-}
 _STRUCTURES = (
   "'weights', 'neurons', 'channels', N:M such as '2:4', or blocks such as "
   "'8x128'"
 )
-_MOMENT = re.compile(r'(\d+(?:\.\d+)?) ?(%|steps?|epochs?)')
 
 
 class Phase(NamedTuple):
@@ -96,36 +62,6 @@ class Converted(NamedTuple):
   variables: dict[str, Any]
   overrides: dict[str, dict[str, int]]
   folded: dict[str, Any]
-
-
-def moment(text: str, *, steps: int, epoch_steps: int) -> int:
-  """A point in training as a step.
-
-  Args:
-    text: '30%' of the steps, '400 steps' or '12 epochs'.
-    steps: of the whole training.
-    epoch_steps: of one epoch.
-
-  Returns:
-    The step, at most `steps`.
-
-  Raises:
-    ValueError: for another text.
-
-  Example:
-    >>> points = '50%', '7 steps', '2 epochs', '9 epochs'
-    >>> [moment(p, steps=100, epoch_steps=20) for p in points]
-    [50, 7, 40, 100]
-  """
-  match = _MOMENT.fullmatch(text.strip())
-  if match is None:
-    raise ValueError(
-      f"{text!r} is no point in training: use '30%', '400 steps' or "
-      "'12 epochs'."
-    )
-  number, unit = float(match[1]), match[2][0]
-  size = {'%': steps / 100, 's': 1, 'e': epoch_steps}[unit]
-  return min(round(number * size), steps)
 
 
 class Compression:

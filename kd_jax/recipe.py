@@ -23,6 +23,7 @@ from kd_jax import (
   parity,
   rules,
 )
+from kd_jax.compression import Compression
 from kd_jax.export import export_stablehlo, onnx
 from kd_jax.fit import Result, Student, fit
 from kd_jax.report import write_report
@@ -57,18 +58,23 @@ def compress(run: Run) -> Result:
     'student': functools.partial(run.student, 'distill'),
   }
   teacher = rules.choose('teacher of compress', c.teacher, teachers)()
-  student = Student(
+  student = student_of(compression)
+  objective = distillation.compress_objective(run, teacher)
+  result = fit(run, 'compress', c.train, objective, student, teacher=teacher)
+  phases = [phase._asdict() for phase in compression.phases()]
+  words = [f'{p["name"]} {p["begin"]}-{p["end"]}' for p in phases]
+  return result | {'phases': phases, 'note': f' ({", ".join(words)})'}
+
+
+def student_of(compression: Compression) -> Student:
+  """The network of a recipe of compression, to train."""
+  return Student(
     compression.make,
     compression.start(),
     params_fn=compression.params_fn,
     wrap=compression.wrap,
     finish=compression.finish,
   )
-  objective = distillation.compress_objective(run, teacher)
-  result = fit(run, 'compress', c.train, objective, student, teacher=teacher)
-  phases = [phase._asdict() for phase in compression.phases()]
-  words = [f'{p["name"]} {p["begin"]}-{p["end"]}' for p in phases]
-  return result | {'phases': phases, 'note': f' ({", ".join(words)})'}
 
 
 def convert(run: Run) -> Result:

@@ -1,20 +1,19 @@
 """`kd-jax compress`: the walk, the artefact, the messages."""
 
 import json
-import pathlib
 import runpy
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
+from untrained_run import CONFIGS, config_of, finish_distill
 
-from kd_jax import adapters, cli, search, workdir
+from kd_jax import cli, search, workdir
 from kd_jax.report import tradeoff
-from kd_jax.run import Run
-from kd_jax.weights import load_weights, save_weights
+from kd_jax.run import Network, Run
+from kd_jax.weights import load_weights
 
-CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 RECIPE = f'{CONFIGS / "compress.py"}:tiny'
 MODEL = {'name': 'cnn', 'widths': (8, 6)}
 BUDGET = '2.1 KB'
@@ -27,18 +26,8 @@ pytestmark = [
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, data_dir):
   """A work directory in which 'distill' is finished, without training."""
-  config = runpy.run_path(str(CONFIGS / 'digits.py'))['get_config']('tiny')
-  config.data.data_dir = str(data_dir)
-  config.student.model = MODEL
   path = tmp_path_factory.mktemp('compress') / 'run'
-  folder = workdir.Workdir(path, config.to_dict())
-  folder.write_config()
-  run = Run(config, folder)
-  model = run.model('student')
-  variables = adapters.init_linen(model, jax.random.key(0), run.example)
-  save_weights(folder.stage('distill') / 'weights.safetensors', variables)
-  folder.finish('distill', {})
-  return folder.path
+  return finish_distill(config_of(data_dir, MODEL['widths']), path)
 
 
 def _words(trained, directory, *more, budget=BUDGET):
@@ -97,7 +86,7 @@ def test_the_artefact_runs_in_jax_and_as_files(finished, trained):
   assert logits.shape == (64, 10) and 'int8' in variables
   assert (directory / 'stablehlo').is_dir()
   assert (directory / 'student.int8.onnx').is_file()
-  fn = run.apply(search.Network('small', lambda **_: forward, variables))
+  fn = run.apply(Network('small', lambda **_: forward, variables))
   assert run.evaluate(fn, 'test')['accuracy'] == result['test']['accuracy']
   about = json.loads((directory / 'compressed.json').read_text())
   about['format'] = 'other'
@@ -153,7 +142,7 @@ def test_a_safetensors_file_is_the_model_that_the_recipe_names(
   recipe.data.data_dir = str(data_dir)
   recipe.search.budget = '3 KB'
   run = search.open_run(recipe, str(path), 'distill', str(tmp_path / 'w'))
-  found = search._dense(run)
+  found = search.dense_network(run)
   want = load_weights(path)
   jax.tree.map(np.testing.assert_array_equal, found.variables, want)
   assert run.config.student.model.widths == (8, 6)

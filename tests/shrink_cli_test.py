@@ -2,16 +2,15 @@
 
 import json
 import pathlib
-import runpy
 import shutil
 
 import jax
 import ml_collections
 import pytest
+from untrained_run import config_of, finish_distill
 
-from kd_jax import adapters, cli, shrunk, workdir
+from kd_jax import cli, shrunk, workdir
 from kd_jax.run import Run
-from kd_jax.weights import save_weights
 
 
 @pytest.fixture
@@ -23,24 +22,8 @@ def directory(finished, tmp_path):
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory, data_dir):
   """A work directory in which 'distill' is finished, without training."""
-  config = _config(data_dir)
   path = tmp_path_factory.mktemp('shrink') / 'run'
-  folder = workdir.Workdir(path, config.to_dict())
-  folder.write_config()
-  run = Run(config, folder)
-  model = run.model('student')
-  variables = adapters.init_linen(model, jax.random.key(0), run.example)
-  save_weights(folder.stage('distill') / 'weights.safetensors', variables)
-  folder.finish('distill', {})
-  return folder.path
-
-
-def _config(data_dir):
-  path = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
-  config = runpy.run_path(str(path))['get_config']('tiny')
-  config.data.data_dir = str(data_dir)
-  config.student.model = {'name': 'cnn', 'widths': (8, 6)}
-  return config
+  return finish_distill(config_of(data_dir, (8, 6)), path)
 
 
 def test_the_command_writes_a_smaller_student(directory, capsys):
