@@ -43,7 +43,7 @@ def _printed(notebook):
 
 def test_every_notebook_is_tested():
   names = {path.stem for path in NOTEBOOKS.glob('*.ipynb')}
-  assert names == {'quickstart', 'compare_methods'}
+  assert names == {'quickstart', 'compare_methods', 'compress'}
 
 
 @pytest.mark.slow
@@ -87,3 +87,44 @@ def test_compare_methods(execute):
   assert 0 < kl['KD'] < kl['student alone'] < kl['KD + logit std.']
   assert kl['both teachers'] < kl['second teacher']
   assert 'image/png' in str(notebook.cells)
+
+
+@pytest.mark.slow
+def test_compress(execute):
+  notebook = execute('compress', epochs=6)
+  lines = re.findall(
+    r'^(\S.*?) +([\d.]+)% +([\d.]+) +([\d,]+) +(\d+)% +[\d.]+$',
+    _printed(notebook),
+    re.M,
+  )
+  rows = {
+    name: [float(n.replace(',', '')) for n in numbers]
+    for name, *numbers in lines
+  }
+  assert set(rows) == {
+    'dense',
+    'int8 after training',
+    'int4, nearest',
+    'int4, AdaRound',
+    '8 and 4 bits',
+    'half, as cut',
+    'half, distilled',
+    'half, int8',
+    '80 % zeros, int8',
+    '2:4, int8',
+  }
+  accuracy, kl, size, nonzero = (
+    {name: row[i] for name, row in rows.items()} for i in range(4)
+  )
+  assert accuracy['dense'] > 90
+  assert accuracy['int8 after training'] > accuracy['dense'] - 1
+  assert accuracy['half, distilled'] > accuracy['half, as cut'] + 20
+  assert kl['int8 after training'] < kl['int4, AdaRound'] < kl['int4, nearest']
+  assert kl['8 and 4 bits'] < kl['int4, nearest']
+  assert size['dense'] > 3.8 * size['int8 after training']
+  assert size['half, int8'] < size['8 and 4 bits'] < 0.6 * size['2:4, int8']
+  assert (nonzero['80 % zeros, int8'], nonzero['2:4, int8']) == (20, 50)
+  printed = _printed(notebook)
+  assert 'conv2  32     1      yes' in printed
+  assert re.search(r'agrees on [\d.]+ % with fake-quant', printed)
+  assert str(notebook.cells).count('image/png') == 2

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kd_jax import adapters, prune
 
@@ -132,8 +134,8 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize('seed', range(8))
-def test_random_networks_shrink_exactly(seed):
+def _check_random(seed, draw):
+  """Exact for units removed where that is promised; and it fits for all."""
   x = np.random.default_rng(seed).normal(size=(2, 8, 8, 3)).astype('f')
   forward, variables, batch = _setup(RandomNet(seed), x)
   plan = prune.find_groups(forward, variables, batch)
@@ -141,10 +143,27 @@ def test_random_networks_shrink_exactly(seed):
   assert exact and not any('not understood' in w for w in plan.frozen.values())
   for group in plan.groups:
     assert group.exact or 'norm' in group.reason
-  kept = _units(exact, seed)
+  kept = _units(exact, draw)
   assert _difference(plan, kept, forward, variables, batch) < 1e-5
   # All of them together: the numbers may differ, the structure may not.
   prune.check_shrunk(plan, _units(plan.groups), forward, variables, batch)
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_random_networks_shrink_exactly(seed):
+  _check_random(seed, seed)
+
+
+@settings(
+  derandomize=True,
+  database=None,
+  deadline=None,
+  max_examples=4,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(seed=st.integers(8, 2**31), draw=st.integers(0, 2**31))
+def test_drawn_networks_shrink_exactly(seed, draw):
+  _check_random(seed, draw)
 
 
 def test_the_generator_draws_every_block():
