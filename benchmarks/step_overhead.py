@@ -222,8 +222,9 @@ def main(argv: Sequence[str] | None = None) -> None:
       f'- Network: {words}; batch {args.batch} of {args.size}x{args.size}x3 '
       'random images; AdamW, cross-entropy, no teacher.',
       '- QAT int8: weights per output channel, the inputs of every layer by '
-      'an exponential average of their extremes. Simulated folding: weights '
-      'per tensor. LSQ: the steps of weights and inputs are learned.',
+      'an exponential average of their extremes. LSQ: the steps of weights '
+      'and inputs are learned. Simulated folding: weights per tensor; it needs '
+      'a BatchNorm behind a layer.',
       f'- Pruning: global magnitude to {SPARSITY:.0%} along a cubic. Masks are '
       'renewed at some steps only, in practice every tenth or hundredth.',
       f'- {args.runs} rounds after three that warm up; one round makes one '
