@@ -103,8 +103,9 @@ def test_forms_of_an_integer_network(tmp_path):
   for line in forms.splitlines():
     if line.startswith('| ') and '---' not in line and 'median' not in line:
       name, time, speed, error = map(str.strip, line.strip('| ').split('|'))
-      rows[name] = (float(time.split()[0]), float(speed), float(error))
-  ways = [f'integer, {way}' for way in ('direct', 'im2col', 'float32')]
+      error = float('inf') if error == '-' else float(error)
+      rows[name] = (float(time.split()[0]), float(speed), error)
+  ways = [f'integer, {way}' for way in ('auto', 'direct', 'im2col', 'float32')]
   assert list(rows) == ['float32', 'fake-quant', *ways, 'onnxruntime int8']
   assert all(time > 0 and speed > 0 for time, speed, _ in rows.values())
   assert rows['float32'][1:] == (1.0, float('inf'))
