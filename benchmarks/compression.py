@@ -29,13 +29,16 @@ import kd_jax
 from kd_jax import adapters, data, deploy, models, optim, prune, quantize
 from kd_jax.report import measure
 
-CROPS = {'digits': 1, 'fashion_mnist': 1}
+# By data set, so that a run takes minutes on two CPU cores.
+DATASETS = {
+  'digits': {'resnet': {'width': 16}, 'vit': {'patch_size': 2}},
+  'fashion_mnist': {'resnet': {'width': 8}, 'vit': {'patch_size': 4}},
+}
 MODELS = {
-  'resnet': {'name': 'resnet', 'depth': 8, 'width': 16},
-  'vit': {'name': 'vit', 'width': 48, 'depth': 4, 'heads': 4},
+  'resnet': {'name': 'resnet', 'depth': 8},
+  'vit': {'name': 'vit', 'width': 48, 'depth': 3, 'heads': 4},
   'tiny': {'name': 'cnn', 'widths': (4, 8)},
 }
-PATCHES = {'digits': 2, 'fashion_mnist': 4}
 # Peaks of the learning rate: of the dense network, and of all that follow.
 RATES = {'resnet': (5e-3, 2e-3), 'vit': (2e-3, 1e-3), 'tiny': (5e-3, 2e-3)}
 BATCH = 64
@@ -112,7 +115,7 @@ def make_task(
   """Reads a data set and builds the network for it.
 
   Args:
-    dataset: a name of `CROPS`.
+    dataset: a name of `DATASETS`.
     model: a name of `MODELS`.
     data_dir: see `data.load_images`.
     train_examples: how many images of the train split; all when None.
@@ -125,12 +128,10 @@ def make_task(
   preprocess = data.make_preprocess(
     mean=mean,
     std=std,
-    crop_padding=CROPS[dataset],
+    crop_padding=1,
     flip=dataset == 'fashion_mnist',
   )
-  options = dict(MODELS[model])
-  if model == 'vit':
-    options['patch_size'] = PATCHES[dataset]
+  options = MODELS[model] | DATASETS[dataset].get(model, {})
   images = preprocess({'image': jnp.asarray(test.image)}, train=False)['image']
   return Task(
     models.make_model(**options, num_classes=train.num_classes),
@@ -221,7 +222,7 @@ def trainer(
 
 
 def recipes(
-  task: Task, epochs: int
+  task: Task, epochs: int, adaround_steps: int
 ) -> dict[str, Callable[[Variables, int], Trained]]:
   """The rows by name: `(variables of the dense network, seed) -> Trained`."""
   model = task.model
@@ -283,6 +284,20 @@ def recipes(
 
     return integers(before=before, wrap=held(0.8), epochs=max(thirds[2], 1))
 
+  def adaround(dense, seed):
+    evaluation, batches = deploy.evaluation(model), [*task.calibration()]
+    folded = deploy.fold(model, dense, task.example)
+    stats = quantize.calibrate(evaluation, folded, batches, ACTIVATIONS)
+    learned = quantize.adaround(
+      evaluation,
+      {**folded, 'quant_stats': stats},
+      batches,
+      INT4,
+      ACTIVATIONS,
+      steps=adaround_steps,
+    )
+    return Trained(integer, quantize.convert(learned, INT4, ACTIVATIONS))
+
   weights = functools.partial(after_training, activations=())
   return {
     CONTROL: floats(),
@@ -291,7 +306,7 @@ def recipes(
     'int8 weights alone, PTQ': weights(),
     'int4 weights alone, PTQ': weights(INT4),
     'int4 weights, PTQ': after_training(INT4),
-    'int4 weights, PTQ, AdaRound': after_training(INT4, rounding='adaround'),
+    **({'int4 weights, PTQ, AdaRound': adaround} if adaround_steps else {}),
     'int8, QAT': integers(),
     'int4 weights, QAT': integers(rules=INT4),
     '80 % pruned': floats(wrap=pruning(0.8)),
@@ -386,9 +401,21 @@ def speeds(
 
 
 def benchmark(
-  task: Task, *, seeds: int, epochs: int, dense_epochs: int
+  task: Task,
+  *,
+  seeds: int,
+  epochs: int,
+  dense_epochs: int,
+  adaround_steps: int = 1000,
 ) -> list[dict[str, Any]]:
   """All rows.
+
+  Args:
+    task: images and network.
+    seeds: how many dense networks.
+    epochs: of every row that trains.
+    dense_epochs: of the dense networks.
+    adaround_steps: of every layer; 0 leaves that row out.
 
   Returns:
     One dict per row: `name`, and over seeds the lists `accuracy` in percent,
@@ -403,7 +430,7 @@ def benchmark(
     return Trained(plain, first(start, None, seed))
 
   rows, dense = [], [{}] * seeds
-  found = {DENSE: train_dense, **recipes(task, epochs)}
+  found = {DENSE: train_dense, **recipes(task, epochs, adaround_steps)}
   for name, recipe in found.items():
     row = {'name': name, 'accuracy': [], 'bytes': [], 'macs': [], 'speed': []}
     row['seconds'] = []
@@ -488,13 +515,19 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--dataset', choices=[*CROPS], default='digits')
+  parser.add_argument('--dataset', choices=[*DATASETS], default='digits')
   parser.add_argument('--data_dir', help="TFDS's directory")
   parser.add_argument('--model', choices=[*MODELS], default='resnet')
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--epochs', type=int, default=30, help='of every row')
   parser.add_argument(
     '--dense_epochs', type=int, help='of the dense network; --epochs if left'
+  )
+  parser.add_argument(
+    '--adaround_steps',
+    type=int,
+    default=1000,
+    help='of every layer; 0 leaves the row out',
   )
   parser.add_argument('--train_examples', type=int, help='all if left')
   parser.add_argument('--out', help='Markdown file to write')
@@ -508,17 +541,17 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   dense_epochs = args.dense_epochs or args.epochs
   rows = benchmark(
-    task, seeds=args.seeds, epochs=args.epochs, dense_epochs=dense_epochs
+    task,
+    seeds=args.seeds,
+    epochs=args.epochs,
+    dense_epochs=dense_epochs,
+    adaround_steps=args.adaround_steps,
   )
   minutes = (time.perf_counter() - started) / 60
   versions = ', '.join(f'{p} {metadata.version(p)}' for p in ('jax', 'flax'))
   images, labels = task.test
   shape = 'x'.join(map(str, images.shape[1:]))
-  options = {
-    f.name: getattr(task.model, f.name)
-    for f in dataclasses.fields(task.model)
-    if f.name in {*MODELS[args.model], 'patch_size'} - {'name'}
-  }
+  options = MODELS[args.model] | DATASETS[args.dataset].get(args.model, {})
   words = ', '.join(f'{k} {v}' for k, v in options.items())
   text = '\n'.join(
     [
@@ -528,13 +561,14 @@ def main(argv: Sequence[str] | None = None) -> None:
       '',
       f'- {args.dataset}, {shape}: {len(task.train["id"]):,} images to train '
       f'on, {len(labels):,} to test; one of them is '
-      f'{100 / len(labels):.2f} points. {type(task.model).__name__}, {words}.',
+      f'{100 / len(labels):.2f} points. Network: {words}.',
       f'- {args.seeds} seeds, mean and standard deviation; differences are '
       'taken seed by seed. Goals are compared with means.',
       f'- Dense: {dense_epochs} epochs with labels. All rows but PTQ: '
       f'{args.epochs} more, batch {BATCH}, AdamW, taught by the dense network. '
       f'"{IN_TURN}" prunes, recovers and quantizes in a third of them each. '
-      f'PTQ: {min(CALIBRATION, task.steps)} batches without labels.',
+      f'PTQ: {min(CALIBRATION, task.steps)} batches without labels, AdaRound '
+      f'{args.adaround_steps} steps a layer (0: left out).',
       '- Rows of integers are measured on integers, BatchNorm folded; their '
       'activations are int8, or float32 where weights alone are quantized. '
       'All layers are quantized, the first and the last too.',

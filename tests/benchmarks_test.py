@@ -102,13 +102,14 @@ def test_forms_of_an_integer_network(tmp_path):
   rows = {}
   for line in forms.splitlines():
     if line.startswith('| ') and '---' not in line and 'median' not in line:
-      name, time, speed, error = map(str.strip, line.strip('| ').split('|'))
-      error = float('inf') if error == '-' else float(error)
-      rows[name] = (float(time.split()[0]), float(speed), error)
+      name, *times, error = map(str.strip, line.strip('| ').split('|'))
+      times = [float(t.split()[0]) for t in times]
+      rows[name] = (*times, float('inf') if error == '-' else float(error))
   ways = [f'integer, {way}' for way in ('auto', 'direct', 'im2col', 'float32')]
   assert list(rows) == ['float32', 'fake-quant', *ways, 'onnxruntime int8']
-  assert all(time > 0 and speed > 0 for time, speed, _ in rows.values())
-  assert rows['float32'][1:] == (1.0, float('inf'))
+  assert all(number > 0 for row in rows.values() for number in row)
+  time, speed, in_a_row, speed_in_a_row, error = rows['float32']
+  assert (speed, speed_in_a_row, error) == (1.0, 1.0, float('inf'))
   # The ways give the same integers, whose error is that of int8.
-  assert len({rows[way][2] for way in ways}) == 1
-  assert 15 < rows[ways[0]][2] < 60
+  assert len({rows[way][-1] for way in ways}) == 1
+  assert 15 < rows[ways[0]][-1] < 60
