@@ -37,7 +37,7 @@ DATASETS = {
 MODELS = {
   'resnet': {'name': 'resnet', 'depth': 8},
   'vit': {'name': 'vit', 'width': 48, 'depth': 3, 'heads': 4},
-  'tiny': {'name': 'cnn', 'widths': (4, 8)},
+  'tiny': {'name': 'cnn', 'widths': (4, 4)},
 }
 # Peaks of the learning rate: of the dense network, and of all that follow.
 RATES = {'resnet': (5e-3, 2e-3), 'vit': (2e-3, 1e-3), 'tiny': (5e-3, 2e-3)}
@@ -306,7 +306,7 @@ def recipes(
     'int8 weights alone, PTQ': weights(),
     'int4 weights alone, PTQ': weights(INT4),
     'int4 weights, PTQ': after_training(INT4),
-    **({'int4 weights, PTQ, AdaRound': adaround} if adaround_steps else {}),
+    'int4 weights, PTQ, AdaRound': adaround,
     'int8, QAT': integers(),
     'int4 weights, QAT': integers(rules=INT4),
     '80 % pruned': floats(wrap=pruning(0.8)),
@@ -407,20 +407,22 @@ def benchmark(
   epochs: int,
   dense_epochs: int,
   adaround_steps: int = 1000,
+  names: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-  """All rows.
+  """The dense network and rows made of it.
 
   Args:
     task: images and network.
     seeds: how many dense networks.
     epochs: of every row that trains.
     dense_epochs: of the dense networks.
-    adaround_steps: of every layer; 0 leaves that row out.
+    adaround_steps: of every layer.
+    names: the rows, of `recipes`; all when empty.
 
   Returns:
     One dict per row: `name`, and over seeds the lists `accuracy` in percent,
-    `bytes`, `macs` of an image, `speed` (of `speeds`, where shapes change) and
-    `seconds`.
+    `bytes`, `seconds` and, of the dense network and where shapes change,
+    `macs` of an image and `speed` (of `speeds`).
   """
   plain = adapters.from_linen(task.model)
   first = trainer(task, plain, epochs=dense_epochs, taught=False)
@@ -429,8 +431,10 @@ def benchmark(
     start = adapters.init_linen(task.model, jax.random.key(seed), task.example)
     return Trained(plain, first(start, None, seed))
 
+  found = recipes(task, epochs, adaround_steps)
+  chosen = {name: kd_jax.rules.choose('row', name, found) for name in names}
+  found = {DENSE: train_dense, **(chosen or found)}
   rows, dense = [], [{}] * seeds
-  found = {DENSE: train_dense, **recipes(task, epochs, adaround_steps)}
   for name, recipe in found.items():
     row = {'name': name, 'accuracy': [], 'bytes': [], 'macs': [], 'speed': []}
     row['seconds'] = []
@@ -440,15 +444,12 @@ def benchmark(
       row['accuracy'].append(accuracy(trained, *task.test))
       row['seconds'].append(time.perf_counter() - started)
       row['bytes'].append(stored_bytes(trained.variables))
-      row['macs'].append(
-        measure.multiply_accumulates(
-          lambda v, x, forward=trained.forward: forward(v, {'image': x}).output,
-          trained.variables,
-          task.example['image'],
-        )
-      )
       if name == DENSE:
         dense[seed] = trained.variables
+      # Where shapes are those of the dense network, so is their number.
+      if name in (DENSE, CHANNELS):
+        costs = prune.layer_costs(*trained, task.example)
+        row['macs'].append(sum(cost.macs for cost in costs))
       if name == CHANNELS:
         whole = Trained(plain, dense[seed])
         row['speed'].append(speeds(whole, trained, task.test[0]))
@@ -473,11 +474,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   dense = rows[0]
   for row in rows:
     change = '-' if row is dense else _spread(_changes(row, dense), '+')
-    size = np.mean(row['bytes'])
+    size, macs = np.mean(row['bytes']), np.mean(row['macs'] or dense['macs'])
     lines.append(
       f'| {row["name"]} | {_spread(row["accuracy"])} | {change} '
       f'| {size:,.0f} | {100 * size / np.mean(dense["bytes"]):.1f} '
-      f'| {np.mean(row["macs"]):,.0f} | {np.mean(row["seconds"]):.0f} |'
+      f'| {macs:,.0f} | {np.mean(row["seconds"]):.0f} |'
     )
   return '\n'.join(lines)
 
@@ -496,17 +497,20 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
     lines.append(f'| {text} | {measured} | {"yes" if met else "no"} |')
 
   for name, limit in GOALS.items():
+    if name not in named:
+      continue
     change = float(np.mean(_changes(named[name], named[DENSE])))
     text = f'{name}: at most {limit} points lost'
     # Of binary fractions, 0.5 points may come out as a little more.
     add(text, f'{change:+.2f}', change >= -limit - 1e-9)
-  for batch in LATENCY_BATCHES:
+  for batch in LATENCY_BATCHES if CHANNELS in named else ():
     ratios = [speed[batch] for speed in named[CHANNELS]['speed']]
     text = f'{CHANNELS}: {SPEED_GOAL} times lower latency, batch {batch}'
     add(text, _spread(ratios), np.mean(ratios) >= SPEED_GOAL)
-  change = _changes(named[TOGETHER], named[IN_TURN])
-  text = f'"{TOGETHER}" above "{IN_TURN}" at equal epochs'
-  add(text, _spread(change, '+'), np.mean(change) > 0)
+  if {TOGETHER, IN_TURN} <= {*named}:
+    change = _changes(named[TOGETHER], named[IN_TURN])
+    text = f'"{TOGETHER}" above "{IN_TURN}" at equal epochs'
+    add(text, _spread(change, '+'), np.mean(change) > 0)
   return '\n'.join(lines)
 
 
@@ -527,7 +531,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     '--adaround_steps',
     type=int,
     default=1000,
-    help='of every layer; 0 leaves the row out',
+    help='of every layer',
+  )
+  parser.add_argument(
+    '--rows', nargs='+', default=(), metavar='NAME', help='all if left'
   )
   parser.add_argument('--train_examples', type=int, help='all if left')
   parser.add_argument('--out', help='Markdown file to write')
@@ -546,6 +553,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     epochs=args.epochs,
     dense_epochs=dense_epochs,
     adaround_steps=args.adaround_steps,
+    names=args.rows,
   )
   minutes = (time.perf_counter() - started) / 60
   versions = ', '.join(f'{p} {metadata.version(p)}' for p in ('jax', 'flax'))
@@ -568,7 +576,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       f'{args.epochs} more, batch {BATCH}, AdamW, taught by the dense network. '
       f'"{IN_TURN}" prunes, recovers and quantizes in a third of them each. '
       f'PTQ: {min(CALIBRATION, task.steps)} batches without labels, AdaRound '
-      f'{args.adaround_steps} steps a layer (0: left out).',
+      f'{args.adaround_steps} steps a layer.',
       '- Rows of integers are measured on integers, BatchNorm folded; their '
       'activations are int8, or float32 where weights alone are quantized. '
       'All layers are quantized, the first and the last too.',
