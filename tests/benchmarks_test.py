@@ -182,7 +182,7 @@ def test_accuracy_of_compressed_networks(tmp_path, data_dir):
   arguments = ['--model', 'tiny', '--data_dir', str(data_dir)]
   arguments += ['--train_examples', '64', '--epochs', '4', '--seeds', '1']
   arguments += ['--dense_epochs', '1', '--adaround_steps', '2']
-  compression = _load('compression')
+  compression = _load('compression_accuracy')
   trained = ('int8, QAT', '80 % pruned', '90 % pruned', '2:4 pruned')
   trained += (compression.CHANNELS, compression.TOGETHER)
   arguments += ['--rows', *trained, 'int4 weights, PTQ, AdaRound']
@@ -213,7 +213,7 @@ def test_accuracy_of_compressed_networks(tmp_path, data_dir):
 
 
 def test_verdicts_compare_means_of_differences():
-  compression = _load('compression')
+  compression = _load('compression_accuracy')
   speed = [{1: 1.6, 32: 1.7}, {1: 1.7, 32: 1.8}]
   row = lambda name, *accuracy: {
     'name': name,
@@ -234,7 +234,7 @@ def test_verdicts_compare_means_of_differences():
 
 
 def test_stored_bytes_of_zeros_and_codes():
-  stored = _load('compression').stored_bytes
+  stored = _load('compression_accuracy').stored_bytes
   kernel = np.zeros((4, 8), np.float32)
   kernel[0, :3] = 1
   # 32 bits say where three values of four bytes are.

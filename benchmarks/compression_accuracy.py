@@ -1,7 +1,7 @@
 """Measures what compression costs a trained network in accuracy.
 
-  python benchmarks/compression.py --dataset digits --model resnet --seeds 3 \\
-      --out benchmarks/results/compression_digits_resnet.md
+  python benchmarks/compression_accuracy.py --dataset digits --model resnet \\
+      --seeds 3 --out benchmarks/results/compression_digits_resnet.md
 
 A dense network is trained once a seed. From it every row starts, and what is
 trained again is taught by it, T = 4, with 0.9 of the loss and 0.1 for the
