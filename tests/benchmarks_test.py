@@ -242,3 +242,27 @@ def test_stored_bytes_of_zeros_and_codes():
   assert stored({'params': {'a': {'bias': kernel}}}) == 128
   assert stored({'int8': {'a': {'kernel': kernel.astype(np.int8)}}}) == 4 + 3
   assert stored({'int8': {'a': {'kernel': np.ones((4, 8), np.int8)}}}) == 32
+
+
+def test_a_twin_in_pytorch(data_dir):
+  torch = pytest.importorskip('torch')
+  twin = _load('pytorch_twin')
+  # The two networks are one function, of the same weights.
+  variables = twin.initial(0)
+  x = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
+  forward = twin.adapters.from_linen(twin.models.CNN(10, widths=twin.WIDTHS))
+  ours = forward(variables, {'image': x}).output
+  model = twin.twin(variables, compressed=False).eval()
+  with torch.no_grad():
+    theirs = model(torch.from_numpy(x.transpose(0, 3, 1, 2))).numpy()
+  np.testing.assert_allclose(ours, theirs, atol=1e-4)
+  # So are the two recipes: the same zeros at the end.
+  digits = twin.load(str(data_dir), max_examples=128)
+  rows = twin.benchmark(digits, seeds=1, epochs=8, runs=1)
+  assert [row['name'] for row in rows] == [*twin.FORMS]
+  assert [row['sparsity'][0] for row in rows] == pytest.approx(
+    [0, 0.8, 0, 0.8], abs=1e-4
+  )
+  assert all(row['accuracy'][0] > 20 for row in rows)
+  lines = twin.table(rows).splitlines()
+  assert lines[2].endswith(f'| 1.00 | {rows[0]["seconds"][0]:.1f} |')
