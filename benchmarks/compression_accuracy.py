@@ -570,10 +570,10 @@ def main(argv: Sequence[str] | None = None) -> None:
       f'- {args.dataset}, {shape}: {len(task.train["id"]):,} images to train '
       f'on, {len(labels):,} to test; one of them is '
       f'{100 / len(labels):.2f} points. Network: {words}.',
-      f'- {args.seeds} seeds, mean and standard deviation; differences are '
+      f'- Seeds: {args.seeds}; mean and standard deviation; differences are '
       'taken seed by seed. Goals are compared with means.',
-      f'- Dense: {dense_epochs} epochs with labels. All rows but PTQ: '
-      f'{args.epochs} more, batch {BATCH}, AdamW, taught by the dense network. '
+      f'- Epochs: {dense_epochs} of the dense network with labels; in all rows '
+      f'but PTQ {args.epochs} more, taught by it. Batch {BATCH}, AdamW. '
       f'"{IN_TURN}" prunes, recovers and quantizes in a third of them each. '
       f'PTQ: {min(CALIBRATION, task.steps)} batches without labels, AdaRound '
       f'{args.adaround_steps} steps a layer.',
