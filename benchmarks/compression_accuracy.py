@@ -111,6 +111,7 @@ def make_task(
   *,
   data_dir: str | None = None,
   train_examples: int | None = None,
+  width: int | None = None,
 ) -> Task:
   """Reads a data set and builds the network for it.
 
@@ -119,6 +120,7 @@ def make_task(
     model: a name of `MODELS`.
     data_dir: see `data.load_images`.
     train_examples: how many images of the train split; all when None.
+    width: of the network, in place of its own.
   """
   read = functools.partial(
     data.load_images, dataset, data_dir=data_dir, validation=0.0
@@ -131,7 +133,7 @@ def make_task(
     crop_padding=1,
     flip=dataset == 'fashion_mnist',
   )
-  options = MODELS[model] | DATASETS[dataset].get(model, {})
+  options = network_options(dataset, model, width)
   images = preprocess({'image': jnp.asarray(test.image)}, train=False)['image']
   return Task(
     models.make_model(**options, num_classes=train.num_classes),
@@ -140,6 +142,14 @@ def make_task(
     preprocess,
     RATES[model],
   )
+
+
+def network_options(
+  dataset: str, model: str, width: int | None = None
+) -> dict[str, Any]:
+  """What `models.make_model` takes; see `make_task`."""
+  options = MODELS[model] | DATASETS[dataset].get(model, {})
+  return options if width is None else options | {'width': width}
 
 
 class Trained(NamedTuple):
@@ -522,6 +532,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--dataset', choices=[*DATASETS], default='digits')
   parser.add_argument('--data_dir', help="TFDS's directory")
   parser.add_argument('--model', choices=[*MODELS], default='resnet')
+  parser.add_argument('--width', type=int, help="the network's own if left")
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--epochs', type=int, default=30, help='of every row')
   parser.add_argument(
@@ -545,6 +556,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.model,
     data_dir=args.data_dir,
     train_examples=args.train_examples,
+    width=args.width,
   )
   dense_epochs = args.dense_epochs or args.epochs
   rows = benchmark(
@@ -559,7 +571,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   versions = ', '.join(f'{p} {metadata.version(p)}' for p in ('jax', 'flax'))
   images, labels = task.test
   shape = 'x'.join(map(str, images.shape[1:]))
-  options = MODELS[args.model] | DATASETS[args.dataset].get(args.model, {})
+  options = network_options(args.dataset, args.model, args.width)
   words = ', '.join(f'{k} {v}' for k, v in options.items())
   text = '\n'.join(
     [
