@@ -58,6 +58,16 @@ def test_latencies_tell_a_slow_function_from_a_fast_one():
   assert found['slow']['low_ms'] <= found['slow']['high_ms']
 
 
+def test_latencies_draw_the_order_of_every_round():
+  called = []
+  note = lambda name: lambda x: called.append(name)
+  measure.latencies({n: note(n) for n in 'abc'}, np.zeros(1), runs=20)
+  rounds = [tuple(called[i : i + 3]) for i in range(0, len(called), 3)]
+  assert all(sorted(r) == ['a', 'b', 'c'] for r in rounds)
+  # Each goes first, in the middle and last.
+  assert all(len(set(place)) == 3 for place in zip(*rounds))
+
+
 def test_weights_round_trip_and_refuse_foreign_files(tmp_path):
   path = tmp_path / 'weights.safetensors'
   variables = {

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -59,7 +60,9 @@ def latencies(
   """Wall time of each function on one batch, measured in turns.
 
   One round calls every function once, so that a change of the machine's
-  speed meets all of them; the first rounds warm up and are not counted.
+  speed meets all of them; the first rounds warm up and are not counted. Each
+  round draws its order: a call's time depends on what ran before it, and the
+  same program timed in two fixed places differed by a quarter.
 
   Args:
     applies: name -> `(images) -> output`.
@@ -70,10 +73,12 @@ def latencies(
     name -> `median_ms`, `low_ms` and `high_ms` (the quartiles), `runs`.
   """
   times: dict[str, list[float]] = {name: [] for name in applies}
+  order, rng = list(applies), random.Random(0)
   for i in range(runs + 3):
-    for name, apply in applies.items():
+    rng.shuffle(order)
+    for name in order:
       started = time.perf_counter()
-      jax.block_until_ready(apply(images))
+      jax.block_until_ready(applies[name](images))
       if i >= 3:
         times[name].append(1e3 * (time.perf_counter() - started))
   return {name: _spread(values) for name, values in times.items()}
