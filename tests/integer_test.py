@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kd_jax import adapters, quantize
 from kd_jax.models import layers
 from kd_jax.models.vit import Context, Scores
-from kd_jax.quantize import QuantSpec
+from kd_jax.quantize import QuantSpec, convolutions
 
 WEIGHTS = [('.*/(kernel|embedding)', quantize.INT8_WEIGHTS)]
 INPUTS = [('.*', quantize.INT8_ACTIVATIONS)]
@@ -303,6 +303,19 @@ def test_the_accumulator_does_not_overflow_int8_or_int16():
   variables = _layer(kernel, [0], 1.0, -128, [1.0])
   got = _execute(nn.Dense(1), variables, np.full((1, 600), 255.0, 'f'))
   assert float(got[0, 0]) == 600 * 127 * 255
+
+
+def test_auto_is_the_way_that_was_measured_to_be_fastest():
+  kernel = lambda *shape: jnp.ones(shape, jnp.int8)
+  new = jax.__version_info__ >= (0, 12)
+  way = 'direct' if new else 'im2col'
+  assert convolutions.fastest(kernel(3, 3, 64, 64), groups=1) == way
+  for shape, groups in (
+    ((3, 3, 16, 16), 1),
+    ((1, 1, 64, 64), 1),
+    ((3, 3, 32, 64), 2),
+  ):
+    assert convolutions.fastest(kernel(*shape), groups=groups) == 'im2col'
 
 
 def test_what_cannot_be_executed_is_named():

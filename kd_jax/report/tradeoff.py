@@ -25,7 +25,6 @@ _AXES = {
 _HEADER = (
   'candidate',
   'gone',
-  'weights',
   'size',
   'FLOPs',
   'ms',
@@ -42,7 +41,6 @@ def cells(result: Mapping[str, Any]) -> list[list[str]]:
     [
       dense['name'],
       '-',
-      'float32',
       size(dense['bytes']),
       count(dense['flops']),
       '-',
@@ -56,7 +54,6 @@ def cells(result: Mapping[str, Any]) -> list[list[str]]:
       [
         row['name'] + (' *' if row['chosen'] else ''),
         f'{row["channels"]:.0%}',
-        row['weights'],
         size(row['bytes']),
         count(row['flops']),
         f'{row["ms"]:.3f}',
@@ -89,7 +86,7 @@ def print_table(result: Mapping[str, Any]) -> None:
     title='Validation accuracy in % before and after training, * chosen'
   )
   for i, name in enumerate(_HEADER):
-    side = 'left' if i in (0, 2) else 'right'
+    side = 'right' if i else 'left'
     table.add_column(name, justify=side, no_wrap=True)
   for row in cells(result):
     table.add_row(*row)
@@ -136,7 +133,11 @@ def draw(ax: Any, result: Mapping[str, Any]) -> bool:
       point = (row[cost], 100 * row['trained'])
       ax.plot(*point, '*', ms=15, color=colors['distilled'], label='chosen')
       ax.annotate(
-        row['name'], point, xytext=(8, -12), textcoords='offset points'
+        row['name'],
+        point,
+        xytext=(-10, -16),
+        textcoords='offset points',
+        ha='right',
       )
   ax.axhline(
     100 * result['dense']['accuracy'],
