@@ -96,6 +96,7 @@ def post_training_quantize(
   equalize: bool = False,
   smooth: float | None = None,
   rounding: str = 'nearest',
+  adaround_steps: int = 1000,
   correct: bool = False,
   interceptors: Sequence[adapters.Interceptor] = (),
 ) -> dict[str, Any]:
@@ -122,6 +123,7 @@ def post_training_quantize(
     equalize: whether channels are rescaled, see `quantize.equalize`.
     smooth: alpha of `quantize.smooth`, or None to leave it out.
     rounding: 'nearest' or 'adaround', see `quantize.adaround`.
+    adaround_steps: of each layer.
     correct: whether biases are corrected, see `quantize.correct_biases`.
     interceptors: others, as for `integer_forward`.
 
@@ -165,7 +167,12 @@ def post_training_quantize(
   rounded = variables
   if learn:
     rounded = quantize.adaround(
-      make_forward, variables, batches, *rules, observer=observer
+      make_forward,
+      variables,
+      batches,
+      *rules,
+      observer=observer,
+      steps=adaround_steps,
     )
   if correct:
     rounded = quantize.correct_biases(
