@@ -57,7 +57,12 @@ def test_the_whole_pipeline_runs_on_integers():
   plain = run(cases.calibration())
   options = {'equalize': True, 'smooth': 0.5, 'correct': True}
   nearest = run(cases.calibration(), **options)
-  best = run(iter(cases.calibration()), rounding='adaround', adaround_steps=300, **options)
+  best = run(
+    iter(cases.calibration()),
+    rounding='adaround',
+    adaround_steps=300,
+    **options,
+  )
   assert jax.tree.structure(plain) == jax.tree.structure(best)
   before, after = (_agreement(model, v, test, want) for v in (plain, best))
   assert after >= 0.97 and after > before

@@ -131,6 +131,26 @@ def _made():
       {'path': 'dense1/kernel', 'size': 13824, 'nonzero': 2300},
       {'path': 'head/kernel', 'size': 640, 'nonzero': 640},
     ],
+    'layers': [
+      {
+        'layer': 'conv2',
+        'flops': [2_359_296, 589_824],
+        'parameters': [9216, 2304],
+        'bytes': [36_864, 2432],
+      },
+    ],
+    'integers': [
+      {
+        'layer': 'conv2',
+        'execution': 'static',
+        'fake_sqnr_db': 38.94,
+        'integer_sqnr_db': 38.91,
+        'sqnr_db': None,
+        'saturation': 0.0012,
+        'dead_inputs': 34,
+        'dead_weights': None,
+      },
+    ],
     'parity': [
       {
         'name': 'StableHLO int8',
@@ -345,7 +365,7 @@ def test_markdown_tables_are_well_formed(report):
   report['models'][1]['name'] = 'a|b <i>*c*'
   report['models'][2]['note'] = 'two\nlines'
   blocks = re.findall(r'(?:^\|.*\n)+', reports.markdown(report), flags=re.M)
-  assert len(blocks) == 3
+  assert len(blocks) == 5
   for block, rows in zip(blocks, (7, 2, 4), strict=True):
     lines = block.splitlines()
     cells = [len(re.findall(r'(?<!\\)\|', line)) for line in lines]
@@ -366,6 +386,22 @@ def test_all_forms_quote_protocol_aims_and_models(report):
     assert 'not met' in shown and '98.6 %' in shown and '1/67' in shown
     assert '1.16-1.64' in shown  # the spread beside the median
   assert report['hardware'] in page and report['command'] in text
+
+
+def test_layers_and_their_integers_are_told(report, tmp_path):
+  report['sparsity'][0]['target'] = 0.58
+  reports.write_report(report, tmp_path)
+  text = (tmp_path / 'report.md').read_text()
+  rows = [line for line in text.splitlines() if line.startswith('| conv2 |')]
+  assert rows == [
+    '| conv2 | 2.36M | 590k | 9.22k | 2.30k | 36.9 KB | 2.43 KB |',
+    '| conv2 | static | 38.9 | 38.9 | exact | 0.12 % | 34 | - |',
+  ]
+  assert '| conv1/kernel | 288 | 120 | 58.3 % | 58.0 % |' in text
+  assert '| head/kernel | 640 | 640 | 0.0 % | - |' in text
+  page = (tmp_path / 'report.html').read_text()
+  for word in ('Cost of each layer', 'dead weights', '2.43', 'target'):
+    assert word in page
 
 
 def test_print_table_fits_100_columns(report):
