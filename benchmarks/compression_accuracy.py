@@ -282,9 +282,8 @@ def recipes(
   def in_turn():
     thirds = [epochs // 3 + (i < epochs % 3) for i in range(3)]
     parts = [
-      train(plain, epochs=n, wrap=wrap)
-      for n, wrap in zip(thirds, (pruning(0.8, end=1.0), held(0.8)))
-      if n
+      train(plain, epochs=thirds[0], wrap=pruning(0.8, end=1.0)),
+      train(plain, epochs=thirds[1], wrap=held(0.8)),
     ]
 
     def before(variables, dense, seed):
@@ -292,7 +291,7 @@ def recipes(
         variables = part(variables, dense, seed + 1000 * i)
       return variables
 
-    return integers(before=before, wrap=held(0.8), epochs=max(thirds[2], 1))
+    return integers(before=before, wrap=held(0.8), epochs=thirds[2])
 
   def adaround(dense, seed):
     evaluation, batches = deploy.evaluation(model), [*task.calibration()]
@@ -326,7 +325,8 @@ def recipes(
     ),
     CHANNELS: smaller(task, train, 0.5),
     TOGETHER: integers(wrap=pruning(0.8)),
-    IN_TURN: in_turn(),
+    # Three trainings of whole epochs, together as long as the others.
+    **({IN_TURN: in_turn()} if epochs >= 3 else {}),
   }
 
 
