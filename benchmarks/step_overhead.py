@@ -12,6 +12,7 @@ would make every ratio smaller. By default a ResNet-20 on random 32x32 images;
 import argparse
 import datetime
 import functools
+import importlib.util
 import pathlib
 import platform
 import time
@@ -25,7 +26,7 @@ import numpy as np
 import optax
 
 import kd_jax
-from kd_jax import adapters, deploy, models, optim, prune, quantize
+from kd_jax import adapters, deploy, models, optim, prune, quantize, qwix
 from kd_jax.report import measure
 
 MODELS = {
@@ -35,6 +36,8 @@ MODELS = {
 }
 WEIGHTS = deploy.WEIGHT_RULES
 ACTIVATIONS = deploy.ACTIVATION_RULES
+# A range for each image, which Qwix has too.
+DYNAMIC = (('.*', quantize.QuantSpec(axis=0, dynamic=True)),)
 PER_TENSOR = ((WEIGHTS[0][0], quantize.QuantSpec()),)
 SPARSITY = 0.8
 CLASSES = 10
@@ -107,6 +110,12 @@ def forms(
   params = quantize.init_lsq_params(params, WEIGHTS)
   steps = functools.partial(quantize.lsq_params, rules=WEIGHTS)
   found['LSQ'] = Form(learned, {**variables, 'params': params}, tx, steps)
+  dynamic = plain.intercepted(quantize.quantize_activations(DYNAMIC))
+  found['QAT int8, dynamic ranges'] = Form(dynamic, variables, tx, rounded)
+  if importlib.util.find_spec('qwix'):
+    other = qwix.quantize_model(model, WEIGHTS, DYNAMIC)
+    start = adapters.init_linen(other, jax.random.key(0), batch)
+    found['the same by Qwix'] = Form(adapters.from_linen(other), start, tx)
   return found
 
 

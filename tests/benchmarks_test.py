@@ -156,6 +156,7 @@ def test_overhead_of_a_step(tmp_path, monkeypatch):
   expected = ('plain', *overhead.GOALS, 'pruning, masks renewed', 'LSQ')
   assert {f'| {name}' for name in expected} < {*names}
   assert '| QAT int8, simulated folding' in names
+  assert '| the same by Qwix' in names
 
 
 def test_steps_do_what_their_names_say():
