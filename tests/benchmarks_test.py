@@ -21,7 +21,10 @@ COLUMNS = (
   'ratio',
   'processor',
 )
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = [
+  pytest.mark.once,
+  pytest.mark.usefixtures('quick_compilation'),
+]
 
 
 def _load(name):

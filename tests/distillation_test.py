@@ -237,6 +237,7 @@ def _flat(tree):
     yield jax.tree_util.keystr(path, simple=True, separator='/'), leaf
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_an_assistant_and_a_generation_teach_the_next(tmp_path, data_dir):
   def change(config):
@@ -258,6 +259,7 @@ def test_an_assistant_and_a_generation_teach_the_next(tmp_path, data_dir):
   assert np.any(np.asarray(first) != np.asarray(last))
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize('space', ['logits', 'probabilities', 'losses'])
 def test_an_ensemble_of_two_architectures_teaches(tmp_path, data_dir, space):
@@ -280,6 +282,7 @@ def test_an_ensemble_of_two_architectures_teaches(tmp_path, data_dir, space):
   assert ('loss/rkd' in rows[0]) == (space == 'losses')
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize('precision', ['bfloat16', 'int8'])
 def test_a_teacher_of_lower_precision_says_nearly_the_same(
@@ -303,6 +306,7 @@ def test_a_teacher_of_lower_precision_says_nearly_the_same(
   assert all(_changed(run).values())
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_cohort_is_trained_in_one_step_and_the_first_is_kept(
   tmp_path, data_dir
@@ -318,6 +322,7 @@ def test_a_cohort_is_trained_in_one_step_and_the_first_is_kept(
   assert all(_changed(run).values())
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_reused_head_is_the_teachers_and_the_whole_run_goes_on(
   tmp_path, data_dir
@@ -345,6 +350,7 @@ def test_a_reused_head_is_the_teachers_and_the_whole_run_goes_on(
   assert student['params']['projector']['conv3']['kernel'].shape[-1] == 8
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_mean_teacher_needs_no_other(tmp_path, data_dir):
   run = _run(
@@ -356,6 +362,7 @@ def test_a_mean_teacher_needs_no_other(tmp_path, data_dir):
   assert rows[-1]['loss/kd'] > 0 and all(_changed(run).values())
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_student_learns_from_images_without_labels(tmp_path, data_dir):
   def change(config):
@@ -370,6 +377,7 @@ def test_a_student_learns_from_images_without_labels(tmp_path, data_dir):
   assert all(_changed(run).values())
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_labels_that_are_not_there_are_missed(tmp_path, data_dir):
   def change(config):
@@ -379,6 +387,7 @@ def test_labels_that_are_not_there_are_missed(tmp_path, data_dir):
     _run(tmp_path, data_dir, change)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_teacher_of_another_resolution_and_mixed_images(tmp_path, data_dir):
   def change(config):
@@ -419,6 +428,7 @@ def _as_pytorch(variables):
   return arrays
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_pretrained_teacher_is_loaded_and_teaches(tmp_path, data_dir):
   model = models.CifarResNet(10, depth=8, width=4)
@@ -467,6 +477,7 @@ def compared(tmp_path_factory, data_dir):
   return path, words
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.xdist_group('comparison')
 def test_comparison_has_every_method_and_seed(compared):
@@ -488,6 +499,7 @@ def test_comparison_has_every_method_and_seed(compared):
   assert len(list((path / 'seed1/methods/at').iterdir())) == 1
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.xdist_group('comparison')
 @pytest.mark.parametrize('width', [80, 200])
@@ -506,6 +518,7 @@ def test_comparison_is_printed_whole(compared, width, monkeypatch, capsys):
   assert '…' not in shown
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.xdist_group('comparison')
 def test_comparison_goes_on_and_repeats_nothing(compared, capsys):
@@ -522,6 +535,7 @@ def test_comparison_goes_on_and_repeats_nothing(compared, capsys):
     assert rows[row['name']]['accuracy'] == row['accuracy']
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.xdist_group('comparison')
 def test_a_comparison_of_another_configuration_is_refused(compared, capsys):

@@ -53,6 +53,7 @@ def test_quickstart(execute):
   assert 'image/png' in str(notebook.cells)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_compare_methods(execute):
   notebook = execute('compare_methods', epochs=40)
@@ -89,6 +90,7 @@ def test_compare_methods(execute):
   assert 'image/png' in str(notebook.cells)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_compress(execute):
   notebook = execute('compress', epochs=6)

@@ -33,7 +33,11 @@ MODELS = [
   'ONNX int8',
 ]
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.once,
+  pytest.mark.usefixtures('quick_compilation'),
+]
 
 
 @pytest.fixture(scope='session')
