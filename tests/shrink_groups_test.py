@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from shrunk_models import difference, random_units
 
 from kd_jax import adapters, models, prune, quantize
 from kd_jax.prune.tags import ALWAYS, Tags
@@ -78,27 +79,6 @@ def _linen(model, batch, **options):
   return adapters.from_linen(model, train_argument=None, **options), _filled(
     model, batch
   )
-
-
-def _random_units(groups, seed=0):
-  rng = np.random.default_rng(seed)
-  return {
-    g.name: np.sort(rng.permutation(g.size)[: rng.integers(1, g.size)])
-    for g in groups
-  }
-
-
-def _difference(plan, kept, forward, variables, batch):
-  """The largest difference between the masked and the shrunk model."""
-  masks = prune.unit_masks(plan, kept)
-  params = prune.apply_masks(variables['params'], masks)
-  masked = jax.jit(forward)({**variables, 'params': params}, batch)
-  shrunk = jax.jit(prune.shrunk_forward(forward, plan, kept))(
-    prune.shrink(plan, variables, kept), batch
-  )
-  masked, shrunk = (getattr(o, 'output', o) for o in (masked, shrunk))
-  assert float(jnp.abs(masked).max()) > 1e-3
-  return float(jnp.abs(masked - shrunk).max())
 
 
 def _names(plan):
@@ -181,10 +161,10 @@ def test_every_family_shrinks(name):
   transformer = name in ('vit', 'deit', 'convnext')
   assert transformer != all(g.exact for g in plan.groups)
   if name in NUMBERS:
-    exact = _random_units([g for g in plan.groups if g.exact])
-    assert _difference(plan, exact, forward, variables, batch) < 1e-5
+    exact = random_units([g for g in plan.groups if g.exact])
+    assert difference(plan, exact, forward, variables, batch) < 1e-5
   if transformer:
-    every = _random_units(plan.groups)
+    every = random_units(plan.groups)
     prune.check_shrunk(plan, every, forward, variables, batch)
 
 
@@ -263,8 +243,8 @@ def test_heads_of_flax_attention_leave_whole_or_uniformly(qkv):
     for k in ('kernel[1]', 'bias[0]')
   } | {'out/kernel[0]'}
   assert _members(plan, 'attention/query') == {f'attention/{n}' for n in heads}
-  exact = _random_units([g for g in plan.groups if g.exact])
-  assert _difference(plan, exact, forward, variables, batch) < 1e-5
+  exact = random_units([g for g in plan.groups if g.exact])
+  assert difference(plan, exact, forward, variables, batch) < 1e-5
   inner = plan.group('attention/query#2')
   assert not inner.exact and 'scale' in inner.reason
 
@@ -276,7 +256,7 @@ def test_the_scale_of_the_scores_is_all_that_is_not_exact_within_heads():
   name = 'block1/attention/query:within'
   assert plan.group(name).size == 4
   kept = {name: np.array([0, 2])}
-  assert _difference(plan, kept, forward, variables, batch) > 1e-4
+  assert difference(plan, kept, forward, variables, batch) > 1e-4
   # d ** -0.5 is 4 ** -0.5 in the whole model and 2 ** -0.5 in the shrunk one.
   masks = prune.unit_masks(plan, kept)
   params = prune.apply_masks(variables['params'], masks)
@@ -341,8 +321,8 @@ def test_scanned_and_rematerialised_stacks(how):
       'blocks/dense2/kernel[1]',
     }
     assert 'scan' in plan.frozen['params/blocks/dense1/kernel[0]']
-  kept = _random_units(plan.groups)
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  kept = random_units(plan.groups)
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
 
 
 def test_a_scan_that_starts_from_zeros_ties_its_carry():
@@ -364,7 +344,7 @@ def test_a_scan_that_starts_from_zeros_ties_its_carry():
   (group,) = plan.groups
   assert _members(plan, group.name) == {'u[0]', 'u[1]', 'v[0]', 'w[1]'}
   kept = {group.name: np.array([1, 2, 5])}
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
 
 
 def test_loops_and_branches_tie_what_they_carry():
@@ -411,7 +391,7 @@ def test_fake_quantized_models_shrink_with_their_observers():
   plan = prune.find_groups(forward, variables, batch)
   assert _names(plan) == {'conv1': 4, 'conv2': 6}
   kept = {'conv1': np.array([0, 3]), 'conv2': np.array([1, 2, 5])}
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
   small = prune.shrink(plan, variables, kept)
   assert small['quant_stats'] == variables['quant_stats']
 
@@ -438,5 +418,5 @@ def test_fake_quantized_kernels_are_exact_and_normalised_ones_are_not():
     (group,) = plan.groups
     assert group.exact == exact
     kept = {group.name: np.array([0, 3, 4])}
-    difference = _difference(plan, kept, forward, variables, batch)
-    assert (difference < 1e-5) == exact
+    error = difference(plan, kept, forward, variables, batch)
+    assert (error < 1e-5) == exact

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shrunk_models import difference, random_units
 
 from kd_jax import adapters, prune
 
@@ -39,27 +40,6 @@ def _setup(model, x):
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
   forward = adapters.from_linen(model, train_argument=None)
   return forward, _filled(dict(shapes)), {'image': x}
-
-
-def _units(groups, seed=0):
-  rng = np.random.default_rng(seed)
-  return {
-    g.name: np.sort(rng.permutation(g.size)[: rng.integers(1, g.size)])
-    for g in groups
-  }
-
-
-def _difference(plan, kept, forward, variables, batch):
-  """The largest difference between the masked and the shrunk model."""
-  masks = prune.unit_masks(plan, kept)
-  params = prune.apply_masks(variables['params'], masks)
-  masked = jax.jit(forward)({**variables, 'params': params}, batch)
-  shrunk = jax.jit(prune.shrunk_forward(forward, plan, kept))(
-    prune.shrink(plan, variables, kept), batch
-  )
-  masked, shrunk = (getattr(o, 'output', o) for o in (masked, shrunk))
-  assert float(jnp.abs(masked).max()) > 1e-3
-  return float(jnp.abs(masked - shrunk).max())
 
 
 class RandomNet(nn.Module):
@@ -143,10 +123,10 @@ def _check_random(seed, draw):
   assert exact and not any('not understood' in w for w in plan.frozen.values())
   for group in plan.groups:
     assert group.exact or 'norm' in group.reason
-  kept = _units(exact, draw)
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  kept = random_units(exact, draw)
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
   # All of them together: the numbers may differ, the structure may not.
-  prune.check_shrunk(plan, _units(plan.groups), forward, variables, batch)
+  prune.check_shrunk(plan, random_units(plan.groups), forward, variables, batch)
 
 
 @pytest.mark.parametrize('seed', range(8))
@@ -197,10 +177,10 @@ def test_whole_normalisation_groups_leave_exactly():
   assert 'norm' in plan.group('conv:within').reason
   kept = {'conv:num_groups': [0, 2]}
   assert plan.overrides(kept) == {'norm': {'num_groups': 2}}
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
   within = {'conv:within': [0, 2]}
   assert plan.overrides(within) == {}
-  assert _difference(plan, within, forward, variables, batch) > 1e-3
+  assert difference(plan, within, forward, variables, batch) > 1e-3
 
 
 class Grouped(nn.Module):
@@ -232,9 +212,9 @@ def test_groups_of_convolutions_leave_whole_or_uniformly():
     if m.path == 'params/grouped/kernel'
   ]
   assert (inner.axis, inner.positions) == (2, ((0,), (1,)))
-  kept = _units(plan.groups)
+  kept = random_units(plan.groups)
   assert plan.overrides(kept) == {}
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
 
 
 def test_a_group_size_that_is_written_down_freezes_its_channels():
@@ -284,7 +264,7 @@ def test_what_is_not_understood_is_frozen_and_named(name):
   said |= {'parts': 'split'}
   assert said.get(name, name) in plan.frozen['params/w[1]']
   kept = {'u': [1, 4]}
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
 
 
 def test_equal_parts_lose_the_same_places():
@@ -299,7 +279,7 @@ def test_equal_parts_lose_the_same_places():
   (w,) = [m for m in group.members if m.path == 'params/w']
   assert w.positions == ((0, 4), (1, 5), (2, 6), (3, 7))
   kept = {'w': [0, 3]}
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
 
 
 def _attention(split, names=('wq', 'wk', 'wv')):
@@ -324,7 +304,7 @@ def test_a_number_of_heads_in_the_code_leaves_uniform_removal():
   }
   assert plan.group('wv').exact and not plan.group('wq').exact
   kept = {'wv': [1, 2]}
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
 
 
 def test_a_size_of_heads_in_the_code_is_found_by_trying():
@@ -370,7 +350,7 @@ def test_attributes_that_are_compared_follow_the_stream():
   assert set(kept) < {g.name for g in plan.groups}
   assert plan.overrides(kept)['block0'] == {'width': 3}
   assert plan.overrides(kept)['block2'] == {'width': 4}
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
 
 
 def test_widths_that_become_equal_by_accident_are_noticed():
@@ -409,7 +389,7 @@ def test_nnx_modules_shrink_where_shapes_follow_the_parameters():
   # The depthwise convolution's groups are an attribute of the module.
   assert 'does not run' in plan.frozen['params/conv/kernel[3]']
   kept = {'hidden': [0, 2, 5]}
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
 
 
 class Tied(nn.Module):
@@ -430,7 +410,7 @@ def test_embeddings_lose_features_and_keep_their_vocabulary():
   assert {g.name: g.size for g in plan.groups} == {'embed': 6, 'in': 9}
   assert 'params/embed/embedding[0]' in plan.frozen
   kept = {'embed': [0, 1, 5], 'in': [2, 3]}
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
 
 
 def test_what_is_kept_on_request_stays():
@@ -464,7 +444,7 @@ def test_an_axis_that_stays_in_part_says_so():
   assert plan.frozen['params/v[0]'] == 'some of it: the output'
   assert plan.frozen['params/w[1]'] == 'the output'
   kept = {'u': [0, 3, 4]}
-  assert _difference(plan, kept, forward, variables, batch) < 1e-5
+  assert difference(plan, kept, forward, variables, batch) < 1e-5
 
 
 def test_shapes_are_enough():

@@ -5,6 +5,7 @@ compute are in `primitives`, where the table of all rules is.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,12 +13,12 @@ from kd_jax.prune.tags import ALWAYS
 from kd_jax.prune.trace import Axis, Value, shape_of
 
 
-def adaptable(walk, eqn, values):
+def adaptable(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """Random bits and the like: they are made for any shape."""
   return [Value((None,) * len(shape_of(v)), None) for v in eqn.outvars]
 
 
-def iota(walk, eqn, values):
+def iota(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """Numbered positions: the numbered axis is fixed."""
   (out,) = eqn.outvars
   axes: list[Axis] = [None] * len(shape_of(out))
@@ -25,7 +26,7 @@ def iota(walk, eqn, values):
   return [Value(tuple(axes), (False,) * len(axes))]
 
 
-def broadcast(walk, eqn, values):
+def broadcast(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """New axes take any size."""
   (out,), value, atom = eqn.outvars, values[0], eqn.invars[0]
   rank = len(shape_of(out))
@@ -40,14 +41,14 @@ def broadcast(walk, eqn, values):
   ]
 
 
-def transpose(walk, eqn, values):
+def transpose(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """Axes in another order."""
   (value,), order = values, eqn.params['permutation']
   zero = value.zero and tuple(value.zero[i] for i in order)
   return [Value(tuple(value.axes[i] for i in order), zero, value.const)]
 
 
-def squeeze(walk, eqn, values):
+def squeeze(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """Axes of size 1 go."""
   (value,) = values
   return [without(value, eqn.params['dimensions'])]
@@ -60,7 +61,7 @@ def without(value: Value, axes: Sequence[int]) -> Value:
   return Value(tuple(value.axes[i] for i in kept), zero, value.const)
 
 
-def reshape(walk, eqn, values):
+def reshape(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """Axes are joined and split, run by run."""
   value = values[0]
   old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
@@ -120,7 +121,7 @@ def _merge(walk, axes, sizes) -> Axis:
   return walk.tags.merge(made, sizes)
 
 
-def concatenate(walk, eqn, values):
+def concatenate(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """Positions side by side; the other axes are the same."""
   along, (out,) = eqn.params['dimension'], eqn.outvars
   axes: list[Axis] = []
@@ -150,7 +151,7 @@ def _as_tags(axis: Axis, size: int) -> np.ndarray:
   return axis if isinstance(axis, np.ndarray) else np.full(size, ALWAYS)
 
 
-def pad(walk, eqn, values):
+def pad(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """Positions are added at the edges, and always kept."""
   value, axes = values[0], list(values[0].axes)
   for i, (low, high, inner) in enumerate(eqn.params['padding_config']):
@@ -173,7 +174,7 @@ def fix_axis(walk, eqn, axis: Axis) -> Axis:
   return reason
 
 
-def split(walk, eqn, values):
+def split(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """Equal parts stay equal if the same places leave each of them."""
   (value,), sizes = values, eqn.params['sizes']
   along = eqn.params['axis']
@@ -187,7 +188,7 @@ def split(walk, eqn, values):
   return [Value(axes, value.zero)] * len(sizes)
 
 
-def slice_(walk, eqn, values):
+def slice_(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """Whole axes pass; of others, positions are picked."""
   value = values[0]
   old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
@@ -198,7 +199,7 @@ def slice_(walk, eqn, values):
   return [Value(axes, value.zero if len(values) == 1 else None)]
 
 
-def update_slice(walk, eqn, values):
+def update_slice(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """The operand, of which a part is replaced."""
   operand, update = values[:2]
   sizes = zip(shape_of(eqn.invars[0]), shape_of(eqn.invars[1]))
@@ -210,7 +211,7 @@ def update_slice(walk, eqn, values):
   return [Value(tuple(axes), None)]
 
 
-def gather(walk, eqn, values):
+def gather(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """Whole axes pass; what is indexed is fixed."""
   operand, numbers = values[0], eqn.params['dimension_numbers']
   shape, sizes = shape_of(eqn.invars[0]), eqn.params['slice_sizes']
