@@ -463,3 +463,21 @@ def test_the_wrapper_works_under_scan_and_vmap():
     (alone, _), alone_masks = jax.jit(run)(w)
     np.testing.assert_allclose(params['w'][i], alone['w'], rtol=1e-6)
     np.testing.assert_array_equal(masks[i], alone_masks)
+
+
+def test_zeros_are_preserved_whatever_the_optimizer_adds():
+  """Noise, or a momentum of before: no update reaches a weight at zero."""
+  noisy = optax.stateless(lambda u, p: jax.tree.map(lambda x: x + 1, u))
+  tx = prune.preserve(noisy, [('w', True)])
+  params = {'w': jnp.array([0.0, 2.0, 0.0]), 'b': jnp.zeros(2)}
+  state = tx.init(params)
+  assert state.sparsity == pytest.approx(2 / 3)
+  for _ in range(2):
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  assert params['w'].tolist() == [0, 6, 0] and params['b'].tolist() == [4, 4]
+  with pytest.raises(ValueError, match='update needs the parameters'):
+    tx.update(params, state)
+  with pytest.raises(ValueError, match="pruning rule 'v'"):
+    prune.preserve(noisy, [('v', True)]).init(params)
