@@ -137,6 +137,9 @@ def _models(run: Run) -> list[dict[str, Any]]:
     stage, network = jax_networks.get(name, (None, run.integer()))
     parameters, nonzero = weights.count(network.variables)
     path = None if stage is None else run.workdir.weights(stage)
+    # Windows of integers may be summed without a product to be counted.
+    integer = stage in (None, 'convert')
+    counted = run.integer(simulate=True) if integer else network
     rows.append(
       {
         'name': name,
@@ -144,7 +147,7 @@ def _models(run: Run) -> list[dict[str, Any]]:
         'parameters': parameters,
         'nonzero_parameters': nonzero,
         'bytes': path.stat().st_size if path else files[name](),
-        'flops': 2 * _multiply_accumulates(run, network),
+        'flops': 2 * _multiply_accumulates(run, counted),
         'latency': {size: latency[size][name] for size in latency},
         'train_seconds': _train_seconds(run, stage),
         'note': notes.get(name, ''),
@@ -229,7 +232,8 @@ def layers(
   Args:
     example: a pre-processed batch of one.
     before: the float network.
-    after: its integer form, whose layers have the same paths.
+    after: its integer form with products in float, `simulate=True`, whose
+      layers have the same paths.
 
   Returns:
     A row for each layer with parameters: `layer`, and `flops` of one example,
@@ -260,7 +264,8 @@ def layers(
 
 
 def _layers(run: Run) -> list[dict[str, Any]]:
-  return layers(run.example, run.student('distill'), run.integer())
+  integer = run.integer(simulate=True)
+  return layers(run.example, run.student('distill'), integer)
 
 
 def _integers(run: Run) -> list[dict[str, Any]]:

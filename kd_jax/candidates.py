@@ -123,7 +123,7 @@ def price(
       made = Candidate(name, share, weights, overrides, compression, converted)
       candidates[name] = made
       rows[name] = {'name': name, 'channels': share, 'weights': weights}
-      rows[name] |= cost(run, network(made, converted), name)
+      rows[name] |= cost(run, network(made, converted, simulate=True), name)
       rows[name]['untrained'] = accuracy(run, made, made.converted)
       rows[name] |= {'trained': None, 'chosen': False}
   latency = _latencies(run, dense, candidates)
@@ -276,7 +276,7 @@ def accuracy(
 
 
 def cost(run: Run, network: Network, name: str) -> dict[str, Any]:
-  """Bytes of the weights' file, and FLOPs."""
+  """Bytes of the weights' file, and FLOPs where products are not integers."""
   path = run.workdir.stage(f'candidates/{name}') / 'untrained.safetensors'
   save_weights(path, network.variables)
   image = np.zeros((1, *run.splits['train'].image_shape), np.uint8)

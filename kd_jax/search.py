@@ -172,7 +172,7 @@ def _train(
     run.workdir.finish(where, result)
   converted = _converted(run, candidate)
   accuracy = candidates_lib.accuracy(run, candidate, converted)
-  network = candidates_lib.network(candidate, converted)
+  network = candidates_lib.network(candidate, converted, simulate=True)
   return {
     'trained': accuracy,
     **candidates_lib.cost(run, network, candidate.name),
@@ -209,7 +209,7 @@ def _publish(run, dense, candidate) -> dict[str, Any]:
   }
   return {
     'test': test,
-    'layers': assess.layers(run.example, dense, made()),
+    'layers': assess.layers(run.example, dense, made(simulate=True)),
     'integers': candidate.compression.parity(
       converted, candidates_lib.calibration(run)[0]
     ),

@@ -62,6 +62,7 @@ def test_the_walk_is_within_the_budget_where_it_says_so(finished):
   assert not rows['int8-0']['within'] and rows['mixed-0']['within']
   order = [rows[n]['bytes'] for n in ('int4-0', 'mixed-0', 'int8-0')]
   assert order == sorted(order)
+  assert rows['int8-0']['flops'] == result['dense']['flops']
   assert rows['int8-50']['flops'] < 0.6 * rows['int8-0']['flops']
   # One is trained, and it is chosen; it keeps to the budget.
   (best,) = [row for row in rows.values() if row['trained'] is not None]
@@ -70,6 +71,8 @@ def test_the_walk_is_within_the_budget_where_it_says_so(finished):
   )
   assert result['dense']['bytes'] > best['bytes']
   layers = {row['layer']: row for row in result['layers']}
+  for row in (layers[name] for name in ('conv1', 'conv2', 'head')):
+    assert 0 < row['flops'][1] <= row['flops'][0]
   assert set(layers) >= {'conv1', 'conv2', 'head'}
   assert layers['conv2']['bytes'][1] < layers['conv2']['bytes'][0]
   assert {row['layer'] for row in result['integers']} >= {'conv1', 'head'}
