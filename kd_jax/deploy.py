@@ -84,7 +84,7 @@ def evaluation(
   return make_forward
 
 
-def post_training_quantize(
+def calibrated(
   model: adapters.LinenModule,
   variables: Variables,
   batches: Iterable[Batch],
@@ -100,16 +100,11 @@ def post_training_quantize(
   correct: bool = False,
   interceptors: Sequence[adapters.Interceptor] = (),
 ) -> dict[str, Any]:
-  """A trained linen model on integers, without further training.
+  """A trained linen model prepared for integers, in float.
 
-  Static, with the default rules: weights int8 per output channel, and the
-  range of every layer's input learned from the batches in evaluation mode.
-  Dynamic, with activation specs that are `dynamic`: ranges are found in each
-  batch at hand; give the same rules to `integer_forward(dynamic=...)`.
-  Weight-only, without activation rules. The options run in the order of the
-  arguments, after BatchNorm is folded; `correct` comes last because it removes
-  the mean of what rounding left. For other settings call the functions of
-  `quantize` with `evaluation(model)`.
+  The options run in the order of the arguments, after BatchNorm is folded;
+  `correct` comes last because it removes the mean of what rounding left. For
+  other settings call the functions of `quantize` with `evaluation(model)`.
 
   Args:
     model: the module.
@@ -128,7 +123,9 @@ def post_training_quantize(
     interceptors: others, as for `integer_forward`.
 
   Returns:
-    What `integer_forward` runs with.
+    What `quantize.convert` turns into integers and `parity.check_parity`
+    compares them with: folded `params`, and `quant_stats` if there are
+    activation rules.
 
   Raises:
     ValueError: without any batch, for an unknown rounding, or for 'adaround'
@@ -139,8 +136,8 @@ def post_training_quantize(
   )
   if learn and weight_observer is not None:
     raise ValueError(
-      "post_training_quantize: rounding='adaround' learns on the grid of the "
-      'extremes; it takes no weight_observer.'
+      "rounding='adaround' learns on the grid of the extremes; it takes no "
+      'weight_observer.'
     )
   batches = iter(batches)
   example = next(batches, None)
@@ -184,9 +181,49 @@ def post_training_quantize(
       observer=observer,
       weight_observer=weight_observer,
     )
-  return quantize.convert(
-    rounded, *rules, observer=observer, weight_observer=weight_observer
-  )
+  return rounded
+
+
+def post_training_quantize(
+  model: adapters.LinenModule,
+  variables: Variables,
+  batches: Iterable[Batch],
+  *,
+  weight_rules: Rules = WEIGHT_RULES,
+  activation_rules: Rules = ACTIVATION_RULES,
+  observer: quantize.Observer | None = None,
+  weight_observer: quantize.Observer | None = None,
+  **options: Any,
+) -> dict[str, Any]:
+  """A trained linen model on integers, without further training.
+
+  Static, with the default rules: weights int8 per output channel, and the
+  range of every layer's input learned from the batches in evaluation mode.
+  Dynamic, with activation specs that are `dynamic`: ranges are found in each
+  batch at hand; give the same rules to `integer_forward(dynamic=...)`.
+  Weight-only, without activation rules.
+
+  Args:
+    model: as for `calibrated`, and so are the others.
+    variables: the trained variables.
+    batches: pre-processed batches to calibrate with.
+    weight_rules: on parameter paths.
+    activation_rules: on layer paths.
+    observer: of the ranges of activations.
+    weight_observer: of those of weights.
+    **options: `equalize`, `smooth`, `rounding`, `adaround_steps`, `correct`
+      and `interceptors` of `calibrated`.
+
+  Returns:
+    What `integer_forward` runs with.
+
+  Raises:
+    ValueError: as `calibrated`.
+  """
+  settings = {'observer': observer, 'weight_observer': weight_observer}
+  rules = {'weight_rules': weight_rules, 'activation_rules': activation_rules}
+  ready = calibrated(model, variables, batches, **rules, **settings, **options)
+  return quantize.convert(ready, weight_rules, activation_rules, **settings)
 
 
 def fold(

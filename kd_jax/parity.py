@@ -209,8 +209,9 @@ def check_parity(
   Args:
     model: the module; it is not edited. A scanned stack has to lift the
       collection `intermediates`.
-    variables: what `quantize.convert` was given: `params`, folded where
-      BatchNorm was, and `quant_stats` where activations were observed.
+    variables: what `quantize.convert` was given, as from `deploy.calibrated`:
+      `params`, folded where BatchNorm was, and `quant_stats` where activations
+      were observed.
     integers: what it returned.
     batch: one batch, pre-processed.
     weight_rules: as given to `convert`.
