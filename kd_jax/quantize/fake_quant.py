@@ -73,7 +73,9 @@ def _code(x, scale, zero_point):
 
 def _fake_quant_fwd(x, scale, zero_point, qmin, qmax):
   code = _code(x, scale, zero_point)
-  inside = (code >= qmin) & (code <= qmax)
+  # The barrier makes XLA keep the mask, a byte a value. Left alone it moves the
+  # comparison into the backward pass and keeps the codes, four bytes a value.
+  inside = jax.lax.optimization_barrier((code >= qmin) & (code <= qmax))
   return fake_quant(x, scale, zero_point, qmin, qmax), (
     inside,
     scale,
