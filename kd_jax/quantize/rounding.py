@@ -27,6 +27,7 @@ from kd_jax.types import Batch, Variables
 
 # The stretched sigmoid of the paper: h reaches 0 and 1.
 _LOW, _HIGH = -0.1, 1.1
+_ADAM = optax.scale_by_adam()
 
 
 def adaround(
@@ -55,8 +56,8 @@ def adaround(
   where Wn is W rounded to nearest, and x~ the layer's input with all earlier
   layers rounded already. The paper has no denominator and sums over weights:
   in units of the error to be beaten, the regularization means the same in
-  every layer. Layers are rounded in the order of the computation, each by one
-  compiled loop of Adam. beta falls from `beta[0]` to `beta[1]` along a cosine,
+  every layer. Layers are rounded in the order of the computation, each by Adam,
+  with one compiled step. beta falls from `beta[0]` to `beta[1]` along a cosine,
   after a share `warm_start` of the steps without regularization. A layer keeps
   nearest rounding if the learned one is no better on all batches together.
   Weights with the largest code are rounded to nearest: they set the scale.
@@ -148,21 +149,24 @@ def adaround(
     if from_teacher:
       y = _joined([outputs(teacher, b)[name] for b in batches], stack)
     scale, _ = weight_scale(params[kernel], specs[kernel])
-    params[kernel] = _round_layer(
+    how = _Rounding(
+      layer.module,
+      specs[kernel],
+      stack,
+      steps,
+      batch_size,
+      warm_start,
+      tuple(beta),
+    )
+    problem = _Problem(
       {k: params[f'{name}/{k}'] for k in layer.params},
       jnp.broadcast_to(scale, params[kernel].shape),
       x,
       y,
-      jax.random.fold_in(rng, i),
-      learning_rate,
-      regularization,
-      module=layer.module,
-      spec=specs[kernel],
-      stack=stack,
-      steps=steps,
-      batch_size=batch_size,
-      warm_start=warm_start,
-      beta=tuple(beta),
+    )
+    rng_of_layer = jax.random.fold_in(rng, i)
+    params[kernel] = _round_layer(
+      how, problem, rng_of_layer, learning_rate, regularization
     )
   tree = traverse_util.unflatten_dict(params, sep='/')
   return {**variables, 'params': fake_quant_params(tree, rules)}
@@ -209,94 +213,146 @@ def _joined(arrays, axis):
   return jnp.concatenate(arrays, axis=axis)
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    'module',
-    'spec',
-    'stack',
-    'steps',
-    'batch_size',
-    'warm_start',
-    'beta',
-  ),
-)
-def _round_layer(
-  params, scale, x, y, rng, rate, regularization, *, stack, **static
-):
-  def one(params, scale, x, y):
-    return _round_one(params, scale, x, y, rng, rate, regularization, **static)
+class _Rounding(NamedTuple):
+  """How a layer is rounded; static in compiled functions.
 
-  for _ in range(stack):
-    one = jax.vmap(one)
-  return one(params, scale, x, y)
+  Attributes:
+    module: the layer apart from its model.
+    spec: of its kernel.
+    stack: number of leading axes of the kernel that count layers.
+    steps: see `adaround`, and so are the others.
+  """
+
+  module: Any
+  spec: QuantSpec
+  stack: int
+  steps: int
+  batch_size: int
+  warm_start: float
+  beta: tuple[float, float]
 
 
-def _round_one(
-  params,
-  scale,
-  x,
-  y,
-  rng,
-  rate,
-  regularization,
-  *,
-  module,
-  spec,
-  steps,
-  batch_size,
-  warm_start,
-  beta,
-):
-  dtype = params['kernel'].dtype
-  w = params['kernel'].astype(jnp.float32) / scale
+class _Problem(NamedTuple):
+  """The arrays of a layer, or of every layer in a stack.
 
-  def run(code, x):
-    kernel = (code * scale).astype(dtype)
-    out = module.apply({'params': {**params, 'kernel': kernel}}, x)
-    return out.astype(jnp.float32)
+  Attributes:
+    params: of the module.
+    scale: of the kernel, with its shape.
+    x: the layer's inputs.
+    y: its outputs to come close to, or None for those of the kernel itself.
+    unit: the error of rounding to nearest.
+  """
 
-  y = (run(w, x) if y is None else y).astype(jnp.float32)
-  nearest = jnp.clip(jnp.round(w), spec.qmin, spec.qmax)
-  # Without the weights that set it the scale would be another.
-  fixed = jnp.abs(nearest) >= spec.qmax
-  down = jnp.floor(w)
+  params: dict[str, jax.Array]
+  scale: jax.Array
+  x: jax.Array
+  y: jax.Array | None
+  unit: jax.Array | None = None
 
-  def codes(h):
-    learned = jnp.clip(down + h, spec.qmin, spec.qmax)
-    return jnp.where(fixed, nearest, learned)
 
-  def error(code, x, y):
-    return jnp.sum(jnp.square(run(code, x) - y)) / x.shape[0]
+def _round_layer(how, problem, rng, learning_rate, regularization):
+  """The kernel on its grid.
 
-  unit = error(nearest, x, y)
-  unit = jnp.where(unit > 0, unit, 1.0)
+  Each step is one call of a compiled function: on CPUs, convolutions inside of
+  XLA's loops are some 15 times slower.
+  """
+  problem, state = _start(how, problem)
+  for i in range(how.steps):
+    state = _step(how, problem, state, i, rng, learning_rate, regularization)
+  return _finish(how, problem, state[0])
 
-  def loss(v, x, y, weight, power):
+
+def _stacked(fn, how, *args):
+  for _ in range(how.stack):
+    fn = jax.vmap(fn)
+  return fn(*args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _start(how, problem):
+  """The problem without None, and `(V, state of Adam)`."""
+
+  def one(p):
+    y = _run(how, p, _ratios(p), p.x) if p.y is None else p.y
+    p = p._replace(y=y.astype(jnp.float32))
+    unit = _error(how, p, _nearest(how, p), p.x, p.y)
+    v = _soft_inverse(_ratios(p) - jnp.floor(_ratios(p)))
+    p = p._replace(unit=jnp.where(unit > 0, unit, 1.0))
+    return p, (v, _ADAM.init(v))
+
+  return _stacked(one, how, problem)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _step(how, problem, state, i, rng, learning_rate, regularization):
+  """`(V, state of Adam)` after the next step."""
+  rows = jax.random.randint(
+    jax.random.fold_in(rng, i),
+    (how.batch_size,),
+    0,
+    problem.x.shape[how.stack],
+  )
+  late = (i / how.steps - how.warm_start) / (1 - how.warm_start)
+  weight = jnp.where(late > 0, regularization, 0.0)
+  cosine = (1 + jnp.cos(jnp.pi * jnp.clip(late, 0, 1))) / 2
+  power = how.beta[1] + (how.beta[0] - how.beta[1]) * cosine
+
+  def loss(v, p):
     h = _soft(v)
-    pull = jnp.where(fixed, 0.0, 1 - jnp.abs(2 * h - 1) ** power)
-    return error(codes(h), x, y) / unit + weight * jnp.mean(pull)
+    pull = jnp.where(_fixed(how, p), 0.0, 1 - jnp.abs(2 * h - 1) ** power)
+    error = _error(how, p, _codes(how, p, h), p.x[rows], p.y[rows])
+    return error / p.unit + weight * jnp.mean(pull)
 
-  tx = optax.adam(rate)
-
-  def step(i, state):
+  def one(p, state):
     v, opt_state = state
-    rows = jax.random.fold_in(rng, i)
-    rows = jax.random.randint(rows, (batch_size,), 0, x.shape[0])
-    done = i / steps
-    late = (done - warm_start) / (1 - warm_start)
-    weight = jnp.where(late > 0, regularization, 0.0)
-    cosine = (1 + jnp.cos(jnp.pi * jnp.clip(late, 0, 1))) / 2
-    power = beta[1] + (beta[0] - beta[1]) * cosine
-    grads = jax.grad(loss)(v, x[rows], y[rows], weight, power)
-    updates, opt_state = tx.update(grads, opt_state)
-    return optax.apply_updates(v, updates), opt_state
+    updates, opt_state = _ADAM.update(jax.grad(loss)(v, p), opt_state)
+    return v - learning_rate * updates, opt_state
 
-  v = _soft_inverse(w - down)
-  v, _ = jax.lax.fori_loop(0, steps, step, (v, tx.init(v)))
-  learned = codes((_soft(v) >= 0.5).astype(jnp.float32))
-  better = error(learned, x, y) < error(nearest, x, y)
-  return (jnp.where(better, learned, nearest) * scale).astype(dtype)
+  return _stacked(one, how, problem, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finish(how, problem, v):
+  """The learned kernel, or the one rounded to nearest if that is as good."""
+
+  def one(p, v):
+    learned = _codes(how, p, (_soft(v) >= 0.5).astype(jnp.float32))
+    nearest = _nearest(how, p)
+    errors = [_error(how, p, code, p.x, p.y) for code in (learned, nearest)]
+    code = jnp.where(errors[0] < errors[1], learned, nearest)
+    return (code * p.scale).astype(p.params['kernel'].dtype)
+
+  return _stacked(one, how, problem, v)
+
+
+def _ratios(p):
+  return p.params['kernel'].astype(jnp.float32) / p.scale
+
+
+def _nearest(how, p):
+  return jnp.clip(jnp.round(_ratios(p)), how.spec.qmin, how.spec.qmax)
+
+
+def _fixed(how, p):
+  # Without the weights that set it the scale would be another.
+  return jnp.abs(_nearest(how, p)) >= how.spec.qmax
+
+
+def _codes(how, p, h):
+  """Codes between those below and above every weight."""
+  learned = jnp.floor(_ratios(p)) + h
+  learned = jnp.clip(learned, how.spec.qmin, how.spec.qmax)
+  return jnp.where(_fixed(how, p), _nearest(how, p), learned)
+
+
+def _run(how, p, code, x):
+  kernel = (code * p.scale).astype(p.params['kernel'].dtype)
+  out = how.module.apply({'params': {**p.params, 'kernel': kernel}}, x)
+  return out.astype(jnp.float32)
+
+
+def _error(how, p, code, x, y):
+  return jnp.sum(jnp.square(_run(how, p, code, x) - y)) / x.shape[0]
 
 
 def _soft(v):
