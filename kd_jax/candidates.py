@@ -264,13 +264,8 @@ def network(
   return Network(candidate.name, make, converted.variables)
 
 
-def accuracy(
-  run: Run,
-  candidate: Candidate,
-  converted: Converted,
-  split: str = 'validation',
-) -> float:
-  """The share of a split's images that a candidate on integers gets right."""
+def accuracy(run: Run, candidate: Candidate, converted: Converted) -> float:
+  """The share of held-out images that a candidate on integers gets right."""
   apply = run.apply(network(candidate, converted))
   return run.evaluate(apply, 'validation')['accuracy']
 

@@ -151,6 +151,29 @@ def test_a_safetensors_file_is_the_model_that_the_recipe_names(
   assert run.config.student.model.widths == (8, 6)
 
 
+@pytest.mark.parametrize(
+  ('budget', 'cost', 'fitting'),
+  [('9 KFLOP', 'flops', {'int8-50'}), ('9999 ms', 'ms', {'int8-0', 'int8-50'})],
+)
+def test_a_budget_in_operations_or_milliseconds(
+  trained, tmp_path, capsys, budget, cost, fitting
+):
+  words = "--recipe.search.weights=('int8', 'mixed')"
+  assert cli.main(_words(trained, tmp_path, words, budget=budget)) == 0
+  result = _result(tmp_path)
+  rows = {row['name']: row for row in result['candidates']}
+  # To mix bits is a choice under a budget of bytes alone.
+  assert set(rows) == {'int8-0', 'int8-50'}
+  assert {n for n, row in rows.items() if row['within']} == fitting
+  # The costliest of those within is trained.
+  best = max(fitting, key=lambda name: rows[name][cost])
+  assert rows[best]['chosen'] and rows[best]['trained'] is not None
+  assert f'within {result["budget"]["limit"]:g} {cost}' in (
+    (tmp_path / 'compress.md').read_text()
+  )
+  assert f'{rows[best][cost]:g} {cost}, training' in capsys.readouterr().out
+
+
 CASES = {
   'budget': (['--budget=20 kB'], "'20 kB' is no budget"),
   'nothing fits': (['--budget=10 B'], 'No candidate fits 10 B: the cheapest'),
