@@ -51,6 +51,8 @@ evaluate:
 
 shrink:
   --sparsity X            share of the units that leave, 0.5 (default)
+  --structure NAME        what the units are: neurons (default), which are
+                          channels and heads, or residual_blocks
   --stage STAGE           the student of distill (default) or alone
   --scope SCOPE           global (default): one ranking of all units; layer:
                           one in each group
@@ -132,6 +134,7 @@ def _parse(command: str, words: list[str]) -> flags.FlagValues:
     flags.DEFINE_string('stage', 'distill', 'whose student', flag_values=values)
   if command == 'shrink':
     flags.DEFINE_float('sparsity', 0.5, 'share to remove', flag_values=values)
+    flags.DEFINE_string('structure', 'neurons', 'units', flag_values=values)
     flags.DEFINE_string('scope', 'global', 'ranking', flag_values=values)
     flags.DEFINE_list('keep', [], 'what stays', flag_values=values)
     flags.DEFINE_integer('multiple_of', 1, 'of channels', flag_values=values)

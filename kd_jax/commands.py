@@ -87,13 +87,15 @@ def shrink(values: Any) -> int:
     stored,
     values.stage,
     sparsity=values.sparsity,
+    structure=values.structure,
     scope=values.scope,
     keep=values.keep,
     multiple_of=values.multiple_of,
   )
   print(made.plan)
+  kind = values.structure.replace('_', ' ')
   table = Table(
-    title=f'{values.stage}, {values.sparsity:.0%} of the units gone'
+    title=f'{values.stage}, {values.sparsity:.0%} of the {kind} gone'
   )
   table.add_column('')
   for column in made.before._fields:

@@ -9,7 +9,7 @@ trained here, and what the network learns from is in `distillation`.
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +30,8 @@ from kd_jax.recipe_words import (
 from kd_jax.types import Batch, StudentFn, Variables
 
 _STRUCTURES = (
-  "'weights', 'neurons', 'channels', N:M such as '2:4', or blocks such as "
-  "'8x128'"
+  "'weights', 'neurons', 'residual_blocks', 'channels', N:M such as '2:4', or "
+  "blocks such as '8x128'"
 )
 
 
@@ -55,12 +55,13 @@ class Converted(NamedTuple):
 
   Attributes:
     variables: what `deploy.integer_forward` runs with.
-    overrides: for `prune.resized`, of a network that lost units; else empty.
+    overrides: for `prune.resized`, of a network that lost units or blocks;
+      else empty.
     folded: what was converted, for `parity.check_parity`.
   """
 
   variables: dict[str, Any]
-  overrides: dict[str, dict[str, int]]
+  overrides: dict[str, Any]
   folded: dict[str, Any]
 
 
@@ -72,7 +73,7 @@ class Compression:
     model: the linen module; it is not edited.
     variables: its trained variables, where compression starts.
     batch: pre-processed; its values are read where ranges are learned by
-      gradients, else only its shapes.
+      gradients and where residual blocks leave, else only its shapes.
     steps: of training.
     epoch_steps: of one epoch.
     interceptors: others, which go first, such as `prune.resized(...)`.
@@ -197,9 +198,27 @@ class Compression:
       raise ValueError("prune.structure='neurons': no unit can leave exactly.")
     return plan._replace(groups=exact)
 
+  @functools.cached_property
+  def blocks(self) -> prune.ResidualBlocks:
+    """The residual blocks that can leave whole."""
+    blocks = prune.find_residual_blocks(
+      adapters.from_linen(self.model, interceptors=self._interceptors),
+      self._variables,
+      self._batch,
+      keep=self.recipe.prune.keep,
+    )
+    if len(blocks.names) < 2:
+      raise ValueError(
+        "prune.structure='residual_blocks' needs two blocks that could leave, "
+        f'but the model has {len(blocks.names)}.'
+      )
+    return blocks
+
   def structure(self) -> prune.Structure:
     """Which weights are pruned together."""
     name = self.recipe.prune.structure
+    if name == 'residual_blocks':
+      return prune.residual_blocks(self.blocks)
     if name == 'weights':
       return prune.unstructured()
     if name == 'neurons':
@@ -416,15 +435,15 @@ class Compression:
     return Converted(integers, overrides, folded)
 
   def interceptors(
-    self, overrides: Mapping[str, Mapping[str, int]]
+    self, overrides: prune.Overrides
   ) -> tuple[adapters.Interceptor, ...]:
     """Those that a network needs which lost the units of `overrides`."""
-    if self.recipe.prune.structure != 'neurons':
+    if self.recipe.prune.structure not in _LEAVING:
       return self._interceptors
     return (*self._interceptors, prune.resized(overrides))
 
   def integer_forward(
-    self, overrides: Mapping[str, Mapping[str, int]], **options: Any
+    self, overrides: prune.Overrides, **options: Any
   ) -> StudentFn:
     """The forward of `Converted`.
 
@@ -471,15 +490,21 @@ class Compression:
 
   def _shrunk(self, variables):
     p = self.recipe.prune
-    if p.structure != 'neurons' or not p.sparsity:
+    if p.structure not in _LEAVING or not p.sparsity:
       return variables, {}
     params = variables['params']
     leaves = map(np.asarray, jax.tree.leaves(params))
     masks = {n: w != 0 for n, w in zip(rules_lib.leaf_names(params), leaves)}
+    if p.structure == 'residual_blocks':
+      gone = self.blocks.gone(masks)
+      small = prune.without_blocks(self.blocks, variables, gone)
+      return small, self.blocks.overrides(gone)
     kept = prune.kept_from_masks(self.plan, masks)
     small = prune.shrink(self.plan, variables, kept)
     return dict(small), self.plan.overrides(kept)
 
 
+# Structures of which nothing is left at the end.
+_LEAVING = ('neurons', 'residual_blocks')
 _RANGES = {'observed': '', 'lsq': 'lsq', 'pact': 'pact'}
 _METHODS = dict.fromkeys(('gradual', 'sparse', 'straight_through', 'preserve'))

@@ -38,13 +38,13 @@ class Shrunk(NamedTuple):
   """What `shrink_student` made.
 
   Attributes:
-    plan: what could leave.
+    plan: what could leave: units, or residual blocks.
     before: cost of the whole student.
     after: cost of the smaller one.
     directory: where its files are.
   """
 
-  plan: prune.Plan
+  plan: prune.Plan | prune.ResidualBlocks
   before: Cost
   after: Cost
   directory: Path
@@ -55,22 +55,25 @@ def shrink_student(
   stage: str = 'distill',
   *,
   sparsity: float = 0.5,
+  structure: str = 'neurons',
   scope: str = 'global',
   keep: Sequence[str] = (),
   multiple_of: int = 1,
 ) -> Shrunk:
-  """Removes the units of least magnitude from a trained student.
+  """Removes what has the least magnitude from a trained student.
 
   Args:
     run: a run whose stage is finished.
     stage: 'distill' or 'alone'.
-    sparsity: share of the units that leave, in [0, 1).
-    scope: see `prune.choose_units`, and so is `multiple_of`.
-    keep: see `prune.find_groups`.
+    sparsity: share of the units or blocks that leave, in [0, 1).
+    structure: 'neurons' for channels and heads, 'residual_blocks' for whole
+      blocks; of these one always stays.
+    scope: of neurons, see `prune.choose_units`, and so is `multiple_of`.
+    keep: see `prune.find_groups` and `prune.find_residual_blocks`.
     multiple_of: of the channels that a group keeps.
 
   Returns:
-    The plan, the costs, and the directory with the smaller student.
+    What could leave, the costs, and the directory with the smaller student.
 
   Raises:
     ValueError: if the stage is not finished or unknown, nothing can leave, or
@@ -78,34 +81,61 @@ def shrink_student(
   """
   parts = {'distill': 'student', 'alone': 'alone'}
   part = rules.choose('stage with a student', stage, parts)
+  ways = {'neurons': _without_units, 'residual_blocks': _without_blocks}
+  remove = rules.choose('structure', structure, ways)
   variables = run.student(stage).variables
   forward = adapters.from_linen(run.model(part))
-  plan = prune.find_groups(forward, variables, run.example, keep=keep)
-  if not plan.groups:
-    raise ValueError(f'Nothing can leave the student of {stage!r}.')
-  scores = prune.magnitudes(variables['params'])
-  kept = prune.choose_units(
-    plan, scores, sparsity, scope=scope, multiple_of=multiple_of
+  options = {'scope': scope, 'multiple_of': multiple_of}
+  plan, small, overrides, kept = remove(
+    forward, variables, run.example, sparsity, keep, **options
   )
-  prune.check_shrunk(plan, kept, forward, variables, run.example)
-  small = prune.shrink(plan, variables, kept)
   directory = run.workdir.stage('shrink')
   save_weights(directory / 'weights.safetensors', small)
   about = {
     'format': FORMAT,
     'stage': stage,
+    'structure': structure,
     'sparsity': sparsity,
     'scope': scope,
-    'kept': {g.name: [len(kept[g.name]), g.size] for g in plan.groups},
-    'overrides': plan.overrides(kept),
+    'kept': kept,
+    'overrides': overrides,
   }
   write_json(directory / _FILE, about)
+  smaller = forward.intercepted(prune.resized(overrides))
   return Shrunk(
     plan,
     _cost(forward, variables, run.example),
-    _cost(prune.shrunk_forward(forward, plan, kept), small, run.example),
+    _cost(smaller, small, run.example),
     directory,
   )
+
+
+def _without_units(
+  forward, variables, batch, sparsity, keep, *, scope, multiple_of
+):
+  plan = prune.find_groups(forward, variables, batch, keep=keep)
+  if not plan.groups:
+    raise ValueError('Nothing can leave the student.')
+  scores = prune.magnitudes(variables['params'])
+  kept = prune.choose_units(
+    plan, scores, sparsity, scope=scope, multiple_of=multiple_of
+  )
+  prune.check_shrunk(plan, kept, forward, variables, batch)
+  small = prune.shrink(plan, variables, kept)
+  counts = {g.name: [len(kept[g.name]), g.size] for g in plan.groups}
+  return plan, small, plan.overrides(kept), counts
+
+
+def _without_blocks(forward, variables, batch, sparsity, keep, **_):
+  blocks = prune.find_residual_blocks(forward, variables, batch, keep=keep)
+  scores = prune.magnitudes(variables['params'])
+  masks = prune.masks_from(
+    scores, sparsity, structure=prune.residual_blocks(blocks)
+  )
+  gone = blocks.gone(masks)
+  small = prune.without_blocks(blocks, variables, gone)
+  counts = {'blocks': [len(blocks.names) - len(gone), len(blocks.names)]}
+  return blocks, small, blocks.overrides(gone), counts
 
 
 def _cost(forward, variables, batch) -> Cost:

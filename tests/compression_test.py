@@ -142,6 +142,26 @@ def test_neurons_are_masked_in_training_and_removed_at_the_end():
   np.testing.assert_allclose(got, want, atol=0.03 * np.ptp(want))
 
 
+def test_residual_blocks_are_masked_in_training_and_removed_at_the_end():
+  made, batch = _compression('vit', prune__structure='residual_blocks')
+  states = _train(made, batch)
+  gone = made.blocks.gone(prune.masks_of(states[-1].opt_state))
+  assert len(gone) == 1 and len(made.blocks.names) == 2
+  variables = made.finish(_variables(states[-1]))
+  want = _run(made.make(), made.simulated(variables), batch)
+  converted = made.convert(variables)
+  assert converted.overrides == {gone[0]: None}
+  for collection in converted.variables.values():
+    assert gone[0] not in collection
+  forward = made.integer_forward(converted.overrides)
+  got = _run(forward, converted.variables, batch)
+  np.testing.assert_allclose(got, want, atol=0.03 * np.ptp(want))
+  rows = made.parity(converted, batch)
+  assert rows and not any(row['layer'].startswith(gone[0]) for row in rows)
+  with pytest.raises(ValueError, match='needs two blocks'):
+    _compression('cnn', prune__structure='residual_blocks')[0].structure()
+
+
 def test_what_is_zero_stays_so_while_it_is_quantized():
   _, variables, _ = trained('cnn')
   masks = prune.magnitude_masks(variables['params'], 0.6, [('.*/kernel', True)])

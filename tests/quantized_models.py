@@ -30,6 +30,7 @@ MODELS = {
   'resnet': models.CifarResNet(3, depth=8, width=2),
   'mlp': models.MLP(3, hidden=(12, 7)),
   'biased': Biased(),
+  'vit': models.ViT(3, patch_size=3, width=8, depth=2, heads=2),
 }
 
 

@@ -1,18 +1,20 @@
-"""Running a linen model with fewer channels than it was written with.
+"""Running a linen model with less than it was written with.
 
 Owns the interceptor that sets the sizes of a module's attributes to those of
-its stored parameters. No model is edited; modules are recognised by what they
-have, so that layers of your own work too.
+its stored parameters, and passes over modules that left. No model is edited;
+modules are recognised by what they have, so that layers of your own work too.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from kd_jax import rules as rules_lib
 
+Overrides: TypeAlias = Mapping[str, Mapping[str, int] | None]
+
 
 def resized(
-  overrides: Mapping[str, Mapping[str, int]] | None = None,
+  overrides: Overrides | None = None,
 ) -> Callable[..., Any]:
   """An interceptor that runs a linen model with the parameters it is given.
 
@@ -23,7 +25,9 @@ def resized(
 
   Args:
     overrides: module path -> attribute -> value, for what parameters do not
-      tell, such as the number of heads; see `Plan.overrides`.
+      tell, such as the number of heads; or -> None for a module that left,
+      which returns its first argument. See `Plan.overrides` and
+      `ResidualBlocks.overrides`.
 
   Returns:
     An interceptor for `flax.linen.intercept_methods`.
@@ -50,8 +54,10 @@ def resized(
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
     if module.scope is not None:
-      path = '/'.join(module.path)
-      for name, value in overrides.get(path, {}).items():
+      changes = overrides.get('/'.join(module.path), {})
+      if changes is None and context.method_name == '__call__':
+        return args[0]
+      for name, value in (changes or {}).items():
         _set(module, name, value)
       _follow_parameters(module, args)
     return next_fun(*args, **kwargs)

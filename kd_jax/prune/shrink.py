@@ -4,7 +4,7 @@ Owns arrays only: what can leave is a `Plan`, what shall leave is chosen in
 `selection`, and how the smaller model runs is in `resize`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -64,14 +64,14 @@ def shrink(plan: Plan, tree: Any, kept: Kept) -> Any:
 
 
 def _shrink(plan, tree, masks):
-  mirrored = _suffixes(plan)
+  mirrored = mirrored_paths(plan.shapes)
 
   def one(path, leaf):
     name = rules_lib.path_name(path)
-    axes = masks.get(_mirrors(mirrored, name) or '', {})
+    axes = masks.get(mirrors(mirrored, name) or '', {})
     if not axes or not hasattr(leaf, 'shape'):
       return leaf
-    shape = plan.shapes[_mirrors(mirrored, name)]
+    shape = plan.shapes[mirrors(mirrored, name)]
     if leaf.shape != shape:
       if leaf.size <= 1:
         return leaf
@@ -84,20 +84,33 @@ def _shrink(plan, tree, masks):
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def _suffixes(plan: Plan) -> dict[str, str]:
-  """path -> itself, and the path without its collection -> the path."""
-  found = {path.split('/', 1)[1]: path for path in plan.shapes if '/' in path}
+def mirrored_paths(paths: Iterable[str]) -> dict[str, str]:
+  """What the path of a leaf may end with, to mirror one of a model's arrays.
+
+  Args:
+    paths: of the model's arrays, beginning with their collections.
+
+  Returns:
+    path -> itself, and the path without its collection -> the path.
+  """
+  paths = list(paths)
+  found = {path.split('/', 1)[1]: path for path in paths if '/' in path}
   # Parameters win over state of the same name.
   found |= {
     path.removeprefix('params/'): path
-    for path in plan.shapes
+    for path in paths
     if path.startswith('params/')
   }
-  return found | {path: path for path in plan.shapes}
+  return found | {path: path for path in paths}
 
 
-def _mirrors(suffixes: Mapping[str, str], name: str) -> str | None:
-  """The path of the plan that a leaf's path ends with, the longest one."""
+def mirrors(suffixes: Mapping[str, str], name: str) -> str | None:
+  """The path of the model that a leaf's path ends with, the longest one.
+
+  Args:
+    suffixes: from `mirrored_paths`.
+    name: '/'-joined path of the leaf.
+  """
   parts = name.split('/')
   for i in range(len(parts)):
     found = suffixes.get('/'.join(parts[i:]))
