@@ -6,8 +6,10 @@
 A dense network is trained once a seed. From it every row starts, and what is
 trained again is taught by it, T = 4, with 0.9 of the loss and 0.1 for the
 labels: the dense network itself, fake-quant, pruning, channels removed, and
-these together. All of them train for the same number of epochs. Rows of
-integers are executed on integers. The test split is read for the table alone.
+these together. All of them train for the same number of epochs; what loses
+weights starts with the dense network's learning rate again, after Renda,
+Frankle, Carbin, 2020, arXiv:2003.02389. Rows of integers are executed on
+integers. The test split is read for the table alone.
 """
 
 import argparse
@@ -39,7 +41,7 @@ MODELS = {
   'vit': {'name': 'vit', 'width': 48, 'depth': 3, 'heads': 4},
   'tiny': {'name': 'cnn', 'widths': (4, 4)},
 }
-# Peaks of the learning rate: of the dense network, and of all that follow.
+# Peaks of the learning rate: of what is new or loses weights, and of the rest.
 RATES = {'resnet': (5e-3, 2e-3), 'vit': (2e-3, 1e-3), 'tiny': (5e-3, 2e-3)}
 BATCH = 64
 CALIBRATION = 8
@@ -55,6 +57,9 @@ DYNAMIC = tuple(
 KERNELS = (('.*/kernel', True),)
 # Groups of four inputs; images have one to three channels.
 GROUPED = (('(stem|patch|conv1)/kernel', None), *KERNELS)
+
+# Small layers stay denser than large ones.
+SCOPE = 'erk'
 
 DENSE, CONTROL = 'dense', 'dense, trained longer'
 TOGETHER, IN_TURN = '80 % pruned and int8, in one run', '80 % pruned, then int8'
@@ -170,6 +175,7 @@ def trainer(
   *,
   epochs: int,
   taught: bool = True,
+  rewound: bool = False,
   wrap: Callable[..., Any] = lambda tx, total: tx,
   params_fn: Callable[..., Any] = lambda params: params,
 ) -> Callable[..., Variables]:
@@ -180,6 +186,7 @@ def trainer(
     student_fn: what is trained.
     epochs: over the train split.
     taught: whether by the dense network, or by labels alone.
+    rewound: whether with the first of the task's learning rates.
     wrap: `(optimizer, number of steps) -> optimizer`.
     params_fn: see `kd_jax.make_train_step`.
 
@@ -190,7 +197,7 @@ def trainer(
   total = epochs * task.steps
   rate = optim.make_schedule(
     'cosine',
-    peak=task.rates[int(taught)],
+    peak=task.rates[0 if rewound else 1],
     total_steps=total,
     warmup_steps=total // 10,
   )
@@ -282,8 +289,8 @@ def recipes(
   def in_turn():
     thirds = [epochs // 3 + (i < epochs % 3) for i in range(3)]
     parts = [
-      train(plain, epochs=thirds[0], wrap=pruning(0.8, end=1.0)),
-      train(plain, epochs=thirds[1], wrap=held(0.8)),
+      train(plain, epochs=n, wrap=wrap, rewound=True)
+      for n, wrap in zip(thirds, (pruning(0.8, end=1.0), held(0.8)))
     ]
 
     def before(variables, dense, seed):
@@ -318,13 +325,14 @@ def recipes(
     'int4 weights, PTQ, AdaRound': adaround,
     'int8, QAT': integers(),
     'int4 weights, QAT': integers(rules=INT4),
-    '80 % pruned': floats(wrap=pruning(0.8)),
-    '90 % pruned': floats(wrap=pruning(0.9)),
+    '80 % pruned': floats(wrap=pruning(0.8), rewound=True),
+    '90 % pruned': floats(wrap=pruning(0.9), rewound=True),
     '2:4 pruned': floats(
-      wrap=pruning(0.5, rules=GROUPED, structure=prune.n_m(2, 4))
+      wrap=pruning(0.5, rules=GROUPED, structure=prune.n_m(2, 4)),
+      rewound=True,
     ),
     CHANNELS: smaller(task, train, 0.5),
-    TOGETHER: integers(wrap=pruning(0.8)),
+    TOGETHER: integers(wrap=pruning(0.8), rewound=True),
     # Three trainings of whole epochs, together as long as the others.
     **({IN_TURN: in_turn()} if epochs >= 3 else {}),
   }
@@ -337,7 +345,7 @@ def pruning(sparsity: float, *, end: float = 0.5, rules=KERNELS, **options):
     last = max(1, round(end * total))
     every = max(1, last // 50)
     schedule = prune.cubic(sparsity, begin=0, end=last, every=every)
-    return prune.prune(tx, schedule, rules, **options)
+    return prune.prune(tx, schedule, rules, scope=SCOPE, **options)
 
   return wrap
 
@@ -345,7 +353,7 @@ def pruning(sparsity: float, *, end: float = 0.5, rules=KERNELS, **options):
 def held(sparsity: float):
   """A `wrap` for weights that are as sparse already, which stay so."""
   constant = prune.constant(sparsity)
-  return lambda tx, total: prune.prune(tx, constant, KERNELS)
+  return lambda tx, total: prune.prune(tx, constant, KERNELS, scope=SCOPE)
 
 
 def smaller(task: Task, train: Callable[..., Any], share: float):
@@ -354,13 +362,11 @@ def smaller(task: Task, train: Callable[..., Any], share: float):
 
   def recipe(dense, seed):
     plan = prune.find_groups(plain, dense, task.example)
-    sizes = jax.tree.map(jnp.abs, dense['params'])
-    names = kd_jax.rules.leaf_names(sizes)
-    scores = dict(zip(names, jax.tree.leaves(sizes)))
+    scores = prune.magnitudes(dense['params'])
     kept = prune.choose_units(plan, scores, share, scope='layer')
     forward = prune.shrunk_forward(plain, plan, kept)
     small = prune.shrink(plan, dense, kept)
-    return Trained(forward, train(forward)(small, dense, seed))
+    return Trained(forward, train(forward, rewound=True)(small, dense, seed))
 
   return recipe
 
@@ -435,7 +441,7 @@ def benchmark(
     `macs` of an image and `speed` (of `speeds`).
   """
   plain = adapters.from_linen(task.model)
-  first = trainer(task, plain, epochs=dense_epochs, taught=False)
+  first = trainer(task, plain, epochs=dense_epochs, taught=False, rewound=True)
 
   def train_dense(_, seed):
     start = adapters.init_linen(task.model, jax.random.key(seed), task.example)
@@ -585,7 +591,10 @@ def main(argv: Sequence[str] | None = None) -> None:
       f'- Seeds: {args.seeds}; mean and standard deviation; differences are '
       'taken seed by seed. Goals are compared with means.',
       f'- Epochs: {dense_epochs} of the dense network with labels; in all rows '
-      f'but PTQ {args.epochs} more, taught by it. Batch {BATCH}, AdamW. '
+      f'but PTQ {args.epochs} more, taught by it. Batch {BATCH}, AdamW, peak '
+      f'of the learning rate {task.rates[0]:g} for the dense network and for '
+      f'what loses weights, {task.rates[1]:g} for the rest. Pruned by '
+      'magnitude, layer by layer to Erdos-Renyi-Kernel densities. '
       f'"{IN_TURN}" prunes, recovers and quantizes in a third of them each. '
       f'PTQ: {min(CALIBRATION, task.steps)} batches without labels, AdaRound '
       f'{args.adaround_steps} steps a layer.',

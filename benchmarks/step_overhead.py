@@ -38,6 +38,8 @@ WEIGHTS = deploy.WEIGHT_RULES
 ACTIVATIONS = deploy.ACTIVATION_RULES
 # A range for each image, which Qwix has too.
 DYNAMIC = (('.*', quantize.QuantSpec(axis=0, dynamic=True)),)
+# Without the products inside of attention, as other toolkits quantize.
+LAYERS = (('.*/(scores|context)', None), *ACTIVATIONS)
 PER_TENSOR = ((WEIGHTS[0][0], quantize.QuantSpec()),)
 SPARSITY = 0.8
 CLASSES = 10
@@ -93,6 +95,12 @@ def forms(
     'pruning, masks renewed': Form(plain, variables, pruned(renewed)),
     'QAT int8 and pruning': Form(observed, with_stats, pruned(held), rounded),
   }
+  if any('/scores/' in name for name in kd_jax.rules.leaf_names(stats)):
+    layers = plain.intercepted(quantize.quantize_activations(LAYERS))
+    stats = quantize.init_quant_stats(layers, variables, batch, LAYERS)
+    found["QAT int8, attention's products in float"] = Form(
+      layers, {**variables, 'quant_stats': stats}, tx, rounded
+    )
   norms = quantize.foldable_batch_norms(
     lambda i: plain.intercepted(i), variables, batch
   )
