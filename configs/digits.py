@@ -147,11 +147,12 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
         'score': 'magnitude',
         # global, layer or erk.
         'scope': 'global',
-        # weights; neurons, which are removed at the end; channels of each
-        # layer; N:M such as '2:4'; blocks such as '8x128'.
+        # weights; neurons or residual_blocks, which are removed at the end;
+        # channels of each layer; N:M such as '2:4'; blocks such as '8x128'.
         'structure': 'weights',
         'rules': (('.*/kernel', True),),
-        # Patterns of groups and parameters of which no neuron leaves.
+        # Patterns of groups and parameters of which no neuron leaves, or of
+        # modules that stay.
         'keep': (),
         # cubic, linear or once.
         'schedule': 'cubic',

@@ -239,11 +239,8 @@ def _quantized(
     run.model('student'),
     variables,
     batches,
-    weight_rules=compression.rules('weights'),
-    activation_rules=compression.rules('activations'),
-    observer=compression.observer(),
-    weight_observer=compression.weight_observer(),
     interceptors=interceptors,
+    **compression.quantization.settings(),
   )
   return compression, Converted(integers, {}, {})
 

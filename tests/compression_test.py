@@ -123,12 +123,16 @@ def test_a_recipe_trains_in_one_step_and_becomes_integers(name):
 
 def test_neurons_are_masked_in_training_and_removed_at_the_end():
   made, batch = _compression(prune__structure='neurons')
-  units = sum(group.size for group in made.plan.groups)
+  units = sum(group.size for group in made.pruning.plan.groups)
   states = _train(made, batch)
   for step, state in enumerate(states):
-    kept = prune.kept_from_masks(made.plan, prune.masks_of(state.opt_state))
+    kept = prune.kept_from_masks(
+      made.pruning.plan, prune.masks_of(state.opt_state)
+    )
     gone = units - sum(map(len, kept.values()))
-    assert gone == round(units * float(made.schedule()(max(step - 1, 0))))
+    assert gone == round(
+      units * float(made.pruning.schedule()(max(step - 1, 0)))
+    )
   variables = made.finish(_variables(states[-1]))
   want = _run(made.make(), made.simulated(variables), batch)
   converted = made.convert(variables)
@@ -145,8 +149,8 @@ def test_neurons_are_masked_in_training_and_removed_at_the_end():
 def test_residual_blocks_are_masked_in_training_and_removed_at_the_end():
   made, batch = _compression('vit', prune__structure='residual_blocks')
   states = _train(made, batch)
-  gone = made.blocks.gone(prune.masks_of(states[-1].opt_state))
-  assert len(gone) == 1 and len(made.blocks.names) == 2
+  gone = made.pruning.blocks.gone(prune.masks_of(states[-1].opt_state))
+  assert len(gone) == 1 and len(made.pruning.blocks.names) == 2
   variables = made.finish(_variables(states[-1]))
   want = _run(made.make(), made.simulated(variables), batch)
   converted = made.convert(variables)
@@ -159,7 +163,9 @@ def test_residual_blocks_are_masked_in_training_and_removed_at_the_end():
   rows = made.parity(converted, batch)
   assert rows and not any(row['layer'].startswith(gone[0]) for row in rows)
   with pytest.raises(ValueError, match='needs two blocks'):
-    _compression('cnn', prune__structure='residual_blocks')[0].structure()
+    _compression('cnn', prune__structure='residual_blocks')[
+      0
+    ].pruning.structure()
 
 
 def test_what_is_zero_stays_so_while_it_is_quantized():
@@ -222,10 +228,10 @@ def test_phases_follow_one_another():
 
 def test_learned_ranges_are_signed_where_inputs_are():
   lsq, _ = _compression(quantize__ranges='lsq')
-  rules = dict(lsq.rules('activations'))
+  rules = dict(lsq.quantization.rules('activations'))
   assert rules['conv1'].symmetric and not rules['conv2'].symmetric
   pact, _ = _compression(quantize__ranges='pact')
-  rules = dict(pact.rules('activations'))
+  rules = dict(pact.quantization.rules('activations'))
   assert rules['conv1'] is None and rules['conv2'] is not None
 
 
