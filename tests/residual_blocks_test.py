@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from quantized_models import values
 from untrained_run import config_of, finish_distill
 
@@ -329,6 +330,46 @@ def test_what_has_no_scores_stays():
   assert {n: k.tolist() for n, k in kept.items()} == {'one': [2, 3]}
   masks = prune.neurons(plan)(scores, 0.5, 'global')
   assert 'three' not in masks and masks['two'].sum() == 8
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize('revive', ['never', 'gradient'])
+def test_sharded_blocks_are_pruned_as_on_one_device(kind, revive):
+  mesh = jax.make_mesh((8,), ('d',), axis_types=(kind,))
+  sharding = NamedSharding(mesh, PartitionSpec('d', None))
+  rng = np.random.default_rng(0)
+  params = {n: {'w': rng.normal(size=(16, 4)).astype('f')} for n in 'abc'}
+  shapes = {f'params/{n}/w': (16, 4) for n in 'abc'}
+  blocks = prune.ResidualBlocks(('a', 'b', 'c'), {}, shapes)
+  tx = prune.prune(
+    optax.adam(0.1),
+    prune.linear(0.67, begin=0, end=2),
+    [('.*', True)],
+    structure=prune.residual_blocks(blocks),
+    revive=revive,
+  )
+
+  @jax.jit
+  def step(params, state):
+    grads = jax.tree.map(jnp.cos, params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  ends = []
+  for start in (jax.device_put(params, sharding), params):
+    now = jax.tree.map(jnp.asarray, start)
+    state = tx.init(now)
+    for _ in range(4):
+      now, state = step(now, state)
+    ends.append((now, state.masks))
+  (sharded, masks), (alone, want) = ends
+  assert len(blocks.gone(masks)) == 2
+  for name in 'abc':
+    assert masks[f'{name}/w'].sharding.is_equivalent_to(sharding, 2)
+    np.testing.assert_array_equal(masks[f'{name}/w'], want[f'{name}/w'])
+    np.testing.assert_allclose(
+      sharded[name]['w'], alone[name]['w'], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_pools_rank_blocks_by_mean_or_sum():
