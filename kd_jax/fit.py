@@ -126,13 +126,14 @@ def make_step(
   tx = optim.average_params(tx, decay=c.average) if c.average else tx
   tx = student.wrap(tx)
   objective_tx = _optimizer(c, steps, '')
-  teacher_fn, example = None, run.example
+  teacher_fn, variables, example = None, None, run.example
   if teacher is not None and teacher.cache is not None:
     teacher.cache.check_epochs(c.epochs)
-    teacher_fn = teacher.cache.forward
+    teacher_fn, variables = teacher.cache.forward, {}
     example = {**example, **teacher.cache.placeholder()}
   elif teacher is not None:
     teacher_fn = teacher.make(taps=objective.taps.teacher)
+    variables = teacher.variables
   tapped = functools.partial(
     student.make,
     taps=objective.taps.student,
@@ -165,7 +166,7 @@ def make_step(
     student.variables,
     example,
     teacher_fn=teacher_fn,
-    teacher=None if teacher is None else teacher.variables,
+    teacher=variables,
     objective_tx=objective_tx,
     rng=run.rng(key),
   )

@@ -4,6 +4,7 @@ Owns how gradients of the parts of a batch are averaged, and how several steps
 become one function. What a step does is in `step`; compiling is `sharding`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,8 @@ def scan(
     body: `(carry, x) -> (carry, y)`.
     carry: the first one; its shapes and dtypes stay.
     xs: pytree of arrays `[N, ...]`.
-    unroll: whether to write the iterations out; on CPUs alone when None.
+    unroll: whether to write the iterations out; when None, where the program
+      is compiled for CPUs.
 
   Returns:
     The last carry, and the ys as arrays `[N, ...]`.
@@ -40,9 +42,14 @@ def scan(
     >>> scan(lambda c, x: (c + x, c), 0, jnp.arange(4))[1].tolist()
     [0, 0, 1, 3]
   """
-  if unroll is None:
-    unroll = jax.default_backend() == 'cpu'
-  return jax.lax.scan(body, carry, xs, unroll=unroll)
+  if unroll is not None:
+    return jax.lax.scan(body, carry, xs, unroll=unroll)
+  return jax.lax.platform_dependent(
+    carry,
+    xs,
+    cpu=functools.partial(jax.lax.scan, body, unroll=True),
+    default=functools.partial(jax.lax.scan, body),
+  )
 
 
 def accumulate(

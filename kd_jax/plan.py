@@ -31,7 +31,7 @@ from kd_jax.report import measure
 ALTERNATIVES = {
   'cached_teacher': 'teacher outputs from a cache',
   'fsdp': 'parameters and moments split over all devices',
-  'remat': "the student's activations computed twice",
+  'remat': "activations of the student's blocks computed twice",
   'double_batch': 'twice the batch, half the steps',
 }
 _RUNS = 20
@@ -162,12 +162,12 @@ class _Planner:
     self.config, self.target, self.stage = config, target, stage
     self.examples, self.say = examples, say
 
-  def rehearse(self, change=None, **how) -> Step:
+  def rehearse(self, change=None, *, cached=False) -> Step:
     config = self.config.copy_and_resolve_references()
     if change is not None:
       change(config)
     run = Rehearsal(config, self.target.devices, examples=self.examples)
-    return rehearse(run, self.stage, **how)
+    return rehearse(run, self.stage, cached=cached)
 
   @property
   def dtype(self) -> str:
@@ -190,15 +190,23 @@ class _Planner:
       return Program('impossible', why=' '.join(str(e).split()))
 
   def _changed(self, name: str) -> Step:
-    if name == 'fsdp':
-      if self.config.compiler != 'jit':
-        raise ValueError("only compiler='jit' splits parameters")
-      return self.rehearse(_split)
-    if name == 'double_batch':
-      return self.rehearse(self._double)
-    return self.rehearse(**{name: True})
+    if name == 'cached_teacher':
+      return self.rehearse(cached=True)
+    return self.rehearse(getattr(self, f'_{name}'))
 
-  def _double(self, config):
+  def _fsdp(self, config):
+    if config.compiler != 'jit':
+      raise ValueError("only compiler='jit' splits parameters")
+    if config.mesh.fsdp != 1:
+      raise ValueError('the configuration splits them already')
+    config.mesh.data, config.mesh.fsdp = 1, -1
+
+  def _remat(self, config):
+    if config[self.stage].train.remat != 'none':
+      raise ValueError('the configuration does so already')
+    config[self.stage].train.remat = 'blocks'
+
+  def _double_batch(self, config):
     config[self.stage].train.batch_size *= 2
 
   def estimated(self, name, base, step, teacher, student) -> Program:
@@ -247,12 +255,6 @@ class _Planner:
     )
 
 
-def _split(config):
-  if config.mesh.fsdp != 1:
-    raise ValueError('the configuration splits them already')
-  config.mesh.data, config.mesh.fsdp = 1, -1
-
-
 def _flops(step: Step) -> tuple[float, float, float]:
   """The models' own count; the teacher's and student's passes by XLA's."""
   devices = step.run.mesh.devices.size
@@ -287,10 +289,10 @@ def _notes(program, own, target, step) -> list[str]:
       "XLA counts the body of a loop once, and the models' own count is "
       f'{own / program.flops:.1f} times its: take bounds as too low.'
     )
-  if step.reads:
+  if step.reads and step.networks[1]:
     notes.append(
-      f'The objective reads features of the teacher ({", ".join(step.reads)}): '
-      'its outputs cannot be cached.'
+      f'The objective reads features of the teacher ({", ".join(step.reads)}), '
+      'which kd-jax cache-teacher keeps with --features.'
     )
   return notes
 

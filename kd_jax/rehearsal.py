@@ -15,6 +15,7 @@ import numpy as np
 
 from kd_jax import (
   adapters,
+  cached_teacher,
   data,
   deploy,
   distillation,
@@ -22,9 +23,10 @@ from kd_jax import (
   recipe,
   rules,
 )
+from kd_jax.data import cache_form
 from kd_jax.objectives import Objective
-from kd_jax.run import Network, Run
-from kd_jax.types import Batch, Forward, TrainState, Variables
+from kd_jax.run import TEACHER, Network, Run
+from kd_jax.types import Batch, TrainState, Variables
 
 STAGES = ('teacher', 'alone', 'distill', 'compress')
 # Images of the train split, for sets that are not prepared here.
@@ -36,7 +38,6 @@ _TRAIN = {
   'imagenet2012': 1_281_167,
   'mnist': 60_000,
 }
-CACHED = 'cached_teacher'
 
 
 class _Unread(data.StreamedImages):
@@ -56,7 +57,8 @@ class Rehearsal(Run):
   """A run that reads no data set and no file.
 
   Images are black, trained networks have the weights that they start with: make
-  both under `jax.eval_shape`, and they cost nothing.
+  both under `jax.eval_shape`, and they cost nothing. A teacher cache of the
+  configuration need not be there.
 
   Args:
     config: as for `Run`.
@@ -71,6 +73,9 @@ class Rehearsal(Run):
     *,
     examples: int = 0,
   ):
+    config = config.copy_and_resolve_references()
+    self.cached = bool(config.teacher.cache)
+    config.teacher.cache = ''
     super().__init__(config, workdir=None, devices=devices)
     self._examples = examples
 
@@ -146,6 +151,23 @@ class Rehearsal(Run):
       return deploy.post_training_quantize(model, variables, [example])
 
 
+class _Unwritten(cache_form.Entries):
+  """A cache that no file is of: the shapes alone of what it would hold."""
+
+  def __init__(self, run, teacher, reads):
+    form = cached_teacher.make_form(run, features=reads)
+    output = teacher.make(taps=reads)
+    packed = jax.eval_shape(
+      lambda v: cache_form.pack(output(v, run.example), form),
+      teacher.variables,
+    )
+    classes = run.splits['train'].num_classes
+    super().__init__(form, cache_form.describe(packed), classes)
+
+  def check_epochs(self, epochs):
+    """It has as many as are asked for."""
+
+
 class Step(NamedTuple):
   """The train step of a stage, and what it is called with.
 
@@ -175,27 +197,22 @@ class Step(NamedTuple):
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def rehearse(
-  run: Rehearsal,
-  stage: str,
-  *,
-  cached_teacher: bool = False,
-  remat: bool = False,
-) -> Step:
+def rehearse(run: Rehearsal, stage: str, *, cached: bool = False) -> Step:
   """The train step of a stage, with shapes for values.
 
   Args:
     run: whose configuration says how.
     stage: of `STAGES`; of a chain of distillations, the last link.
-    cached_teacher: whether the teacher's output comes with the batch.
-    remat: whether the student's forward pass is computed again in the backward
-      pass instead of kept (`jax.checkpoint`).
+    cached: whether what the teacher says comes with the batch although the
+      configuration has no cache.
 
   Raises:
-    ValueError: for another stage, or a cached teacher where there is no
-      teacher or its features are read.
+    ValueError: for another stage, or `cached` where no teacher is, it cannot be
+      cached, or it is.
   """
   rules.choose('stage to plan', stage, dict.fromkeys(STAGES, True))
+  if cached and run.cached:
+    raise ValueError('the configuration has a cache')
   c = run.config[stage].train
   made: dict[str, Any] = {}
 
@@ -203,18 +220,17 @@ def rehearse(
     # A run keeps what it made, and tracers must not outlive their trace.
     own = run.again()
     objective, student, teacher = _parts(own, stage)
+    made['reads'] = tuple(objective.taps.teacher) if teacher else ()
+    made['entries'] = {}
+    if cached or (run.cached and _is_cached(teacher)):
+      _check_cached(teacher)
+      cache = _Unwritten(own, teacher, made['reads'])
+      objective, student, teacher = _parts(own, stage, cache)
+      made['entries'] = cache.placeholder()
     images = fit.images_for(own, teacher)
     made['steps'] = fit.total_steps(c, images)
     made['labelled'] = images.labelled
-    made['reads'] = tuple(objective.taps.teacher) if teacher else ()
     made['networks'] = _networks(student, teacher)
-    if cached_teacher:
-      classes = run.splits['train'].num_classes
-      teacher = _cached(teacher, made['reads'], classes)
-    if remat:
-      student = dataclasses.replace(
-        student, make=functools.partial(_remat, student.make)
-      )
     prepared = fit.make_step(own, stage, c, objective, student, teacher)
     made['step'] = prepared.step
     return prepared.state
@@ -224,9 +240,10 @@ def rehearse(
   batch = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}
   for name in ('id', 'epoch', *(['label'] if made['labelled'] else [])):
     batch[name] = jax.ShapeDtypeStruct((c.batch_size,), np.int32)
-  if cached_teacher:
-    classes = run.splits['train'].num_classes
-    batch[CACHED] = jax.ShapeDtypeStruct((c.batch_size, classes), np.float16)
+  for name, row in made['entries'].items():
+    batch[name] = jax.ShapeDtypeStruct(
+      (c.batch_size, *row.shape[1:]), row.dtype
+    )
   return Step(
     run,
     made['step'],
@@ -239,8 +256,21 @@ def rehearse(
   )
 
 
-def _parts(run, stage) -> tuple[Objective, fit.Student, Network | None]:
-  """What `fit.make_step` takes for a stage."""
+def _is_cached(teacher: Network | None) -> bool:
+  return teacher is not None and teacher.name == TEACHER
+
+
+def _check_cached(teacher: Network | None) -> None:
+  if teacher is None:
+    raise ValueError('there is no teacher')
+  if not _is_cached(teacher):
+    raise ValueError(f'what teaches is {teacher.name}, not the teacher')
+
+
+def _parts(
+  run, stage, cache=None
+) -> tuple[Objective, fit.Student, Network | None]:
+  """What `fit.make_step` takes for a stage, with a cache for its teacher."""
   c = run.config
   if stage == 'teacher':
     model = run.make_model(c.teacher.model.to_dict())
@@ -250,6 +280,7 @@ def _parts(run, stage) -> tuple[Objective, fit.Student, Network | None]:
     return distillation.labels_only(), recipe.untaught(run), None
   if stage == 'compress':
     teacher = recipe.compress_teacher(run)
+    teacher = dataclasses.replace(teacher, cache=cache)
     objective = distillation.compress_objective(run, teacher)
     return objective, _compressed(run), teacher
   scheme, model, teacher = c.distill.scheme, run.model('student'), None
@@ -259,7 +290,7 @@ def _parts(run, stage) -> tuple[Objective, fit.Student, Network | None]:
     variables = run.trained('distill', before[-1])
     teacher = run.network('the link before', before[-1], variables)
   else:
-    teacher = run.teacher()
+    teacher = dataclasses.replace(run.teacher(), cache=cache)
   return distillation.link(run, model, teacher, stage)
 
 
@@ -284,38 +315,6 @@ def _networks(student, teacher):
     )
 
   found = [(student.make(), shapes(student.variables)), None]
-  if teacher is not None:
+  if teacher is not None and teacher.cache is None:
     found[1] = (teacher.make(), shapes(teacher.variables))
   return tuple(found)
-
-
-def _cached(teacher, reads, classes):
-  """A teacher whose output comes with the batch."""
-  if teacher is None:
-    raise ValueError('there is no teacher')
-  if reads:
-    raise ValueError(f'the objective reads features: {", ".join(reads)}')
-
-  def make(taps=(), axis_name=None):
-    del taps, axis_name
-
-    def forward(variables, batch, rng=None, *, train=False):
-      del variables, rng, train
-      # The example that a state is made with has nothing cached.
-      shape = (len(batch['image']), classes)
-      output = batch.get(CACHED, np.zeros(shape, np.float16))
-      return Forward(output.astype(np.float32))
-
-    return forward
-
-  return dataclasses.replace(teacher, make=make, variables={})
-
-
-def _remat(make, **options):
-  forward = make(**options)
-
-  def again(variables, batch, rng, *, train):
-    run = functools.partial(forward, train=train)
-    return jax.checkpoint(run)(variables, batch, rng)
-
-  return again

@@ -277,3 +277,23 @@ def test_several_steps_in_a_loop_are_several_written_out():
     for unroll in (True, False)
   )
   _assert_close(looped, out, 1e-4)
+
+
+def test_a_loop_is_written_out_for_cpus_alone():
+  """Wherever it is compiled: a plan for TPUs is made on a CPU."""
+  calls = []
+
+  def body(carry, x):
+    calls.append(x)
+    return carry @ x, carry.sum()
+
+  x = jnp.ones((4, 4))
+  xs = jnp.ones((3, 4, 4))
+  traced = jax.jit(functools.partial(loops.scan, body)).trace(x, xs)
+  lowered = {
+    name: traced.lower(lowering_platforms=(name,)).as_text()
+    for name in ('cpu', 'tpu', 'cuda')
+  }
+  loops_of = {name: 'stablehlo.while' in text for name, text in lowered.items()}
+  assert loops_of == {'cpu': False, 'tpu': True, 'cuda': True}
+  assert len(calls) == 1

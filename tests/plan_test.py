@@ -159,19 +159,60 @@ def test_a_rehearsal_is_the_real_run(tmp_path, data_dir):
     assert jax.tree.all(jax.tree.map(lambda a, b: a == b, shapes, step.state))
 
 
-def test_what_cannot_be_cached_is_said():
+def rehearse(stage='distill', *, cached=False, **changes):
+  run = rehearsal.Rehearsal(tiny(**changes))
+  return rehearsal.rehearse(run, stage, cached=cached)
+
+
+@pytest.mark.parametrize(
+  'stage, changes, message',
+  [
+    ('alone', {}, 'there is no teacher'),
+    ('distill', {'distill.scheme.ema': 0.9}, 'there is no teacher'),
+    ('distill', {'distill.scheme.generations': 2}, 'teaches is the link'),
+    ('compress', {'compress.teacher': 'student'}, 'teaches is distilled'),
+    ('distill', {'teacher.cache': 'some/where'}, 'the configuration has'),
+  ],
+)
+def test_what_cannot_be_cached_is_said(stage, changes, message):
+  with pytest.raises(ValueError, match=message):
+    rehearse(stage, cached=True, **changes)
+
+
+def test_a_cache_of_the_configuration_need_not_be_there():
+  """Its step is the one that 'cached_teacher' speaks of."""
+  live = rehearse()
+  there = rehearse(**{'teacher.cache': 'some/where'})
+  assert there.batch == rehearse(cached=True).batch
+  assert there.batch.keys() - live.batch.keys() == {'teacher/output'}
+  assert there.state.teacher == {} and live.state.teacher
+  assert live.networks[1] and there.networks[1] is None
+  # The links after the first learn from one another.
+  chain = {'teacher.cache': 'some/where', 'distill.scheme.generations': 2}
+  assert rehearse(**chain).batch == live.batch
+
+
+def test_a_cache_keeps_the_features_that_are_read():
   config = tiny()
-  config.distill.terms = {
-    'at': {'name': 'attention_transfer', 'weight': 1.0},
-  }
-  with pytest.raises(ValueError, match='reads features'):
-    rehearsal.rehearse(
-      rehearsal.Rehearsal(config), 'distill', cached_teacher=True
-    )
-  with pytest.raises(ValueError, match='there is no teacher'):
-    rehearsal.rehearse(
-      rehearsal.Rehearsal(config), 'alone', cached_teacher=True
-    )
+  config.distill.terms = {'at': {'name': 'attention_transfer', 'weight': 1.0}}
+  run = rehearsal.Rehearsal(config)
+  taps = rehearsal.rehearse(run, 'distill').reads
+  step = rehearsal.rehearse(run, 'distill', cached=True)
+  added = step.batch.keys() - rehearse().batch.keys()
+  assert added - {'teacher/output'} == {f'teacher/features/{t}' for t in taps}
+  notes = plan.plan(config, alternatives=()).notes
+  assert any('keeps with --features' in note for note in notes)
+
+
+def test_recomputation_is_that_of_the_configuration():
+  again = tiny(**{'teacher.train.remat': 'blocks'})
+  made, own = (
+    plan.plan(config, stage='teacher', alternatives=('remat',))
+    for config in (tiny(), again)
+  )
+  assert made.alternatives['remat'].flops == own.program.flops
+  assert own.program.flops > made.program.flops
+  assert 'does so already' in own.alternatives['remat'].why
 
 
 def test_an_unknown_set_needs_its_size(tmp_path):

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kd_jax import rules
-from kd_jax.types import CACHED, Batch, Forward
+from kd_jax.types import CACHED, Batch, Forward, Variables
 
 DTYPES = dict.fromkeys(('float16', 'bfloat16', 'float32'))
 OUTPUT = f'{CACHED}output'
@@ -54,6 +55,54 @@ class Form:
 
 
 DEFAULT = Form()
+
+
+class Entries:
+  """What a cache adds to a batch, and the teacher that is read from there.
+
+  Args:
+    form: what is kept of the teacher.
+    arrays: name of an entry -> `dtype`, and `shape` of one row; see `describe`.
+    classes: outputs of the teacher.
+  """
+
+  def __init__(self, form: Form, arrays: Mapping[str, Any], classes: int):
+    self.form, self.arrays, self.classes = form, arrays, classes
+
+  def forward(
+    self,
+    variables: Variables,
+    batch: Batch,
+    rng: jax.Array | None = None,
+    *,
+    train: bool = False,
+  ) -> Forward:
+    """The teacher as a function of a batch that carries its outputs.
+
+    Takes the place of the teacher's function; what else it is given is
+    ignored. See `unpack`.
+    """
+    del variables, rng, train
+    return unpack(batch, classes=self.classes)
+
+  def placeholder(self, size: int = 1) -> dict[str, np.ndarray]:
+    """Zeros in the shapes of the entries of a batch.
+
+    Args:
+      size: examples in the batch.
+    """
+    return {
+      name: np.zeros((size, *about['shape']), jnp.dtype(about['dtype']))
+      for name, about in self.arrays.items()
+    }
+
+
+def describe(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """name -> dtype, and shape of one row, of arrays `[B, ...]` or shapes."""
+  return {
+    name: {'dtype': str(x.dtype), 'shape': list(x.shape[1:])}
+    for name, x in arrays.items()
+  }
 
 
 def pack(forward: Forward, form: Form) -> dict[str, jax.Array]:

@@ -203,7 +203,7 @@ def _plan(run, variables, images, fingerprint, constant):
     'format': teacher_cache.FORMAT,
     'fingerprint': dict(fingerprint),
     'form': checkpoint_format.as_json(vars(run.form), 'The form'),
-    'arrays': teacher_cache.describe(arrays),
+    'arrays': cache_form.describe(arrays),
     'classes': run.classes(variables, batch),
     'constant': constant,
     'rows': rows,

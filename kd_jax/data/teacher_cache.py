@@ -23,7 +23,7 @@ import numpy as np
 from kd_jax import checkpoint_format, rules, workdir
 from kd_jax.data import cache_form
 from kd_jax.data.sources import ImageData, Images
-from kd_jax.types import Batch, Forward, Variables
+from kd_jax.types import Variables
 
 FORMAT = 1
 MANIFEST, PLAN = 'manifest.json', 'plan.json'
@@ -52,7 +52,7 @@ class _Epoch(NamedTuple):
   rows: np.ndarray
 
 
-class TeacherCache:
+class TeacherCache(cache_form.Entries):
   """A finished cache, to train with.
 
   Files are mapped, not loaded; each is compared with its SHA-256 before the
@@ -68,6 +68,12 @@ class TeacherCache:
   def __init__(self, directory: str | Path):
     self.path = Path(directory)
     self.manifest = read_manifest(self.path)
+    form = self.manifest['form']
+    super().__init__(
+      cache_form.Form(**{**form, 'features': tuple(form['features'])}),
+      {k: v for k, v in self.manifest['arrays'].items() if k != ID},
+      self.manifest['classes'],
+    )
     for name, (_, size) in self.manifest['shards'].items():
       path = self.path / name
       if not path.is_file() or path.stat().st_size != size:
@@ -82,12 +88,6 @@ class TeacherCache:
   def digest(self) -> str:
     """The SHA-256 of the manifest, which has those of all files."""
     return self.manifest['sha256']
-
-  @property
-  def form(self) -> cache_form.Form:
-    """What is kept of the teacher."""
-    form = self.manifest['form']
-    return cache_form.Form(**{**form, 'features': tuple(form['features'])})
 
   @property
   def nbytes(self) -> int:
@@ -157,34 +157,6 @@ class TeacherCache:
         process's part of them.
     """
     return CachedBatches(self, batches)
-
-  def forward(
-    self,
-    variables: Variables,
-    batch: Batch,
-    rng: jax.Array | None = None,
-    *,
-    train: bool = False,
-  ) -> Forward:
-    """The teacher as a function of a batch that carries its outputs.
-
-    Takes the place of the teacher's function; what else it is given is
-    ignored. See `cache_form.unpack`.
-    """
-    del variables, rng, train
-    return cache_form.unpack(batch, classes=self.manifest['classes'])
-
-  def placeholder(self, size: int = 1) -> dict[str, np.ndarray]:
-    """Zeros in the shapes of the entries of a batch.
-
-    Args:
-      size: examples in the batch.
-    """
-    return {
-      name: np.zeros((size, *about['shape']), jnp.dtype(about['dtype']))
-      for name, about in self.manifest['arrays'].items()
-      if name != ID
-    }
 
   def _epoch(self, epoch: int) -> _Epoch:
     if epoch not in self._epochs:
@@ -392,11 +364,3 @@ def _map(path: Path, arrays: Mapping[str, Any]) -> _Shard:
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise CacheError(f'{path} cannot be read: {e}') from e
   return _Shard(path, data, found)
-
-
-def describe(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """name -> dtype, and shape of one row, of arrays `[B, ...]` or shapes."""
-  return {
-    name: {'dtype': str(x.dtype), 'shape': list(x.shape[1:])}
-    for name, x in arrays.items()
-  }
