@@ -110,7 +110,7 @@ def assemble(run: Run) -> dict[str, Any]:
     'protocol': _protocol(run),
     'models': rows,
     'curves': _curves(run),
-    'dropped': _dropped(run),
+    'dropped': dropped(run),
     'resumed': origin.resumed(run),
     'sparsity': _sparsity(run),
     'layers': _layers(run),
@@ -220,16 +220,17 @@ def _curve(history: list[dict[str, float]]) -> dict[str, list[float]]:
   return curve
 
 
-def _dropped(run: Run) -> list[dict[str, Any]]:
-  """How many steps of every stage were dropped, and how many losses jumped."""
-  rows = []
-  for stage, name in TRAINED.items():
-    if run.workdir.done(stage):
-      result = run.workdir.result(stage)
+def dropped(run: Run) -> list[dict[str, Any]]:
+  """How many steps of every training were dropped, and losses jumped."""
+  rows, workdir = [], run.workdir
+  for stage in filter(workdir.done, TRAINED):
+    for where in [*workdir.parts(stage), stage]:
+      result, name = workdir.result(where), TRAINED[stage]
+      part = where.removeprefix(stage).removeprefix('/')
       count = lambda kind, h=result['history']: sum(r.get(kind, 0) for r in h)
       rows.append(
         {
-          'name': name,
+          'name': f'{name} ({part})' if part else name,
           'steps': result['steps'],
           'dropped': count(guard.SKIPPED),
           'spikes': count(guard.SPIKES),

@@ -98,6 +98,7 @@ shrink:
                           one in each group
   --keep A,B              patterns of groups and parameters that stay
   --multiple_of N         rounds the channels that a group keeps up
+  --overwrite             replaces a smaller student made before
 
 launch:
   tpu-vm, queued          a TPU VM, at once or as a queued resource
@@ -267,6 +268,7 @@ def _parse(command: str, words: list[str]) -> flags.FlagValues:
     flags.DEFINE_string('scope', 'global', 'ranking', flag_values=values)
     flags.DEFINE_list('keep', [], 'what stays', flag_values=values)
     flags.DEFINE_integer('multiple_of', 1, 'of channels', flag_values=values)
+    flags.DEFINE_boolean('overwrite', False, 'replace', flag_values=values)
   program = f'kd-jax {command}'
   try:
     with _arguments(program, words):

@@ -138,6 +138,7 @@ def shrink(values: Any) -> int:
     scope=values.scope,
     keep=values.keep,
     multiple_of=values.multiple_of,
+    overwrite=values.overwrite,
   )
   print(made.plan)
   left, units = map(sum, zip(*made.kept.values()))

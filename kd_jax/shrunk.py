@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kd_jax import adapters, prune, rules
+from kd_jax import adapters, lock, prune, rules
 from kd_jax.run import Run
 from kd_jax.types import StudentFn
 from kd_jax.weights import load_weights, save_weights
 from kd_jax.workdir import read_json, write_json
 
 FORMAT = 'kd_jax.shrink.1'
-_FILE = 'shrink.json'
+DIRECTORY, _FILE = 'shrink', 'shrink.json'
 
 
 class Cost(NamedTuple):
@@ -61,6 +61,7 @@ def shrink_student(
   scope: str = 'global',
   keep: Sequence[str] = (),
   multiple_of: int = 1,
+  overwrite: bool = False,
 ) -> Shrunk:
   """Removes what has the least magnitude from a trained student.
 
@@ -73,13 +74,15 @@ def shrink_student(
     scope: of neurons, see `prune.choose_units`, and so is `multiple_of`.
     keep: see `prune.find_groups` and `prune.find_residual_blocks`.
     multiple_of: of the channels that a group keeps.
+    overwrite: replaces a smaller student that was made before.
 
   Returns:
     What could leave, the costs, and the directory with the smaller student.
 
   Raises:
     ValueError: if the stage is not finished or unknown, nothing can leave, the
-      smaller student does not run, or for a sparsity outside of [0, 1).
+      smaller student does not run, there is one, another run uses the
+      directory, or for a sparsity outside of [0, 1).
   """
   if not 0 <= sparsity < 1:
     raise ValueError(f'A sparsity is a share in [0, 1), not {sparsity}.')
@@ -93,8 +96,6 @@ def shrink_student(
   plan, small, overrides, kept = remove(
     forward, variables, run.example, sparsity, keep, **options
   )
-  directory = run.workdir.stage('shrink')
-  save_weights(directory / 'weights.safetensors', small)
   about = {
     'format': FORMAT,
     'stage': stage,
@@ -104,15 +105,23 @@ def shrink_student(
     'kept': kept,
     'overrides': overrides,
   }
-  write_json(directory / _FILE, about)
-  run.workdir.send('shrink')
+  with lock.exclusive(run.workdir.place):
+    if (run.workdir.place / DIRECTORY / _FILE).exists() and not overwrite:
+      raise ValueError(
+        f'{run.workdir.place / DIRECTORY} has a smaller student: give '
+        '--overwrite to replace it.'
+      )
+    directory = run.workdir.stage(DIRECTORY)
+    save_weights(directory / 'weights.safetensors', small)
+    write_json(directory / _FILE, about)
+    run.workdir.send(DIRECTORY)
   smaller = forward.intercepted(prune.resized(overrides))
   return Shrunk(
     plan,
     _cost(forward, variables, run.example),
     _cost(smaller, small, run.example),
     kept,
-    run.workdir.place / 'shrink',
+    run.workdir.place / DIRECTORY,
   )
 
 

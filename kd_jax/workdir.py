@@ -155,6 +155,12 @@ class Workdir:
       self._mirror.fetch(name)
     return path.exists()
 
+  def parts(self, name: str) -> list[str]:
+    """The finished parts of a finished stage, such as 'teacher/other'."""
+    self._need(name)
+    results = sorted(self._within(name).glob(f'*/{_RESULT}'))
+    return [f'{name}/{result.parent.name}' for result in results]
+
   def result(self, name: str) -> dict[str, Any]:
     """What a finished stage returned, and the digests of its files."""
     self._need(name)

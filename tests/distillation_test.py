@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from kd_jax import (
   adapters,
+  assess,
   cli,
   compare,
   data,
@@ -272,6 +273,8 @@ def test_an_ensemble_of_two_architectures_teaches(tmp_path, data_dir, space):
 
   run = _run(tmp_path, data_dir, change)
   assert run.workdir.done('teacher/mlp') and all(_changed(run).values())
+  trained = {row['name']: row['steps'] for row in assess.dropped(run)}
+  assert trained == {'teacher (mlp)': 2, 'teacher': 2, 'distilled': 2}
   teacher = run.teacher()
   both = teacher.forward(teacher.variables, run.example)
   parts = [both.features[f'{n}/output'] for n in ('teacher', 'mlp')]

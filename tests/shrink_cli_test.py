@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 from untrained_run import config_of, finish_distill
 
-from kd_jax import cli, shrunk, workdir
+from kd_jax import cli, lock, shrunk, workdir
 from kd_jax.run import Run
 
 pytestmark = pytest.mark.once
@@ -45,7 +45,9 @@ def test_the_command_writes_a_smaller_student(directory, capsys):
   )
   assert variables['params']['conv2']['kernel'].shape == (3, 3, 4, 6)
   assert forward(variables, run.example).output.shape == (1, 10)
-  made = shrunk.shrink_student(run, sparsity=0.75, scope='layer')
+  made = shrunk.shrink_student(
+    run, sparsity=0.75, scope='layer', overwrite=True
+  )
   # Both convolutions lose three quarters, the head three quarters of one side.
   assert made.after.macs < 0.3 * made.before.macs
   params = variables['params']
@@ -70,6 +72,23 @@ def test_a_bad_flag_gets_one_sentence(case, directory, capsys):
   error = capsys.readouterr().err
   assert expected in error and error.count('\n') == 1
   assert not (directory / 'shrink').exists()
+
+
+def test_nothing_is_replaced_unasked_and_no_two_write(directory, capsys):
+  words = ['shrink', f'--workdir={directory}']
+  assert cli.main(words) == 0
+  path = directory / 'shrink' / 'weights.safetensors'
+  before = path.read_bytes()
+  again = [*words, '--sparsity=0.75']
+  assert cli.main(again) == 2
+  assert 'give --overwrite to replace it' in capsys.readouterr().err
+  assert path.read_bytes() == before
+  with lock.exclusive(directory):
+    assert cli.main([*again, '--overwrite']) == 2
+  assert 'is in use by process' in capsys.readouterr().err
+  assert path.read_bytes() == before
+  assert cli.main([*again, '--overwrite']) == 0
+  assert len(path.read_bytes()) < len(before)
 
 
 def test_foreign_files_are_refused(directory):
