@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import errors, nnx, traverse_util
 from flax import linen as nn
 
@@ -19,6 +20,9 @@ from kd_jax.types import Batch, Forward, StudentFn, Variables
 Interceptor = Callable[..., Any]
 # For annotations elsewhere, which do not import linen.
 LinenModule = nn.Module
+# For what runs once: the same bits as by default, after a tenth of the time on
+# CPUs.
+_QUICKLY = {'xla_backend_optimization_level': 1}
 
 
 def from_linen(
@@ -315,7 +319,18 @@ def init_linen(
     image: the key of the model's input in the batch.
   """
   x = jax.numpy.zeros(batch[image].shape, batch[image].dtype)
-  return dict(jax.jit(model.init)({'params': rng, 'dropout': rng}, x))
+  # A part of another program is compiled with it.
+  options = _QUICKLY if _is_concrete(x) else None
+  init = jax.jit(model.init, compiler_options=options)
+  return dict(init({'params': rng, 'dropout': rng}, x))
+
+
+def _is_concrete(x):
+  try:
+    np.asarray(x)
+  except jax.errors.TracerArrayConversionError:
+    return False
+  return True
 
 
 def from_nnx(

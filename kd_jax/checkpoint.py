@@ -125,7 +125,7 @@ class Checkpoints:
       done = manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(arrays),
+          state=ocp.args.PyTreeSave(arrays),
           manifest=ocp.args.JsonSave(manifest),
         ),
         force=True,  # or else a damaged later step makes Orbax skip this one
@@ -237,7 +237,14 @@ class Checkpoints:
       options = ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True, preservation_policy=self._policy
       )
-      self._manager = ocp.CheckpointManager(self._directory, options=options)
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=options,
+        item_handlers={
+          'state': form.array_handler(),
+          'manifest': ocp.JsonCheckpointHandler(),
+        },
+      )
       self._resources.callback(self._manager.close)
     return self._manager
 

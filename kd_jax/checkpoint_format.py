@@ -26,6 +26,8 @@ from kd_jax import hosts, rules
 from kd_jax.files import seal as seal
 
 FORMAT = 1
+# Bytes of a device's slice of an array that is worth a program of its own.
+_LEAST_SLICE = 2**24
 PACKAGES = ('kd_jax', 'jax', 'flax', 'orbax-checkpoint')
 log = logging.getLogger('kd_jax')
 
@@ -229,6 +231,23 @@ def stored(leaf: Any) -> Any:
   # Of an array that each process has for itself, Orbax writes process 0's.
   own = jax.process_count() > 1 and getattr(leaf, 'is_fully_addressable', True)
   return leaf if isinstance(leaf, jax.Array) and not own else np.asarray(leaf)
+
+
+def array_handler() -> ocp.PyTreeCheckpointHandler:
+  """What writes the arrays of a step.
+
+  By default Orbax has each device write a slice of every replicated array, and
+  compiles a program for each slice of each shape: most of a first save.
+  """
+  handlers = ocp.type_handlers
+  arrays = handlers.ArrayHandler(
+    min_slice_bytes_for_replica_parallel=_LEAST_SLICE
+  )
+  return ocp.PyTreeCheckpointHandler(
+    type_handler_registry=handlers.create_type_handler_registry(
+      (jax.Array, arrays), (np.ndarray, handlers.NumpyHandler())
+    )
+  )
 
 
 def digests(arrays: Mapping[str, Any]) -> dict[str, str]:

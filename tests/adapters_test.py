@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from kd_jax import adapters, models
+from kd_jax import adapters, models, sharding
 
 BATCH = {'image': np.random.default_rng(0).normal(size=(4, 8, 8, 1))}
 BATCH['image'] = BATCH['image'].astype('f')
@@ -267,3 +267,24 @@ def test_inputs_of_convolutions_are_stored_on_cpus_alone():
   assert barriers('cpu', True) == 2  # the convolutions
   assert barriers('cpu', False) == barriers('tpu', True) == 0
   assert barriers('cuda', True) == 0
+
+
+def test_initial_variables_do_not_depend_on_how_they_are_compiled():
+  """Alone, as a part of another program, split over devices, and in Flax."""
+  model = models.CNN(4, widths=(8,))
+  batch = {'image': jnp.zeros((1, 8, 8, 1))}
+
+  def init(rng):
+    return adapters.init_linen(model, rng, batch)
+
+  mesh = sharding.make_mesh(data=1, fsdp=8)
+  split = jax.NamedSharding(mesh, jax.P())
+  alone = init(jax.random.key(0))
+  for made in (
+    jax.jit(init)(jax.random.key(0)),
+    jax.jit(init, out_shardings=split)(jax.random.key(0)),
+    model.init(jax.random.key(0), batch['image']),
+  ):
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, atol=1e-6), alone, made
+    )

@@ -572,3 +572,26 @@ def test_uncommitted_stays_uncommitted(tmp_path):
     restored = saved.restore(state).state
   assert not restored['a'].committed
   assert restored['b'].committed and restored['b'].devices() == {device}
+
+
+def test_a_save_compiles_nothing(tmp_path):
+  """However many devices hold copies, and slices are given to large arrays."""
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+  copies = NamedSharding(mesh, P())
+  state = {
+    f'w{n}': jax.device_put(jnp.arange(8.0 * n), copies) for n in range(1, 5)
+  }
+  lowered = []
+
+  def count(name, seconds, **_):
+    if name.endswith('jaxpr_to_mlir_module_duration'):
+      lowered.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(count)
+  with Checkpoints(tmp_path, fingerprint={}) as checkpoints:
+    checkpoints.save(1, state)
+  assert not lowered
+  jax.jit(lambda x: x + 17)(1.0)
+  assert len(lowered) == 1
+  restored = checkpoint.Checkpoints(tmp_path, fingerprint={}).restore(state)
+  assert_same(restored.state, state)

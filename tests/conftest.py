@@ -42,7 +42,7 @@ def compiled_once(session_dir):
   """Keeps programs that take long to compile, also for other processes."""
   options = {
     'jax_compilation_cache_dir': str(session_dir / 'compiled'),
-    'jax_persistent_cache_min_compile_time_secs': 0.5,
+    'jax_persistent_cache_min_compile_time_secs': 0,
     'jax_persistent_cache_min_entry_size_bytes': -1,
   }
   for name, value in options.items():
