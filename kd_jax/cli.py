@@ -48,8 +48,9 @@ run, compare and cache-teacher:
   --workdir DIR           where everything is written, also gs://BUCKET/DIR;
                           the same command continues a run that was stopped
 
-run, compare and compress, with several processes, of which the cluster tells on
-Cloud TPU and under SLURM and Open MPI; all need to share the --workdir:
+run, compare, compress and cache-teacher, with several processes, of which the
+cluster tells on Cloud TPU and under SLURM and Open MPI; all need to share the
+--workdir:
   --coordinator HOST:PORT where process 0 listens; :PORT is 127.0.0.1
   --num_processes N       how many there are
   --process_id I          which one this is, from 0

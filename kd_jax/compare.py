@@ -223,6 +223,7 @@ def train_step(run: Run, name: str) -> tuple[Callable, Any, Any]:
   state = sharding.place_state(
     made.state, own.mesh, own.config.compiler, layout=own.layout
   )
+  sharding.connect(own.mesh)
   part, readers = sharding.readers(own.mesh)
   batches = train_batches(
     own.transfer,
