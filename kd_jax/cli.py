@@ -80,8 +80,9 @@ cache-teacher:
   --overwrite             replaces what is there
 
 compress:
-  --model PATH            a work directory of kd-jax run, or a safetensors file
-                          of the network that --recipe.student.model names
+  --model PATH            a work directory of kd-jax run, also gs://BUCKET/DIR,
+                          or a safetensors file of the network that
+                          --recipe.student.model names
   --recipe FILE           a configuration such as configs/compress.py;
                           --recipe.KEY=VALUE changes one field
   --budget LIMIT          such as '20 KB', '1.5 MFLOP' or '0.4 ms'

@@ -125,7 +125,7 @@ def compress(
   Raises:
     ValueError: if no candidate fits the budget, or another process runs here.
   """
-  if run.workdir.done('search'):
+  if run.workdir.finished('search'):
     return run.workdir.result('search')
   with lock.exclusive(run.workdir.place):
     origin.record(run, say=say)
@@ -180,7 +180,7 @@ def _train(
   """Trains a candidate, unless that was done, and converts it."""
   where = f'candidates/{candidate.name}'
   compression = candidate.compression
-  if not run.workdir.done(where):
+  if not run.workdir.finished(where):
     student = student_of(compression)
     objective = distillation.compress_objective(run, dense)
     result = fit(
