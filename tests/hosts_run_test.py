@@ -62,6 +62,7 @@ def _commands(configs, place):
       f'--workdir={run}',
       f'--out={cache}',
       '--dtype=float32',
+      '--epochs=2',
     ],
     [
       'run',

@@ -7,6 +7,7 @@ for the numbers of one process.
 import fcntl
 import functools
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -173,7 +174,7 @@ def main(index, port, directory):
   if index == 1:
     write_json(own.stage('teacher') / 'result.json', {})
     (directory / 'taken').mkdir()
-    other = open(directory / 'taken' / lock.NAME, 'w')
+    other = os.open(directory / 'taken' / lock.NAME, os.O_CREAT | os.O_RDWR)
     fcntl.flock(other, fcntl.LOCK_EX)
   found['done'] = own.done('teacher')
   found['finished'] = own.finished('teacher')
