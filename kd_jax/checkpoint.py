@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from kd_jax import checkpoint_format as form
+from kd_jax import hosts
 from kd_jax.checkpoint_format import CheckpointError as CheckpointError
 from kd_jax.checkpoint_format import Restored as Restored
 
@@ -207,7 +208,8 @@ class Checkpoints:
     self.close()
 
   def _check_new(self, step: int) -> None:
-    for there in [s for s in form.saved_steps(self._directory) if s >= step]:
+    steps = hosts.on_first(lambda: form.saved_steps(self._directory))
+    for there in [s for s in steps if s >= step]:
       reason = self._policy.damaged.get(there) or form.damage(
         self._directory, there
       )

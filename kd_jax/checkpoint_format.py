@@ -66,7 +66,8 @@ def restore(
 ) -> Restored | None:
   """`Checkpoints.restore`; adds to `damaged` the steps that it passes over."""
   reasons = []
-  for s in [s for s in reversed(saved_steps(directory)) if step in (None, s)]:
+  there = hosts.on_first(lambda: saved_steps(directory))
+  for s in [s for s in reversed(there) if step in (None, s)]:
     try:
       return load(directory, s, like, fingerprint, part)
     except Damaged as e:

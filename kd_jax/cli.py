@@ -48,8 +48,9 @@ run, compare and cache-teacher:
   --workdir DIR           where everything is written, also gs://BUCKET/DIR;
                           the same command continues a run that was stopped
 
-run, compare and compress, with several processes, of which the cluster tells on
-Cloud TPU and under SLURM and Open MPI; all need to share the --workdir:
+run, compare, compress and cache-teacher, with several processes, of which the
+cluster tells on Cloud TPU and under SLURM and Open MPI; all need to share the
+--workdir:
   --coordinator HOST:PORT where process 0 listens; :PORT is 127.0.0.1
   --num_processes N       how many there are
   --process_id I          which one this is, from 0
@@ -79,8 +80,9 @@ cache-teacher:
   --overwrite             replaces what is there
 
 compress:
-  --model PATH            a work directory of kd-jax run, or a safetensors file
-                          of the network that --recipe.student.model names
+  --model PATH            a work directory of kd-jax run, also gs://BUCKET/DIR,
+                          or a safetensors file of the network that
+                          --recipe.student.model names
   --recipe FILE           a configuration such as configs/compress.py;
                           --recipe.KEY=VALUE changes one field
   --budget LIMIT          such as '20 KB', '1.5 MFLOP' or '0.4 ms'

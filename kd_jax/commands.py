@@ -84,12 +84,7 @@ def cache_teacher(values: Any) -> int:
   options = ('out', 'dtype', 'top_k', 'features', 'epochs', 'overwrite')
   _agree(config, **{name: values[name].value for name in options})
   workdir = hosts.together(lambda: Workdir(values.workdir, config))
-  if not values.out and mirror.is_remote(values.workdir):
-    raise ValueError(
-      'kd-jax cache-teacher writes local files: with --workdir in a bucket it '
-      'needs --out=DIR.'
-    )
-  out = values.out or str(workdir.path / 'teacher_cache')
+  out = values.out or str(workdir.place / 'teacher_cache')
   manifest = distillation.cache_teacher(
     Run(values.config, workdir),
     out,

@@ -100,7 +100,7 @@ def place(name: str, scale: float = 1.0) -> str:
 def _ensure(run: Run, name: str, scale: float) -> None:
   """Trains what is not there yet."""
   where = place(name, scale)
-  if run.workdir.done(where):
+  if run.workdir.finished(where):
     return
   if name == TEACHER:
     result = distillation.fit_teachers(run)
@@ -223,6 +223,7 @@ def train_step(run: Run, name: str) -> tuple[Callable, Any, Any]:
   state = sharding.place_state(
     made.state, own.mesh, own.config.compiler, layout=own.layout
   )
+  sharding.connect(own.mesh)
   part, readers = sharding.readers(own.mesh)
   batches = train_batches(
     own.transfer,

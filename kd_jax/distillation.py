@@ -42,7 +42,7 @@ def fit_teachers(run: Run) -> Result:
   c = run.config.teacher
   for name, options in c.others.items():
     where = f'{TEACHER}/{name}'
-    if not run.workdir.done(where):
+    if not run.workdir.finished(where):
       result = _fit_teacher(run, where, options.to_dict())
       run.workdir.finish(where, result)
   return _fit_teacher(run, TEACHER, c.model.to_dict())
@@ -173,7 +173,7 @@ def distill(run: Run, where: str = 'distill') -> Result:
     before[f'generation{generation}'] = model
   for name, other in before.items():
     path = f'{where}/{name}'
-    if not run.workdir.done(path):
+    if not run.workdir.finished(path):
       result = _fit_link(run, path, f'distill/{name}', other, teacher)
       run.workdir.finish(path, result)
     variables = load_weights(run.workdir.weights(path))

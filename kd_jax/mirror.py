@@ -16,7 +16,7 @@ import fsspec
 import fsspec.config
 from etils import epath
 
-from kd_jax import files
+from kd_jax import files, lock
 
 CHECKPOINTS = 'checkpoints'
 _LAST = 'result.json'
@@ -97,7 +97,7 @@ class Mirror:
   def remove(self, name: str) -> None:
     """Deletes a stage there, its checkpoints too."""
     if (self.remote / name).exists():
-      (self.remote / name).rmtree()
+      remove_tree(self.remote / name)
 
 
 def copy_tree(source: Path, target: Path, *, missing: bool = False) -> None:
@@ -115,7 +115,7 @@ def copy_tree(source: Path, target: Path, *, missing: bool = False) -> None:
     if '..' in file.split('/') or file.startswith('/'):
       raise ValueError(f'{source} holds a file of the name {file!r}.')
     path = target / file
-    if missing and path.exists() and _size(path) == _size(source / file):
+    if missing and path.exists() and size(path) == size(source / file):
       continue
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (source / file).read_bytes())
@@ -130,7 +130,20 @@ def write_bytes(path: Path, data: bytes) -> None:
   files.write(path, data)
 
 
-def _size(path) -> int:
+def remove_tree(path: Path) -> None:
+  """Deletes a directory, local or an `epath.Path`."""
+  if is_remote(path):
+    path.rmtree()
+  else:
+    shutil.rmtree(path)
+
+
+def size(path: Path) -> int:
+  """The bytes of a file, local or an `epath.Path`.
+
+  Raises:
+    OSError: if it is not there.
+  """
   found = path.stat()
   return getattr(found, 'st_size', None) or getattr(found, 'length', 0)
 
@@ -146,6 +159,8 @@ def _files(directory, prefix) -> Iterator[str]:
 
 def cached(url: str | os.PathLike, name: str) -> Path:
   """A local copy of a directory, which later runs on this machine find.
+
+  Of several processes that want it one copies, and the others wait.
 
   Args:
     url: where from, such as 'gs://bucket/tfds'.
@@ -163,7 +178,8 @@ def cached(url: str | os.PathLike, name: str) -> Path:
   home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   place = re.sub(r'[^A-Za-z0-9.-]', '_', os.fspath(url))
   target = Path(home) / 'kd_jax' / place
-  copy_tree(source, target / name, missing=True)
+  with lock.turns(target):
+    copy_tree(source, target / name, missing=True)
   return target
 
 

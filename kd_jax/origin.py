@@ -53,18 +53,20 @@ def record(run: Run, *, say: Callable[[str], None] = print) -> None:
     ValueError: if the data is not what the directory was started with.
   """
   run.workdir.write_config()
-  path = run.workdir.place / _FILE
   found = hosts.together(lambda: check(run))
+  hosts.on_first(lambda: _write(run.workdir.place / _FILE, found, say))
+
+
+def _write(path: Path, found: dict[str, dict[str, str]], say) -> None:
   now = software()
-  stored = read_json(path) if path.exists() else {'software': []}
-  before = stored['software'][-1] if stored['software'] else now
-  if before != now:
+  used = read_json(path)['software'] if path.exists() else []
+  if used and used[-1] != now:
     say(
-      f'This run was started with {_changes(before, now)}: from here on bits '
+      f'This run was started with {_changes(used[-1], now)}: from here on bits '
       'may differ from those of a run that was not stopped.'
     )
-  if hosts.is_first() and (not path.exists() or before != now):
-    write_json(path, {'data': found, 'software': [*stored['software'], now]})
+  if not used or used[-1] != now:
+    write_json(path, {'data': found, 'software': [*used, now]})
 
 
 def check(run: Run) -> dict[str, dict[str, str]]:

@@ -13,6 +13,8 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
+from kd_jax import hosts
+
 PLAIN_SECONDS = 10.0
 
 
@@ -23,7 +25,7 @@ class ProgressBar:
     title: what is running.
     total: number of steps.
     start: steps that an earlier run completed.
-    console: where to print; standard error when None.
+    console: where to print; standard error of process 0 when None.
   """
 
   def __init__(
@@ -35,7 +37,8 @@ class ProgressBar:
     console: Console | None = None,
   ):
     self.title, self.total = title, total
-    self.console = console or Console(file=sys.stderr)
+    quiet = not hosts.is_first()
+    self.console = console or Console(file=sys.stderr, quiet=quiet)
     self.bar = None
     self.task = None
     self.printed_at = time.monotonic()

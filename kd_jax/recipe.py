@@ -234,11 +234,11 @@ def run_stages(
     if overwrite:
       for name in order[order.index(chosen[0]) :]:
         run.workdir.clear(name)
-    if not all(map(run.workdir.done, chosen)):
+    if not all(map(run.workdir.finished, chosen)):
       origin.record(run, say=say)
     for name in chosen:
       preemption.poll()
-      if run.workdir.done(name):
+      if run.workdir.finished(name):
         hosts.together(functools.partial(run.workdir.verify, name))
         say(f'{name}: already done in {run.workdir.place / name}')
         continue

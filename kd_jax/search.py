@@ -19,6 +19,7 @@ from kd_jax import (
   distillation,
   hosts,
   lock,
+  mirror,
   origin,
   prune,
 )
@@ -45,8 +46,9 @@ def open_run(
 
   Args:
     config: of `configs/compress.py`.
-    path: the trained model: a work directory of `kd-jax run`, whose data and
-      student replace those of the configuration, or a safetensors file.
+    path: the trained model: a work directory of `kd-jax run`, also 'gs://...',
+      whose data and student replace those of the configuration, or a local
+      safetensors file.
     stage: whose student of a work directory: 'distill' or 'alone'.
     workdir: where everything is written.
 
@@ -55,8 +57,10 @@ def open_run(
       to another search.
   """
   config = ml_collections.ConfigDict(config.to_dict())
-  config.search.model = str(Path(path).resolve())
-  if Path(path).is_dir():
+  place = mirror.resolve(path)
+  local = not mirror.is_remote(path)
+  config.search.model = str(place.resolve() if local else path)
+  if place.is_dir():
     stored = Workdir(path)
     rules_lib.choose('stage with a student', stage, _STAGES)
     stored.weights(stage)
@@ -68,10 +72,10 @@ def open_run(
         config[key] = value
       reused = stored.config['distill']['scheme']['reuse_head']
       config.distill.scheme.reuse_head = reused and stage == 'distill'
-  elif not Path(path).is_file():
+  elif not local or not place.is_file():
     raise ValueError(
       f'--model={path} is neither a work directory of kd-jax run nor a '
-      'safetensors file.'
+      'safetensors file of this machine.'
     )
   candidates_lib.parse_budget(config.search.budget)
   opened = Run(config, Workdir(workdir, config.to_dict()))
@@ -85,7 +89,7 @@ def open_run(
 def dense_network(run: Run) -> Network:
   """The network that a search is to compress."""
   c, model = run.config.search, run.model('student')
-  path = Path(c.model)
+  path = mirror.resolve(c.model)
   if path.is_dir():
     variables = load_weights(Workdir(path).weights(c.stage))
   else:
@@ -121,7 +125,7 @@ def compress(
   Raises:
     ValueError: if no candidate fits the budget, or another process runs here.
   """
-  if run.workdir.done('search'):
+  if run.workdir.finished('search'):
     return run.workdir.result('search')
   with lock.exclusive(run.workdir.place):
     origin.record(run, say=say)
@@ -176,7 +180,7 @@ def _train(
   """Trains a candidate, unless that was done, and converts it."""
   where = f'candidates/{candidate.name}'
   compression = candidate.compression
-  if not run.workdir.done(where):
+  if not run.workdir.finished(where):
     student = student_of(compression)
     objective = distillation.compress_objective(run, dense)
     result = fit(

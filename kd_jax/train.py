@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from kd_jax import hosts, preemption, profiling
 from kd_jax.checkpoint import Checkpoints
@@ -128,9 +127,8 @@ def train(
       metrics=numbers,
     )
 
-  console = None if hosts.is_first() else Console(quiet=True)
   with (
-    ProgressBar(title, total_steps, start=step, console=console) as bar,
+    ProgressBar(title, total_steps, start=step) as bar,
     _stop_requested() as stop,
   ):
     if owed:

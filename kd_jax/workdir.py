@@ -161,6 +161,23 @@ class Workdir:
     results = sorted(self._within(name).glob(f'*/{_RESULT}'))
     return [f'{name}/{result.parent.name}' for result in results]
 
+  def finished(self, name: str) -> bool:
+    """What `done` says on process 0, for all: all processes call this.
+
+    A file system may show a file to one of them later than to another, and
+    they must not part over it.
+
+    Raises:
+      ValueError: if a process does not see what process 0 sees.
+    """
+    there = hosts.on_first(lambda: self.done(name))
+    if there:
+      self._seen(name)
+    return there
+
+  def _seen(self, name: str) -> None:
+    hosts.together(lambda: hosts.wait_for(self.place / name / _RESULT))
+
   def result(self, name: str) -> dict[str, Any]:
     """What a finished stage returned, and the digests of its files."""
     self._need(name)
@@ -190,7 +207,7 @@ class Workdir:
       self.send(name)
 
     hosts.on_first(write)
-    hosts.together(lambda: hosts.wait_for(self.place / name / _RESULT))
+    self._seen(name)
 
   def send(self, name: str) -> None:
     """Copies the files of a stage to where they belong, if that is elsewhere.

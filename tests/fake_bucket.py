@@ -1,6 +1,7 @@
 """Cloud Storage on loopback: enough of its JSON API for gcsfs and TensorStore.
 
-One bucket, in memory. A process talks to it with `environment`.
+One bucket, in memory, with a door or several. A process talks to it with the
+`environment` of one, and whose door it is has written what is `written` there.
 """
 
 import email
@@ -12,24 +13,17 @@ import urllib.parse
 from collections.abc import Callable
 
 
-class Bucket:
-  """A server with one bucket.
+class Door:
+  """A server of a bucket.
 
   Attributes:
-    objects: name -> content.
-    written: the names, in the order in which they were written.
-    on_write: called with the name of each object that was written.
+    written: the names that were written here, in that order.
     url: of the server.
   """
 
-  def __init__(self):
-    self.objects: dict[str, bytes] = {}
-    self.generations: dict[str, int] = {}
+  def __init__(self, bucket: 'Bucket'):
     self.written: list[str] = []
-    self.on_write: Callable[[str], None] = lambda name: None
-    self.lock = threading.RLock()
-    self.uploads: dict[str, tuple[str, bytearray]] = {}
-    handler = type('Handler', (_Handler,), {'bucket': self})
+    handler = type('Handler', (_Handler,), {'bucket': bucket, 'door': self})
     self.server = _Server(('127.0.0.1', 0), handler)
     self.url = f'http://127.0.0.1:{self.server.server_port}'
     threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -50,12 +44,30 @@ class Bucket:
     self.server.shutdown()
     self.server.server_close()
 
+
+class Bucket(Door):
+  """A bucket, and its first door.
+
+  Attributes:
+    objects: name -> content.
+    on_write: called with the name of each object that was written.
+  """
+
+  def __init__(self):
+    self.objects: dict[str, bytes] = {}
+    self.generations: dict[str, int] = {}
+    self.writes = 0
+    self.on_write: Callable[[str], None] = lambda name: None
+    self.lock = threading.RLock()
+    self.uploads: dict[str, tuple[str, bytearray]] = {}
+    super().__init__(self)
+
   def put(self, name: str, data: bytes) -> dict:
     """Writes an object, and returns what the API says about it."""
     with self.lock:
       self.objects[name] = bytes(data)
-      self.generations[name] = len(self.written) + 1
-      self.written.append(name)
+      self.writes += 1
+      self.generations[name] = self.writes
       about = self.about(name)
     self.on_write(name)
     return about
@@ -103,7 +115,11 @@ class _Server(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
   protocol_version = 'HTTP/1.1'
+  # An answer in one packet, sent at once: small ones would wait 40 ms.
+  disable_nagle_algorithm = True
+  wbufsize = -1
   bucket: Bucket
+  door: Door
 
   def log_message(self, *args):
     pass
@@ -183,22 +199,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       name = query.get('name') or json.loads(body)['name']
       key = str(len(self.bucket.uploads))
       self.bucket.uploads[key] = (name, bytearray())
-      where = f'{self.bucket.url}{self.path}&upload_id={key}'
+      where = f'{self.door.url}{self.path}&upload_id={key}'
       return self._reply(200, {}, [('Location', where)])
     if 'upload_id' in query:
       name, data = self.bucket.uploads[query['upload_id']]
       data.extend(body)
       if self.headers['Content-Range'].endswith('/*'):
         return self._reply(308, b'', [('Range', f'bytes=0-{len(data) - 1}')])
-      return self._reply(200, self.bucket.put(name, data))
+      return self._reply(200, self._put(name, data))
     copied = re.search(r'/o/(.+)/rewriteTo/b/bucket/o/(.+)$', path)
     source, target = map(urllib.parse.unquote, copied.groups())
     if source not in self.bucket.objects:
       return self._reply(404)
-    about = self.bucket.put(target, self.bucket.objects[source])
+    about = self._put(target, self.bucket.objects[source])
     return self._reply(200, {'done': True, 'resource': about})
 
   do_PUT = do_POST  # noqa: N815
+
+  def _put(self, name, data):
+    self.door.written.append(name)
+    return self.bucket.put(name, data)
 
   def _conditional(self, query, name, data):
     with self.bucket.lock:
@@ -206,7 +226,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       if wanted is not None:
         if wanted != str(self.bucket.generations.get(name, 0)):
           return self._reply(412)
-      return self._reply(200, self.bucket.put(name, data))
+      return self._reply(200, self._put(name, data))
 
   def do_DELETE(self):  # noqa: N802
     """Deletes an object."""

@@ -4,77 +4,18 @@ What each process does alone is in `hosts_worker.py`.
 """
 
 import json
-import os
-import pathlib
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import hosts_worker
 import jax
 import numpy as np
 import pytest
+from pairs import QUICK, Pair
 
 from kd_jax import sharding
 from kd_jax.checkpoint import CheckpointError
-from kd_jax.report import read_report
 
 pytestmark = pytest.mark.xdist_group('hosts')
-ROOT = pathlib.Path(__file__).parent.parent
-TINY = str(ROOT / 'configs' / 'digits.py') + ':tiny'
-BOUND = 500  # seconds, of what takes 20 alone
-QUICK = 'jax_disable_most_optimizations'  # compiles in half the time
-
-
-class Pair:
-  """Two processes of one command that know of each other, started now."""
-
-  def __init__(self, command, own):
-    with socket.create_server(('127.0.0.1', 0)) as free:
-      port = free.getsockname()[1]
-    env = os.environ | {
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_NUM_CPU_DEVICES': '2',
-      QUICK.upper(): '1',
-      'PYTHONPATH': str(ROOT),
-    }
-    self.processes = [
-      subprocess.Popen(
-        [sys.executable, *command, *own(index, port)],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-      )
-      for index in range(2)
-    ]
-
-  def ended(self, bound=BOUND):
-    """The exit codes and what was printed."""
-    try:
-      said = [p.communicate(timeout=bound)[0] for p in self.processes]
-    finally:
-      for process in self.processes:
-        process.kill()
-    return [p.returncode for p in self.processes], said
-
-
-def kd_jax(*words, own=lambda index: ()):
-  """`kd-jax run` of the tiny digits in two processes."""
-  return Pair(
-    ['-m', 'kd_jax', 'run', f'--config={TINY}', *words],
-    lambda index, port: [
-      f'--coordinator=:{port}',
-      '--num_processes=2',
-      f'--process_id={index}',
-      '--heartbeat_timeout=20',
-      *own(index),
-    ],
-  )
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -179,108 +120,8 @@ def test_process_0_speaks_and_fails_for_all(pair):
   assert found[0]['failed'] == "KeyError: 'missing'"
   assert found[1]['failed'] == "ValueError: Process 0: 'missing'"
   assert all('all hosts share' in one['unseen'] for one in found)
-
-
-@pytest.mark.slow
-@pytest.mark.once
-def test_configurations_that_differ_are_refused(tmp_path):
-  codes, said = kd_jax(
-    f'--workdir={tmp_path / "run"}',
-    own=lambda index: [f'--config.seed={index}'],
-  ).ended()
-  assert codes == [2, 2], said
-  for words in said:
-    assert 'Process 1 differs from process 0: seed is 1, not 0.' in words
-  assert not (tmp_path / 'run').exists()
-
-
-@pytest.mark.slow
-@pytest.mark.once
-def test_a_whole_run_equals_one_process(tmp_path, data_dir):
-  words = [f'--config.data.data_dir={data_dir}', '--config.mesh.fsdp=4']
-  codes, said = kd_jax(*words, f'--workdir={tmp_path / "two"}').ended()
-  assert codes == [0, 0], said
-  assert 'report: done' in said[0] and 'done' not in said[1]
-
-  env = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '4', QUICK.upper(): '1'}
-  command = [sys.executable, '-m', 'kd_jax', 'run', f'--config={TINY}', *words]
-  done = subprocess.run(
-    [*command, f'--workdir={tmp_path / "one"}'],
-    cwd=ROOT,
-    env=os.environ | env | {'PYTHONPATH': str(ROOT)},
-    timeout=BOUND,
-  )
-  assert done.returncode == 0
-  for stage in ('teacher', 'alone', 'distill', 'compress'):
-    two, one = (
-      json.loads((tmp_path / run / stage / 'result.json').read_text())
-      for run in ('two', 'one')
-    )
-    assert two['steps'] == one['steps']
-    for a, b in zip(two['history'], one['history'], strict=True):
-      assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
-  two, one = (read_report(tmp_path / run / 'report') for run in ('two', 'one'))
-  assert '4 x cpu (cpu) of 2 processes' in two['hardware']
-  for a, b in zip(two['models'], one['models'], strict=True):
-    for name in ('name', 'parameters', 'nonzero_parameters', 'flops'):
-      assert a[name] == b[name]
-    assert a['accuracy'] == pytest.approx(b['accuracy'], abs=1e-5)
-    assert a['kl'] == pytest.approx(b['kl'], rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.once
-def test_a_pair_that_was_stopped_and_killed_ends_with_the_same_bits(
-  tmp_path, data_dir
-):
-  words = [
-    '--stages=teacher',
-    f'--config.data.data_dir={data_dir}',
-    '--config.teacher.train.epochs=16',
-    '--config.teacher.train.evaluate_every_epochs=1',
-    '--config.mesh.fsdp=4',
-  ]
-  codes, said = kd_jax(*words, f'--workdir={tmp_path / "straight"}').ended()
-  assert codes == [0, 0], said
-
-  words.append(f'--workdir={tmp_path / "killed"}')
-  checkpoints = tmp_path / 'killed' / 'teacher' / 'checkpoints'
-  pair = kd_jax(*words)
-  stopped_after = _saved(checkpoints, pair)
-  # One of them alone is told to stop.
-  pair.processes[1].send_signal(signal.SIGTERM)
-  codes, said = pair.ended()
-  assert codes == [75, 75], said
-  steps = [words.split('saved at step ')[1].split('.')[0] for words in said]
-  assert steps[0] == steps[1] and int(steps[0]) > stopped_after
-
-  pair = kd_jax(*words)
-  _saved(checkpoints, pair, after=int(steps[0]))
-  pair.processes[1].send_signal(signal.SIGKILL)
-  codes, said = pair.ended(bound=120)
-  assert codes[0] in (75, -signal.SIGABRT), said
-  assert not (tmp_path / 'killed' / 'teacher' / 'result.json').exists()
-
-  codes, said = kd_jax(*words).ended()
-  assert codes == [0, 0], said
-  straight, killed = (
-    tmp_path / run / 'teacher' for run in ('straight', 'killed')
-  )
-  name = 'weights.safetensors'
-  assert (straight / name).read_bytes() == (killed / name).read_bytes()
-  results = [
-    json.loads((w / 'result.json').read_text()) for w in (straight, killed)
-  ]
-  assert results[0]['history'][-1] == results[1]['history'][-1]
-
-
-def _saved(checkpoints, pair, after=0):
-  """Waits for a checkpoint, and returns its step."""
-  end = time.monotonic() + BOUND
-  while True:
-    steps = [int(p.name) for p in checkpoints.glob('*') if p.name.isdigit()]
-    if max(steps, default=0) > after:
-      return max(steps)
-    assert time.monotonic() < end
-    assert all(p.poll() is None for p in pair.processes), pair.ended()
-    time.sleep(0.02)
+  # Process 1 alone sees a result, and another run has the lock.
+  assert [one['done'] for one in found] == [False, True]
+  assert [one['finished'] for one in found] == [False, False]
+  assert 'ValueError: ' in found[0]['locked']
+  assert all('in use by' in one['locked'] for one in found)

@@ -4,8 +4,10 @@ Says what it found in `DIRECTORY/INDEX.json`; the test itself calls `train_on`
 for the numbers of one process.
 """
 
+import fcntl
 import functools
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -18,6 +20,7 @@ from kd_jax import (
   adapters,
   data,
   hosts,
+  lock,
   models,
   objectives,
   prune,
@@ -27,6 +30,7 @@ from kd_jax import (
 from kd_jax import checkpoint as checkpoint_lib
 from kd_jax import train as train_lib
 from kd_jax.layout import Layout
+from kd_jax.workdir import Workdir, write_json
 
 # Splits even the small arrays of these networks.
 LAYOUT = Layout(least=16)
@@ -166,6 +170,15 @@ def main(index, port, directory):
       lambda: hosts.wait_for(directory / 'missing', within=0.1)
     ),
   }
+  own = Workdir(directory / f'own{index}', {'seed': 0})
+  if index == 1:
+    write_json(own.stage('teacher') / 'result.json', {})
+    (directory / 'taken').mkdir()
+    other = os.open(directory / 'taken' / lock.NAME, os.O_CREAT | os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+  found['done'] = own.done('teacher')
+  found['finished'] = own.finished('teacher')
+  found['locked'] = error_of(lock.exclusive(directory / 'taken').__enter__)
   fsdp = sharding.make_mesh(**FSDP)
   found['from one'] = train_on(fsdp, directory / 'one', 6)
   found['two'] = train_on(fsdp, directory / 'two', 3)

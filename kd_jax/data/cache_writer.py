@@ -18,8 +18,7 @@ import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import checkpoint_format, workdir
-from kd_jax import files as whole
+from kd_jax import checkpoint_format, mirror, workdir
 from kd_jax.data import cache_form, pipeline, teacher_cache
 from kd_jax.data.cache_form import Form
 from kd_jax.data.sources import Images
@@ -59,7 +58,8 @@ def write_cache(
   own. What is there already is verified and kept; only `epochs` may grow.
 
   Args:
-    directory: where to; of several processes a directory that all can see.
+    directory: where to, also 'gs://...'; of several processes a directory that
+      all can see.
     forward: the teacher, in evaluation mode, with the taps of `form`.
     variables: the teacher's.
     images: what students are trained on.
@@ -89,7 +89,7 @@ def write_cache(
       output is not finite in the form's dtype, or another process's files are
       not to be seen.
   """
-  directory = Path(directory)
+  directory = mirror.resolve(directory)
   if epochs < 1:
     raise CacheError(f'epochs is {epochs}; it must be positive.')
   mesh = Mesh(np.array(jax.local_devices()), ('data',))
@@ -248,7 +248,7 @@ def _begin(directory: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
     for name in (teacher_cache.MANIFEST, teacher_cache.PLAN):
       (directory / name).unlink(missing_ok=True)
     for path in directory.glob('epoch[0-9]*'):
-      shutil.rmtree(path)
+      mirror.remove_tree(path)
   workdir.write_json(directory / teacher_cache.PLAN, plan)
 
 
@@ -263,6 +263,8 @@ def _check_room(directory, plan, files, say) -> None:
     f'{plan["row_bytes"]:,} bytes = {sum(sizes.values()) / 1e6:,.1f} MB in '
     f'{directory} ({kept})'
   )
+  if mirror.is_remote(directory):
+    return
   needed = sum(
     size for name, size in sizes.items() if not (directory / name).exists()
   )
@@ -306,9 +308,10 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray], form: Form) -> int:
       )
   data = safetensors.numpy.save(dict(arrays))
   path.parent.mkdir(parents=True, exist_ok=True)
-  whole.write(path, data)
+  mirror.write_bytes(path, data)
   digest = hashlib.sha256(data).hexdigest()
-  whole.write(path.with_name(path.name + _DIGEST), f'{digest}\n'.encode())
+  beside = path.with_name(path.name + _DIGEST)
+  mirror.write_bytes(beside, f'{digest}\n'.encode())
   return len(data)
 
 
@@ -323,7 +326,7 @@ def _seal(directory, plan, files, held) -> None:
         f'{path}, which another process wrote, cannot be seen here: all '
         'processes need the same directory.'
       )
-    shards[file.name] = [digest, path.stat().st_size]
+    shards[file.name] = [digest, mirror.size(path)]
   if shards != held:
     _write_manifest(directory, plan, shards)
   (directory / teacher_cache.PLAN).unlink()

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax import checkpoint_format, rules, workdir
+from kd_jax import checkpoint_format, mirror, rules, workdir
 from kd_jax.data import cache_form
 from kd_jax.data.sources import ImageData, Images
 from kd_jax.types import Variables
@@ -37,7 +37,7 @@ class CacheError(ValueError):
 
 
 class _Shard(NamedTuple):
-  """A mapped file: its bytes and arrays; verified when `verify` was called."""
+  """A file: its bytes and its arrays, which are views of them."""
 
   path: Path
   data: np.ndarray
@@ -55,8 +55,8 @@ class _Epoch(NamedTuple):
 class TeacherCache(cache_form.Entries):
   """A finished cache, to train with.
 
-  Files are mapped, not loaded; each is compared with its SHA-256 before the
-  first row of it is used.
+  Files are mapped, not loaded, and those of a bucket are loaded an epoch at a
+  time; each is compared with its SHA-256 before the first row of it is used.
 
   Args:
     directory: what `write_cache` wrote.
@@ -66,7 +66,7 @@ class TeacherCache(cache_form.Entries):
   """
 
   def __init__(self, directory: str | Path):
-    self.path = Path(directory)
+    self.path = mirror.resolve(directory)
     self.manifest = read_manifest(self.path)
     form = self.manifest['form']
     super().__init__(
@@ -76,7 +76,7 @@ class TeacherCache(cache_form.Entries):
     )
     for name, (_, size) in self.manifest['shards'].items():
       path = self.path / name
-      if not path.is_file() or path.stat().st_size != size:
+      if not path.is_file() or mirror.size(path) != size:
         raise CacheError(
           f'{path} is missing or not whole: run kd-jax cache-teacher again, '
           'which makes what is missing.'
@@ -351,9 +351,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _map(path: Path, arrays: Mapping[str, Any]) -> _Shard:
-  """Maps a safetensors file whose arrays are known."""
+  """Maps a safetensors file whose arrays are known; reads it from a bucket."""
   try:
-    data = np.memmap(path, np.uint8, mode='r')
+    if mirror.is_remote(path):
+      data = np.frombuffer(path.read_bytes(), np.uint8)
+    else:
+      data = np.memmap(path, np.uint8, mode='r')
     begin = 8 + int.from_bytes(data[:8].tobytes(), 'little')
     header = json.loads(data[8:begin].tobytes())
     found = {}
