@@ -12,6 +12,7 @@ if any differs, or if a process ended otherwise than it was told to.
 
 import argparse
 import datetime
+import faulthandler
 import hashlib
 import json
 import os
@@ -141,6 +142,8 @@ def start(directory: pathlib.Path) -> int:
     with open(directory / 'log', 'a') as log:
       os.dup2(log.fileno(), 1)
       os.dup2(log.fileno(), 2)
+    # Shows where all threads are, if this process hangs.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     with preemption.stoppable():
       train_to_the_end(directory)
     code = 0
@@ -197,9 +200,14 @@ def soak(cycles: int, seed: int, directory: pathlib.Path) -> Soaked:
       os.kill(child, signal.SIGTERM if term else signal.SIGKILL)
       code = wait(child, PATIENCE * alone)
       if code is None:
+        os.kill(child, signal.SIGUSR1)
+        wait(child, 1.0)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        wrong.append(f'cycle {ended}: SIGTERM did not end the process.')
+        wrong.append(
+          f'cycle {ended}: SIGTERM did not end the process:\n\n'
+          f'```\n{(run / "log").read_text()[-8000:]}\n```'
+        )
         break
       ended += 1
       allowed = (-signal.SIGTERM, preemption.REQUEUE, 0) if term else ()

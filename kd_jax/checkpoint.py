@@ -116,10 +116,16 @@ class Checkpoints:
       raise CheckpointError(f'Cannot save step {step}: the state has no array.')
     self.wait()
     self._check_new(step)
+    with hosts.uninterrupted():
+      self._begin(step, arrays, manifest)
+
+  def _begin(self, step, arrays, manifest) -> None:
+    """Starts a save in the background."""
     try:
       manager = self._writer()
       self._policy.damaged.pop(step, None)
-      self._policy.metric[step] = metrics.get(self._best, math.nan)
+      metric = manifest['metrics'].get(self._best, math.nan)
+      self._policy.metric[step] = metric
       if step in manager.all_steps():
         manager.delete(step)
       # Every process calls this; Orbax lets process 0 write the manifest.
@@ -184,8 +190,9 @@ class Checkpoints:
     if self._manager is not None:
       due, self._due = self._due, None
       try:
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        with hosts.uninterrupted():
+          self._manager.wait_until_finished()
+          self._manager.check_for_errors()
       except Exception as e:
         raise self._failed(e) from e
       if due is not None and due not in form.saved_steps(self._directory):
@@ -197,7 +204,8 @@ class Checkpoints:
     """Waits, then ends the background threads; may be called twice."""
     self._manager = None
     try:
-      self._resources.close()
+      with hosts.uninterrupted():
+        self._resources.close()
     except Exception as e:
       raise self._failed(e) from e
 

@@ -139,7 +139,11 @@ def read(
 
   def restore() -> dict[str, Any]:
     # Not by a Checkpointer: it waits for processes that may have failed.
-    with quiet(), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+    with (
+      hosts.uninterrupted(),
+      quiet(),
+      contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader,
+    ):
       try:
         return reader.restore(directory / str(step) / 'state', args=args)
       except Exception as e:  # Orbax and TensorStore raise all kinds
@@ -170,7 +174,8 @@ def step_manifest(directory: epath.Path, step: int) -> dict[str, Any]:
   if not path.exists():
     raise Damaged('it has no manifest')
   try:
-    manifest = dict(ocp.JsonCheckpointHandler().restore(path))
+    with hosts.uninterrupted():
+      manifest = dict(ocp.JsonCheckpointHandler().restore(path))
   except (OSError, TypeError, ValueError) as e:
     raise Damaged(f'its manifest cannot be read ({brief(e)})') from e
   if seal(manifest) != manifest:

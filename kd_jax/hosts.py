@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from kd_jax import clusters
+from kd_jax import clusters, preemption
 from kd_jax.preemption import REQUEUE, Preempted
 
 PACKAGES = ('kd_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint')
@@ -212,6 +212,16 @@ def _end(sentence: str, code: int = REQUEUE) -> None:
   sys.stdout.flush()
   print(f'kd-jax: {sentence}', file=sys.stderr, flush=True)
   os._exit(code)
+
+
+def uninterrupted() -> contextlib.AbstractContextManager[None]:
+  """`preemption.uninterrupted`, but nothing with several processes.
+
+  There the handler of SIGTERM is JAX's, which raises nothing.
+  """
+  if jax.process_count() > 1:
+    return contextlib.nullcontext()
+  return preemption.uninterrupted()
 
 
 def is_first() -> bool:

@@ -81,6 +81,33 @@ def deferred() -> Iterator[Deferred]:
 
 
 @contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+  """Sends SIGTERM and SIGINT that come within again at the end.
+
+  For what must not be broken off, and for event loops: asyncio prints and drops
+  an exception of a callback, and then waits for ever.
+
+  Example:
+    >>> with stoppable():
+    ...   try:
+    ...     with uninterrupted():
+    ...       signal.raise_signal(signal.SIGTERM)
+    ...       print('read')
+    ...   except Preempted as e:
+    ...     print(e)
+    read
+    stopped by SIGTERM.
+  """
+  stop = Deferred()
+  try:
+    with _handled(stop._receive):
+      yield
+  finally:
+    if stop._received is not None:
+      signal.raise_signal(stop._received)
+
+
+@contextlib.contextmanager
 def stoppable() -> Iterator[None]:
   """SIGTERM and SIGINT raise Preempted; SIGINT after one of them kills."""
 

@@ -1,5 +1,6 @@
 """Faults injected into a training: nothing is lost."""
 
+import asyncio
 import functools
 import json
 import os
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import untrained_run
 from damage import flip, largest
@@ -253,6 +255,38 @@ def test_a_signal_that_python_dropped_is_found_later(monkeypatch):
   with pytest.raises(Preempted), preemption.stoppable():
     Dropped()
     preemption.poll()
+
+
+@pytest.mark.parametrize('call', ['restore', 'wait'])
+def test_a_signal_in_an_event_loop_is_not_lost(tmp_path, monkeypatch, call):
+  """Asyncio drops what a callback raises: a read then never ends."""
+  state = {'w': jnp.arange(3.0)}
+  with Checkpoints(tmp_path, fingerprint={}) as checkpoints:
+    checkpoints.save(1, state)
+  ended = []
+
+  def looping(self, *args, **kwargs):
+    async def interrupted():
+      asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGTERM)
+      await asyncio.sleep(0.01)
+
+    asyncio.run(interrupted())
+    ended.append(call)
+    return original(self, *args, **kwargs)
+
+  cls, name = {
+    'restore': (ocp.PyTreeCheckpointHandler, 'restore'),
+    'wait': (ocp.CheckpointManager, 'wait_until_finished'),
+  }[call]
+  original = getattr(cls, name)
+  with Checkpoints(tmp_path, fingerprint={}) as checkpoints:
+    if call == 'wait':
+      checkpoints.save(2, state)
+    with monkeypatch.context() as patch:
+      patch.setattr(cls, name, looping)
+      with pytest.raises(Preempted, match='SIGTERM'), preemption.stoppable():
+        checkpoints.restore(state)
+  assert ended == [call]
 
 
 DAMAGE = {
