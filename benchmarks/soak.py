@@ -210,6 +210,8 @@ def soak(cycles: int, seed: int, directory: pathlib.Path) -> Soaked:
         )
         break
       ended += 1
+      if ended % 100 == 0:
+        print(f'{ended} of {cycles} cycles', file=sys.stderr, flush=True)
       allowed = (-signal.SIGTERM, preemption.REQUEUE, 0) if term else ()
       counts[_name(code, term)] += 1
       counts['ended while a save was under way'] += _saving(run)
