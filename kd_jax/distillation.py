@@ -20,6 +20,7 @@ from kd_jax import (
   deploy,
   fit,
   hosts,
+  lock,
   networks,
   objectives,
 )
@@ -348,7 +349,8 @@ def cache_teacher(
     The manifest of the cache.
 
   Raises:
-    ValueError: if a term asks for what is not kept; see `data.write_cache`.
+    ValueError: if a term asks for what is not kept, or another process runs in
+      the work directory; see `data.write_cache`.
   """
   teacher = run.teacher()
   found = learners(run, teacher)
@@ -360,11 +362,12 @@ def cache_teacher(
     features=tuple(dict.fromkeys(taps)) if features else (),
   )
   learners(run, teacher, cached_teacher.kept(form))
-  return cached_teacher.write(
-    run,
-    teacher,
-    directory,
-    form,
-    epochs=epochs or max(count for _, count in found),
-    overwrite=overwrite,
-  )
+  with lock.exclusive(run.workdir.place):
+    return cached_teacher.write(
+      run,
+      teacher,
+      directory,
+      form,
+      epochs=epochs or max(count for _, count in found),
+      overwrite=overwrite,
+    )

@@ -14,6 +14,7 @@ from kd_jax import (
   cli,
   data,
   distillation,
+  lock,
   recipe,
   weights,
 )
@@ -274,6 +275,9 @@ def test_the_command_says_bytes_before_and_how_to_go_on(
   data.TeacherCache(cache).check(cached_teacher.fingerprint(run, run.teacher()))
   assert cli.main(words) == 2
   assert 'form.dtype is "bfloat16" there' in capsys.readouterr().err
+  with lock.exclusive(workdir):
+    assert cli.main([*words, '--overwrite']) == 2
+  assert 'is in use by process' in capsys.readouterr().err
   assert cli.main([*words, '--overwrite']) == 0
   assert data.TeacherCache(cache).form.dtype == 'float16'
   assert cli.main([*words, '--dtype=float8']) == 2
