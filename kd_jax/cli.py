@@ -48,9 +48,9 @@ run, compare and cache-teacher:
   --workdir DIR           where everything is written, also gs://BUCKET/DIR;
                           the same command continues a run that was stopped
 
-run, compare, compress and cache-teacher, with several processes, of which the
-cluster tells on Cloud TPU and under SLURM and Open MPI; all need to share the
---workdir:
+run, compare, compress and cache-teacher, also with several processes, of which
+the cluster tells on Cloud TPU and under SLURM and Open MPI; all need to share
+the --workdir:
   --coordinator HOST:PORT where process 0 listens; :PORT is 127.0.0.1
   --num_processes N       how many there are
   --process_id I          which one this is, from 0
@@ -58,6 +58,9 @@ cluster tells on Cloud TPU and under SLURM and Open MPI; all need to share the
                           how long to wait for all of them, 300 (default)
   --heartbeat_timeout SECONDS
                           when one that died ends the others, 100 (default)
+  --compile_cache DIR     where each keeps compiled programs for later; off for
+                          nowhere; by default JAX_COMPILATION_CACHE_DIR or
+                          ~/.cache/kd_jax/compiled
 
 run:
   --stages A,B            only these of: teacher, alone, distill, compress,
@@ -65,9 +68,6 @@ run:
   --overwrite             runs the stages again; deletes what depends on them
   --profile               measures how long the devices wait for data, prints
                           it, and writes a trace to <stage>/profile
-  --compile_cache DIR     where compiled programs are kept for later runs; off
-                          for nowhere; by default JAX_COMPILATION_CACHE_DIR or
-                          ~/.cache/kd_jax/compiled
 
 cache-teacher:
   --out DIR               where to, WORKDIR/teacher_cache by default; then
@@ -243,11 +243,11 @@ def _parse(command: str, words: list[str]) -> flags.FlagValues:
   flags.DEFINE_boolean('debug', False, 'show tracebacks', flag_values=values)
   if command == 'run':
     flags.DEFINE_list('stages', [], 'stages to run', flag_values=values)
+    flags.DEFINE_boolean('profile', False, 'measure', flag_values=values)
   if command in ('run', 'cache-teacher'):
     flags.DEFINE_boolean('overwrite', False, 'run again', flag_values=values)
-    flags.DEFINE_boolean('profile', False, 'measure', flag_values=values)
-    flags.DEFINE_string('compile_cache', '', 'directory', flag_values=values)
   if command in TRAINING:
+    flags.DEFINE_string('compile_cache', '', 'directory', flag_values=values)
     _define_processes(values)
   if command in CONFIGS:
     _define_config(command, words, values)

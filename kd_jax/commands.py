@@ -51,6 +51,7 @@ def run(values: Any) -> int:
 
 def compare(values: Any) -> int:
   """`kd-jax compare`."""
+  compile_cache.enable(values.compile_cache)
   _agree(values.config.to_dict())
   result = compare_lib.compare(values.config, values.workdir)
   if hosts.is_first():
@@ -61,6 +62,7 @@ def compare(values: Any) -> int:
 
 def compress(values: Any) -> int:
   """`kd-jax compress`."""
+  compile_cache.enable(values.compile_cache)
   config = values.recipe
   config.search.budget = values.budget
   _agree(config.to_dict(), model=values.model, stage=values.stage)
@@ -80,6 +82,7 @@ def compress(values: Any) -> int:
 
 def cache_teacher(values: Any) -> int:
   """`kd-jax cache-teacher`."""
+  compile_cache.enable(values.compile_cache)
   config = values.config.to_dict()
   options = ('out', 'dtype', 'top_k', 'features', 'epochs', 'overwrite')
   _agree(config, **{name: values[name].value for name in options})

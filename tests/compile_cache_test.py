@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from kd_jax import cli, compile_cache
+from kd_jax import cli, commands, compile_cache
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / 'configs' / 'digits.py') + ':tiny'
@@ -137,3 +137,30 @@ def test_every_step_of_a_run_is_compiled_once(
   assert compiled.count('jit(train_step)') == 4
   assert compiled.count('jit(eval_step)') <= 1
   assert compiled.count('jit(apply)') <= 2
+
+
+@pytest.mark.parametrize(
+  'words',
+  [
+    ['run', f'--config={TINY}'],
+    ['compare', f'--config={ROOT}/configs/compare_digits.py'],
+    ['cache-teacher', f'--config={TINY}'],
+    [
+      'compress',
+      f'--recipe={ROOT}/configs/compress.py',
+      '--model=nothing.safetensors',
+      '--budget=1 KB',
+    ],
+  ],
+  ids=lambda words: words[0],
+)
+def test_every_command_that_trains_keeps_programs(
+  words, tmp_path, monkeypatch, restored
+):
+  """Before anything else: what follows is not made here."""
+  monkeypatch.setattr(commands, '_agree', lambda *_, **__: 1 / 0)
+  place = str(tmp_path / 'programs')
+  words = [*words, f'--workdir={tmp_path / "run"}', f'--compile_cache={place}']
+  with pytest.raises(ZeroDivisionError):
+    cli.main(words)
+  assert jax.config.jax_compilation_cache_dir == place
