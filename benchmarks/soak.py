@@ -205,8 +205,7 @@ def soak(cycles: int, seed: int, directory: pathlib.Path) -> Soaked:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         wrong.append(
-          f'cycle {ended}: SIGTERM did not end the process:\n\n'
-          f'```\n{(run / "log").read_text()[-8000:]}\n```'
+          f'cycle {ended}: SIGTERM did not end the process.{_log(run)}'
         )
         break
       ended += 1
@@ -218,8 +217,7 @@ def soak(cycles: int, seed: int, directory: pathlib.Path) -> Soaked:
     else:
       allowed = ()
     if code not in (0, -signal.SIGKILL, *allowed):
-      last = (run / 'log').read_text().strip().splitlines()[-1:]
-      wrong.append(f'cycle {ended}: exit code {code}: {" ".join(last)}')
+      wrong.append(f'cycle {ended}: exit code {code}.{_log(run)}')
     if (run / RESULT).exists():
       counts['trainings that came to their end'] += 1
       if (run / RESULT).read_bytes() != expected:
@@ -239,6 +237,11 @@ def undisturbed(directory: pathlib.Path) -> tuple[bytes, float]:
     if code != 0:
       raise RuntimeError((path / 'log').read_text())
   return (path / RESULT).read_bytes(), time.monotonic() - begun
+
+
+def _log(run: pathlib.Path) -> str:
+  """The end of what a process printed, as a block of Markdown."""
+  return f'\n\n```\n{(run / "log").read_text()[-8000:]}\n```\n'
 
 
 def _name(code: int, term: bool) -> str:
