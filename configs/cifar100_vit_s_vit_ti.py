@@ -18,12 +18,10 @@ takes seconds.
   student        2,710,948             182,866,944
 """
 
-import pathlib
-import runpy
-
 import ml_collections
 
-_DIGITS = pathlib.Path(__file__).with_name('digits.py')
+from kd_jax import defaults
+
 _STATISTICS = {
   'mean': (0.5071, 0.4867, 0.4408),
   'std': (0.2675, 0.2565, 0.2761),
@@ -32,8 +30,8 @@ _STATISTICS = {
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """The recipe; `variant` is '' or 'tiny'."""
-  config = runpy.run_path(str(_DIGITS))['get_config'](variant)
-  tiny = variant == 'tiny'
+  tiny = defaults.is_tiny(variant)
+  config = defaults.get_config(tiny=tiny)
   config.data.update(_STATISTICS)
   config.data.name = 'cifar100'
   config.data.crop_padding = 4
@@ -47,7 +45,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     part.model = ml_collections.ConfigDict(
       shape | {'width': width, 'heads': heads}
     )
-  for stage in ('teacher', 'alone', 'distill', 'compress'):
+  for stage in defaults.TRAINED:
     train = config[stage].train
     train.epochs = 1 if tiny else 60 if stage == 'compress' else 200
     train.batch_size = 16 if tiny else 256

@@ -5,7 +5,7 @@
   kd-jax evaluate --workdir runs/wrn_40_2_wrn_16_2
 
 `cifar100_wrn_40_2_wrn_16_2.py:crd` distils by CRD, `:tiny` runs every stage in
-about a minute. Recipe, variants and data: `cifar100.py`.
+about a minute. Recipe, variants, data: `kd_jax.published`.
 
 Expected top-1 accuracy of the test split in percent. Public benchmark of Tian
 et al., last epoch:
@@ -24,17 +24,14 @@ multiply-accumulates: 6.31e13 for an epoch of 49,984 images, 1.51e16 for 240.
 The teacher's own training and the student's alone cost 2 x 3 x theirs.
 """
 
-import pathlib
-import runpy
-
 import ml_collections
 
-_SHARED = pathlib.Path(__file__).with_name('cifar100.py')
+from kd_jax import published
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  """The pair's recipe; see `cifar100.py` for the variants."""
-  return runpy.run_path(str(_SHARED))['recipe'](
+  """The pair's recipe; see `kd_jax.published` for the variants."""
+  return published.recipe(
     variant,
     teacher={'name': 'wrn_40_2'},
     student={'name': 'wrn_16_2'},

@@ -12,72 +12,15 @@ FSP is missing, which needs equal widths of teacher and student.
 `configs/compare_digits.py:tiny` takes seconds and three methods.
 """
 
-import importlib.util
-import pathlib
-
 import ml_collections
 
-
-def _digits():
-  # Configurations are files, not modules of a package.
-  path = pathlib.Path(__file__).with_name('digits.py')
-  spec = importlib.util.spec_from_file_location('digits', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-METHODS = (
-  'alone',
-  'label_smoothing',
-  'teacher_free',
-  'kd',
-  'logit_mse',
-  'logit_huber',
-  'reverse_kl',
-  'jensen_shannon',
-  'skew_kl',
-  'hard',
-  'top_k',
-  'dkd',
-  'nkd',
-  'dist',
-  'logit_standardization',
-  'mlkd',
-  'fitnet',
-  'at',
-  'nst',
-  'vid',
-  'ab',
-  'ft',
-  'ofd',
-  'review',
-  'mgd',
-  'srrl',
-  'cat',
-  'kdpp',
-  'simkd',
-  'rkd',
-  'sp',
-  'pkt',
-  'cc',
-  'crd',
-  'crd_kd',
-  'saliency',
-  'sobolev',
-  'jacobian',
-  'self',
-  'mean_teacher',
-  'dml',
-  'born_again',
-  'label_free',
-)
+from kd_jax import defaults
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """The comparison; `variant` is '' or 'tiny'."""
-  config = _digits().get_config(variant)
-  tiny = variant == 'tiny'
+  tiny = defaults.is_tiny(variant)
+  config = defaults.comparison(tiny=tiny)
   config.teacher.model = ml_collections.ConfigDict(
     {'name': 'cnn', 'widths': (8, 8) if tiny else (32, 64, 128)}
   )
@@ -91,13 +34,6 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     part.train.evaluate_every_epochs = 100
   config.distill.train.batch_size = 32
   config.teacher.train.batch_size = 32
-  config.methods = ('alone', 'kd', 'at') if tiny else METHODS
-  config.seeds = 2 if tiny else 5
-  # Factors of a method's published weights, of which the one with the best
-  # accuracy on the validation split of the first seed is used.
-  config.scales = (1.0,) if tiny else (1.0, 0.1, 0.01)
-  # Options of a method's terms that differ from the published ones:
-  # method -> term -> options.
   config.overrides = ml_collections.ConfigDict(
     {
       # 16384 negatives are for 50000 images.
@@ -105,6 +41,4 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       'crd_kd': {'contrastive': {'negatives': 256}},
     }
   )
-  # Steps whose time is measured, of every method in turns.
-  config.timing = ml_collections.ConfigDict({'runs': 2 if tiny else 30})
   return config

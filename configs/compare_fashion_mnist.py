@@ -16,28 +16,29 @@ fewer of everything: `--config.methods="('alone', 'kd', 'at')"
 `configs/compare_fashion_mnist.py:tiny` takes seconds and three methods.
 """
 
-import pathlib
-import runpy
-
 import ml_collections
 
-_DIGITS = pathlib.Path(__file__).with_name('compare_digits.py')
+from kd_jax import defaults
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """The comparison; `variant` is '' or 'tiny'."""
-  config = runpy.run_path(str(_DIGITS))['get_config'](variant)
-  tiny = variant == 'tiny'
+  tiny = defaults.is_tiny(variant)
+  config = defaults.comparison(tiny=tiny)
   config.data.name = 'fashion_mnist'
   config.data.crop_padding = 2
   config.data.flip = True
   config.data.train_examples = 64 if tiny else 0
   config.overrides = ml_collections.ConfigDict()
-  if not tiny:
-    config.teacher.model = ml_collections.ConfigDict({'name': 'resnet20'})
-    config.student.model = ml_collections.ConfigDict({'name': 'resnet8'})
+  if tiny:
+    config.teacher.model = {'name': 'cnn', 'widths': (8, 8)}
+    config.student.model = {'name': 'cnn', 'widths': (2, 4)}
+  else:
+    config.teacher.model = {'name': 'resnet20'}
+    config.student.model = {'name': 'resnet8'}
     config.methods = (*config.methods, 'fsp')
   for part in (config.teacher, config.distill):
     part.train.epochs = 1 if tiny else 30
     part.train.batch_size = 32 if tiny else 128
+    part.train.evaluate_every_epochs = 100
   return config

@@ -10,41 +10,16 @@ trained with the uncompressed network as their teacher. Cost: `search.finalists`
 trainings of `compress.train`. `configs/compress.py:tiny` learns nothing.
 """
 
-import importlib.util
-import pathlib
-
 import ml_collections
+
+from kd_jax import defaults
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """The recipe; `variant` is '' or 'tiny'."""
-  path = pathlib.Path(__file__).parent / 'digits.py'
-  spec = importlib.util.spec_from_file_location('digits', path)
-  digits = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(digits)
-  config = digits.get_config(variant)
-  tiny = variant == 'tiny'
-  config.compress.teacher = 'student'
-  config.compress.prune.sparsity = 0.0
-  config.compress.quantize.freeze = '80%'
-  config.search = ml_collections.ConfigDict(
-    {
-      # Set by --model, --stage and --budget.
-      'model': '',
-      'stage': 'distill',
-      'budget': '',
-      # Shares of the units to remove.
-      'channels': (0.0, 0.5) if tiny else (0.0, 0.25, 0.5, 0.75),
-      # Rounds the channels that a layer keeps up to a multiple.
-      'multiple_of': 1,
-      # Formats of the weights; mixed gives each kernel 8 or 4 bits.
-      'weights': ('int8', 'mixed', 'int4'),
-      # How many candidates are trained.
-      'finalists': 1 if tiny else 3,
-      # Batches to quantize with before training, and to measure with.
-      'calibration_batches': 2 if tiny else 8,
-      # Images a call, where latency is measured.
-      'latency_batch': 1,
-    }
-  )
+  tiny = defaults.is_tiny(variant)
+  config = defaults.search(tiny=tiny)
+  # Of a network that is read from a file.
+  widths = (8,) if tiny else (16, 32, 64)
+  config.student.model = {'name': 'cnn', 'widths': widths}
   return config

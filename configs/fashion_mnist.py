@@ -9,26 +9,15 @@ the README gives the result and the wall time. On an accelerator raise the
 four `epochs`. `configs/fashion_mnist.py:tiny` takes seconds.
 """
 
-import importlib.util
-import pathlib
-
 import ml_collections
 
-
-def _digits():
-  # Configurations are files, not modules of a package.
-  path = pathlib.Path(__file__).with_name('digits.py')
-  spec = importlib.util.spec_from_file_location('digits', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+from kd_jax import defaults
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  """The recipe of `digits.py` with other data, models and schedules."""
-  digits = _digits()
-  config = digits.get_config(variant)
-  tiny = variant == 'tiny'
+  """The recipe; `variant` is '' or 'tiny'."""
+  tiny = defaults.is_tiny(variant)
+  config = defaults.get_config(tiny=tiny)
   config.data.name = 'fashion_mnist'
   config.data.crop_padding = 1
   config.data.flip = True
@@ -38,7 +27,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.student.model = ml_collections.ConfigDict(
     {'name': 'resnet', 'depth': 8, 'width': 2 if tiny else 6}
   )
-  for stage in ('teacher', 'alone', 'distill', 'compress'):
+  for stage in defaults.TRAINED:
     train = config[stage].train
     epochs = 3 if stage == 'teacher' else 8
     train.epochs = 1 if tiny else epochs

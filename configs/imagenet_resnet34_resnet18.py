@@ -15,10 +15,11 @@ which is ImageNet's validation split.
 Recipe: `imagenet` of `kd_jax.methods`, 100 epochs of SGD in batches of 256, a
 rate of 0.1 that falls to a tenth after 30, 60 and 90, L2 1e-4 on every
 parameter, KD with weights 0.5 and 0.5 at T = 1, no image held out. Variants
-are those of `cifar100.py`; the weights of dkd, review, cat and the temperature
-of dist are published for ImageNet, those of other methods for CIFAR-100. CRD
-wants labels by number, which streamed images have not. The later stages, which
-are ours, prune and quantize in 20 more epochs. `:tiny` takes a minute.
+are those of `kd_jax.published`; the weights of dkd, review, cat and the
+temperature of dist are published for ImageNet, those of other methods for
+CIFAR-100. CRD wants labels by number, which streamed images have not. The later
+stages, which are ours, prune and quantize in 20 more epochs. `:tiny` takes a
+minute.
 
 Expected top-1 accuracy in percent, as first published: teacher 73.31, alone
 69.76, kd 70.66, at 70.70, ft 71.43, review 71.61, dkd 71.70, srrl 71.73, nkd
@@ -34,19 +35,16 @@ multiply-accumulates: 2.33e16 for an epoch of 1,281,024 images, 2.33e18 for 100.
 The student's own training costs 2 x 3 x its.
 """
 
-import pathlib
-import runpy
-
 import ml_collections
 
-_SHARED = pathlib.Path(__file__).with_name('cifar100.py')
+from kd_jax import defaults, published
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  """The recipe of `cifar100.py` by ImageNet's protocol."""
+  """The recipe of `kd_jax.published` by ImageNet's protocol."""
   # An epoch of 100, where CIFAR's weights rise over 20 of 240.
   warm = {'until': 1 / 100}
-  config = runpy.run_path(str(_SHARED))['recipe'](
+  config = published.recipe(
     variant,
     protocols=('imagenet',),
     teacher={'name': 'resnet34'},
@@ -79,7 +77,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     config.data.image_size = 32
   else:
     config.compress.train.epochs = 20
-  for stage in ('teacher', 'alone', 'distill', 'compress'):
+  for stage in defaults.TRAINED:
     # An epoch takes long: write a checkpoint after each.
     config[stage].train.evaluate_every_epochs = 1
   return config

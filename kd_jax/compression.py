@@ -63,7 +63,7 @@ class Compression:
     quantization: its grids, and when they are used.
 
   Args:
-    recipe: with the fields `prune` and `quantize` of `configs/digits.py`.
+    recipe: with the fields `prune` and `quantize` of `kd_jax.defaults`.
     model: the linen module; it is not edited.
     variables: its trained variables, where compression starts.
     batch: pre-processed; its values are read where ranges are learned by

@@ -116,7 +116,7 @@ def make_step(
   Args:
     run: the run.
     key: names the random key of the objective's parameters.
-    c: how long and with which optimizer; a `training` of `configs/digits.py`.
+    c: how long and with which optimizer; a `training` of `kd_jax.defaults`.
     objective: what to minimise.
     student: the network.
     teacher: of the objective, if it has one.

@@ -19,7 +19,7 @@ class Method(NamedTuple):
     terms: for `make_objective`.
     weights: who chose the weights: 'paper', 'code' (its authors' or the CRD
       benchmark's for CIFAR-100), or 'ours' where publications leave them open.
-    scheme: changes to the run besides the terms; see `configs/digits.py`.
+    scheme: changes to the run besides the terms; see `kd_jax.defaults`.
   """
 
   title: str
@@ -321,7 +321,7 @@ class Protocol(NamedTuple):
   Attributes:
     title: in words.
     source: paper or code.
-    train: fields of a `training` of `configs/digits.py`.
+    train: fields of a `training` of `kd_jax.defaults`.
     data: fields of `config.data`.
     method: of `METHODS`, the one that the protocol was published with.
     terms: that method as the protocol uses it, for `terms.make_objective`.

@@ -105,7 +105,7 @@ def plan(
   """Compiles the train step of a configuration and reads what it costs.
 
   Args:
-    config: see `configs/digits.py`.
+    config: see `kd_jax.defaults`.
     topology: such as 'v5e:16x16'; '' for the devices of this process.
     stage: of `rehearsal.STAGES`.
     alternatives: of `ALTERNATIVES`, each compiled too.

@@ -37,7 +37,7 @@ class Pruning:
     removes: whether what is pruned leaves the arrays at the end.
 
   Args:
-    recipe: the field `prune` of `configs/digits.py`.
+    recipe: the field `prune` of `kd_jax.defaults`.
     model: the linen module.
     variables: its trained variables.
     batch: pre-processed; its values are read where residual blocks leave.

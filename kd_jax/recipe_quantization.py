@@ -31,7 +31,7 @@ class Quantization:
     learned: '' for ranges that are observed, or 'lsq' or 'pact'.
 
   Args:
-    recipe: the field `quantize` of `configs/digits.py`.
+    recipe: the field `quantize` of `kd_jax.defaults`.
     model: the linen module.
     variables: its trained variables.
     batch: pre-processed; its values are read where ranges are learned.

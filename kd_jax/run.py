@@ -65,7 +65,7 @@ class Run:
   """What the stages of one run share.
 
   Args:
-    config: see `configs/digits.py` for the fields.
+    config: see `kd_jax.defaults` for the fields.
     workdir: opened for that configuration.
     like: a run of the same data, whose images in memory are used.
     devices: of the mesh; all of them when None.

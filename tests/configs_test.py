@@ -13,12 +13,7 @@ from kd_jax import adapters, methods, models, workdir
 from kd_jax.report import measure
 
 DIRECTORY = pathlib.Path(__file__).parent.parent / 'configs'
-# Others hold what several share.
-CONFIGS = sorted(
-  path
-  for path in DIRECTORY.glob('*.py')
-  if 'get_config' in runpy.run_path(str(path))
-)
+CONFIGS = sorted(DIRECTORY.glob('*.py'))
 # The tables of Tian et al., arXiv:1910.10699, as its public benchmark prints
 # them, and of later publications; a column for each pair.
 PAIRS = {

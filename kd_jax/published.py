@@ -1,12 +1,14 @@
-"""CIFAR-100 as published distillation results are obtained; no run by itself.
+"""Published distillation results as configurations: protocols for pairs.
 
-Shared by `cifar100_<teacher>_<student>.py`, which name two networks of the
-benchmark of Tian et al., "Contrastive Representation Distillation", 2020,
-arXiv:1910.10699. Teacher, student alone and distilled student follow one
-protocol, `crd2020` of `kd_jax.methods`: 240 epochs of SGD in batches of 64, a
-rate of 0.05 (0.01 for MobileNet and ShuffleNet students) that falls to a tenth
-after 150, 180 and 210, momentum 0.9, L2 5e-4 on every parameter, shifts by up
-to 4 pixels and mirroring, the published mean and deviation, last epoch.
+Owns what the words after the colon of `configs/cifar100_*.py` and
+`configs/imagenet_*.py` mean; the numbers of protocols and methods are those of
+`methods`. A pair is two networks of the benchmark of Tian et al., "Contrastive
+Representation Distillation", 2020, arXiv:1910.10699. Teacher, student alone and
+distilled student follow one protocol, `crd2020` of `kd_jax.methods`: 240 epochs
+of SGD in batches of 64, a rate of 0.05 (0.01 for MobileNet and ShuffleNet
+students) that falls to a tenth after 150, 180 and 210, momentum 0.9, L2 5e-4 on
+every parameter, shifts by up to 4 pixels and mirroring, the published mean and
+deviation, last epoch.
 
 Variants are words after a colon, with commas between:
 
@@ -40,16 +42,12 @@ Data: TFDS `cifar100`; `--config.data.data_dir=DIR` names a directory that
 holds it prepared, otherwise TFDS downloads it (`kd_jax[tfds]`).
 """
 
-import pathlib
-import runpy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from kd_jax import methods
-
-_DIGITS = pathlib.Path(__file__).with_name('digits.py')
+from kd_jax import defaults, methods
 
 
 class Variant(NamedTuple):
@@ -125,7 +123,7 @@ def recipe(
   tiny = chosen.tiny
   published = methods.protocol(chosen.protocol)
   teachers = methods.protocol(protocols[0])
-  config = runpy.run_path(str(_DIGITS))['get_config']('tiny' if tiny else '')
+  config = defaults.get_config(tiny=tiny)
 
   config.data.update(published.data)
   config.data.name = 'cifar100'
@@ -135,7 +133,7 @@ def recipe(
 
   config.teacher.model = tiny_teacher if tiny else teacher
   config.student.model = tiny_student if tiny else student
-  for stage in ('teacher', 'alone', 'distill', 'compress'):
+  for stage in defaults.TRAINED:
     source = published if stage in ('alone', 'distill') else teachers
     config[stage].train.update(source.train)
     # Where checkpoints are written.
@@ -162,7 +160,7 @@ def recipe(
   if chosen.method == 'ab':
     _train_before(config.distill.train, epochs=30)
   if tiny:
-    for stage in ('teacher', 'alone', 'distill', 'compress'):
+    for stage in defaults.TRAINED:
       config[stage].train.update({'epochs': 1, 'batch_size': 16})
 
   goal, kd = accuracies
