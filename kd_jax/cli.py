@@ -359,20 +359,12 @@ def _define_config(
     raise ValueError(
       f'kd-jax {command} needs --{flag}=FILE, such as {EXAMPLES[command]}.'
     )
-  if path.endswith('.json'):
-    config = _stored_config(path)
-    _check_overrides(flag, config, words)
-    _remove(flag, words)
-    with _arguments(command, words):
-      config_flags.DEFINE_config_dict(flag, config, flag_values=values)
-    return
-  file = path.split(':')[0]
-  if not os.path.isfile(file):
-    raise ValueError(f'There is no configuration file {file!r}.')
-  _check_overrides(flag, _executed_config(path), words)
-  config_flags.DEFINE_config_file(
-    flag, None, 'configuration', flag_values=values, lock_config=True
-  )
+  stored = path.endswith('.json')
+  config = _stored_config(path) if stored else _executed_config(path)
+  _check_overrides(flag, config, words)
+  _remove(flag, words)
+  with _arguments(command, words):
+    config_flags.DEFINE_config_dict(flag, config, flag_values=values)
 
 
 def _started(words: list[str]) -> bool:
@@ -398,6 +390,8 @@ def _executed_config(path: str) -> Any:
   import runpy  # noqa: PLC0415
 
   file, *variant = path.split(':', 1)
+  if not os.path.isfile(file):
+    raise ValueError(f'There is no configuration file {file!r}.')
   return runpy.run_path(file)['get_config'](*variant)
 
 

@@ -1,0 +1,78 @@
+"""The files of the README's section "Extend it": one run with all of them."""
+
+import pathlib
+import re
+
+import pytest
+
+from kd_jax import cli, models, recipe_words, terms
+from kd_jax.report import read_report
+from kd_jax.workdir import read_json
+
+ROOT = pathlib.Path(__file__).parent.parent
+SECTION = re.search(
+  r'\n## Extend it\n(.*?)\n## ', (ROOT / 'README.md').read_text(), re.DOTALL
+)[1]
+FILES = {
+  re.match(r'"""(\w+\.py)', text)[1]: text
+  for text in re.findall(r'```python\n(.*?)```', SECTION, re.DOTALL)
+}
+# Takes from each file what it sets, as one configuration.
+TOGETHER = """
+import pathlib
+import runpy
+
+from kd_jax import defaults
+
+
+def overlay(config, own, default):
+  for name, value in own.items():
+    if value == default.get(name):
+      continue
+    if isinstance(value, dict) and name not in ('terms', 'model'):
+      overlay(config[name], value, default[name])
+    else:
+      config[name] = value
+
+
+def get_config():
+  config = defaults.get_config(tiny=True)
+  config.teacher.model = {'name': 'mlp', 'hidden': (16,)}
+  for path in sorted(pathlib.Path(__file__).parent.glob('my_*.py')):
+    own = runpy.run_path(str(path))['get_config']()
+    overlay(config, own.to_dict(), defaults.get_config().to_dict())
+  return config
+"""
+
+
+def test_there_is_a_file_for_each_kind():
+  kinds = ('loss', 'model', 'data', 'score', 'observer')
+  assert sorted(FILES) == sorted(f'my_{kind}.py' for kind in kinds)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('quick_compilation')
+def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
+  for name, text in {**FILES, 'together.py': TOGETHER}.items():
+    (tmp_path / name).write_text(text)
+  # What the files register goes when this test ends.
+  monkeypatch.setitem(terms.TERMS, 'cosine', None)
+  monkeypatch.setitem(models.MODELS, 'shallow', None)
+  monkeypatch.setitem(recipe_words.SCORES, 'brain_damage', None)
+  monkeypatch.setitem(recipe_words.OBSERVERS, 'three_sigma', None)
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
+  workdir = tmp_path / 'run'
+  arguments = [f'--config={tmp_path / "together.py"}', f'--workdir={workdir}']
+  assert cli.main(['run', *arguments]) == 0
+
+  config = read_json(workdir / 'config.json')
+  assert config['student']['model'] == {'name': 'shallow', 'width': 32}
+  assert config['compress']['prune']['score'] == 'brain_damage'
+  assert config['compress']['quantize']['observer'] == 'three_sigma'
+  (last,) = read_json(workdir / 'distill' / 'result.json')['history']
+  assert last['loss/cosine'] > 0
+  report = read_report(workdir / 'report')
+  assert report['dataset']['classes'] == ['left', 'right']
+  rows = {row['name']: row for row in report['models']}
+  pruned = rows['pruned + int8 fake-quant']
+  assert pruned['nonzero_parameters'] < 0.25 * pruned['parameters']
