@@ -41,8 +41,7 @@ StudentFn = Callable[..., Forward]
 TeacherFn = Callable[[Variables, Batch], Forward]
 
 
-@flax.struct.dataclass
-class ObjectiveState:
+class ObjectiveState(flax.struct.PyTreeNode):
   """What an objective owns: it trains beside the student, never in it.
 
   Attributes:
@@ -56,8 +55,7 @@ class ObjectiveState:
   opt_state: Any
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """Everything a train step reads and writes; arrays only, no functions.
 
   Attributes:
