@@ -206,9 +206,7 @@ def contrastive(
   return Objective(init, apply, base.read_taps(student, teacher))
 
 
-def _uniform(
-  key: jax.Array, shape: tuple[int, ...], bound: float
-) -> jax.Array:
+def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
   return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
