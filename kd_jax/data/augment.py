@@ -111,7 +111,8 @@ def make_preprocess(
     if train and (crop_padding or flip):
       _check_keys(batch)
       image = jax.vmap(augment)(image, batch['id'], batch['epoch'])
-    image, mixed = image.astype(jnp.float32), {}
+    image = image.astype(jnp.float32)
+    mixed: dict[str, jax.Array] = {}
     if train and mixup:
       _check_keys(batch)
       image, mixed = _mix(image, batch, alpha=mixup, seed=seed)
