@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.data.sources import ImageData
+from kd_jax.data.sources import ImageData, Images
 from kd_jax.types import Batch
 
 _CHUNK = 1024
@@ -243,7 +243,7 @@ def _mix(
 
 
 def channel_statistics(
-  data: ImageData,
+  data: Images,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Mean and standard deviation of every channel, of pixels in 0..1.
 
