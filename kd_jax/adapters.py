@@ -25,6 +25,32 @@ LinenModule = nn.Module
 _QUICKLY = {'xla_backend_optimization_level': 1}
 
 
+class LinenForward:
+  """A `types.StudentFn` of a linen module, see `from_linen`.
+
+  Attributes:
+    intercepted: `(*outer) -> LinenForward`, the same forward with more
+      interceptors before the others.
+  """
+
+  def __init__(
+    self, forward: StudentFn, intercepted: Callable[..., 'LinenForward']
+  ):
+    self._forward = forward
+    self.intercepted = intercepted
+
+  def __call__(
+    self,
+    variables: Variables,
+    batch: Batch,
+    rng: jax.Array | None = None,
+    *,
+    train: bool = False,
+  ) -> Forward:
+    """What the module returns for one batch."""
+    return self._forward(variables, batch, rng, train=train)
+
+
 def from_linen(
   model: nn.Module,
   *,
@@ -35,7 +61,7 @@ def from_linen(
   train_argument: str | None = 'train',
   dtype: str | None = None,
   remat: str = '',
-) -> StudentFn:
+) -> LinenForward:
   """A forward of any linen module, without editing it.
 
   Args:
@@ -155,8 +181,7 @@ def from_linen(
       remat=remat,
     )
 
-  forward.intercepted = intercepted
-  return forward
+  return LinenForward(forward, intercepted)
 
 
 def _entry(batch: Batch, key: str) -> jax.Array:
@@ -233,7 +258,7 @@ def _recomputed(pattern: str, found: set[str]) -> Interceptor:
     def call(module, *arrays):
       given = iter(arrays)
       filled = [next(given) if t else x for t, x in zip(traced, leaves)]
-      args, kwargs = structure.unflatten(filled)
+      args, kwargs = jax.tree.unflatten(structure, filled)
       return module(*args, **kwargs)
 
     inside.append(path)
@@ -354,11 +379,11 @@ def from_nnx(
     >>> forward(variables, {'image': jax.numpy.ones((2, 4))}).output.shape
     (2, 3)
   """
-  graphs = {}
+  graphs: dict[str, Any] = {}
   for mode in ('train', 'eval'):
     twin = nnx.clone(model)
     getattr(twin, mode)()
-    graphs[mode], params_like, rest_like = nnx.split(twin, nnx.Param, ...)
+    graphs[mode], params_like, rest_like = _split(twin)
   variables = {'params': nnx.to_pure_dict(params_like)}
   if jax.tree.leaves(rest_like):
     variables['model_state'] = nnx.to_pure_dict(rest_like)
@@ -372,11 +397,18 @@ def from_nnx(
     output = module(_entry(batch, image))
     state = {k: v for k, v in variables.items() if k != 'params'}
     if train and state:
-      rest = nnx.split(module, nnx.Param, ...)[2]
+      _, _, rest = _split(module)
       state = {'model_state': nnx.to_pure_dict(rest)}
     return Forward(output, {}, state)
 
   return forward, variables
+
+
+def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
+  """A module's graph, its parameters, and the rest of its state."""
+  graph, params, *others = nnx.split(module, nnx.Param, ...)
+  [rest] = others
+  return graph, params, rest
 
 
 def _filled(like: nnx.State, values: Any) -> nnx.State:

@@ -7,13 +7,14 @@ import datetime
 import functools
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from kd_jax import deploy, guard, origin, terms, weights
@@ -32,6 +33,8 @@ TRAINED = {
   'compress': 'pruned + int8 fake-quant',
 }
 BATCHES = (1, 32)
+# (raw batch) -> output
+Apply = Callable[[Mapping[str, Any]], Any]
 
 
 def has_onnx() -> bool:
@@ -39,23 +42,26 @@ def has_onnx() -> bool:
   return all(find_spec(name) for name in ('onnx', 'onnxruntime'))
 
 
-def exported(directory: Path) -> dict[str, Callable[[Mapping], np.ndarray]]:
-  """The exports in a directory: name -> `(raw batch) -> output`."""
+def exported(directory: Path) -> dict[str, Apply]:
+  """The exports in a directory, by name."""
   found = {}
   if (directory / 'stablehlo').exists():
     artefact = load_stablehlo(directory / 'stablehlo')
-    predict = artefact.predict  # exported for one device
-    found['StableHLO int8'] = lambda b, f=predict: f(np.asarray(b['image']))
+    found['StableHLO int8'] = _of_batch(artefact.predict)
   path = directory / 'student.int8.onnx'
   if path.exists() and has_onnx():
-    predict = onnx.load_onnx(path)
-    found['ONNX int8'] = lambda batch: predict(np.asarray(batch['image']))
+    found['ONNX int8'] = _of_batch(onnx.load_onnx(path))
   return found
+
+
+def _of_batch(predict: Callable[[np.ndarray], Any]) -> Apply:
+  # Exports are for one device, whatever the batch lies on.
+  return lambda batch: predict(np.asarray(batch['image']))
 
 
 def networks(run: Run) -> dict[str, Network]:
   """The networks in JAX of the finished stages, by stage."""
-  make = {
+  make: dict[str, Callable[[], Network]] = {
     'teacher': run.teacher,
     'alone': functools.partial(run.student, 'alone'),
     'distill': functools.partial(run.student, 'distill'),
@@ -65,9 +71,11 @@ def networks(run: Run) -> dict[str, Network]:
   return {s: f() for s, f in make.items() if run.workdir.done(s)}
 
 
-def applies(run: Run) -> dict[str, Callable[[Mapping], Any]]:
-  """name -> `(raw batch) -> output` of everything that the run made."""
-  found = {n.name: run.apply(n) for n in networks(run).values()}
+def applies(run: Run) -> dict[str, Apply]:
+  """Everything that the run made, by name."""
+  found: dict[str, Apply] = {
+    n.name: run.apply(n) for n in networks(run).values()
+  }
   if run.workdir.done('export'):
     run.workdir.verify('export')
     found |= exported(run.workdir.stage('export'))
@@ -75,7 +83,7 @@ def applies(run: Run) -> dict[str, Callable[[Mapping], Any]]:
 
 
 def scores(
-  run: Run, found: Mapping[str, Callable[[Mapping], Any]], split: str
+  run: Run, found: Mapping[str, Apply], split: str
 ) -> dict[str, dict[str, float]]:
   """name -> metrics of everything found, compared with the teacher."""
   if 'teacher' not in found:
@@ -160,12 +168,14 @@ def _models(run: Run) -> list[dict[str, Any]]:
   return rows
 
 
-def _latency(run, found):
+def _latency(
+  run: Run, found: Mapping[str, Apply]
+) -> dict[str, dict[str, dict[str, float]]]:
   test = run.splits['test']
   images = test.read(np.arange(min(max(BATCHES), len(test))))['image']
   return {
     str(size): measure.latencies(
-      {n: lambda x, f=f: f({'image': x}) for n, f in found.items()},
+      {name: measure.of_images(f) for name, f in found.items()},
       np.resize(images, (size, *images.shape[1:])),
     )
     for size in BATCHES
@@ -204,9 +214,11 @@ def _curves(run: Run) -> dict[str, Any]:
   }
 
 
-def _curve(history: list[dict[str, float]]) -> dict[str, list[float]]:
+def _curve(
+  history: Sequence[Mapping[str, float]],
+) -> dict[str, list[float | None]]:
   evaluated = [row for row in history if 'eval/accuracy' in row]
-  curve = {
+  curve: dict[str, list[float | None]] = {
     'step': [row['step'] for row in history],
     # None where every step was dropped.
     'loss': [row.get('loss/total') for row in history],
@@ -344,8 +356,8 @@ def _protocol(run: Run) -> list[str]:
   ]
 
 
-def _scheme(scheme) -> str:
-  default = ({}, 1, False, 0.0)
+def _scheme(scheme: ml_collections.ConfigDict) -> str:
+  default: tuple[Any, ...] = ({}, 1, False, 0.0)
   changed = {
     key: value
     for key, value in scheme.to_dict().items()

@@ -90,7 +90,7 @@ def make_form(
     features: the taps that students read.
   """
   c = run.config
-  members = ()
+  members: tuple[str, ...] = ()
   if c.teacher.others and c.teacher.space == 'losses':
     members = tuple(f'{name}/output' for name in ('teacher', *c.teacher.others))
   return data.Form(dtype, top_k, _temperature(c), (*members, *features))

@@ -17,7 +17,7 @@ import numpy as np
 from kd_jax import adapters, data, deploy, prune, quantize
 from kd_jax import rules as rules_lib
 from kd_jax.compression import Compression, Converted
-from kd_jax.recipe_words import SPECS
+from kd_jax.recipe_words import INTEGER_WEIGHTS, SPECS
 from kd_jax.report import measure
 from kd_jax.run import Network, Run
 from kd_jax.weights import save_weights
@@ -104,7 +104,8 @@ def price(
   if 'mixed' in formats and 'int8' not in formats[: formats.index('mixed')]:
     raise ValueError("search.weights: 'mixed' needs 'int8' before it.")
   shares = sorted({float(s) for s in run.config.search.channels})
-  rows, candidates = {}, {}
+  rows: dict[str, dict[str, Any]] = {}
+  candidates: dict[str, Candidate] = {}
   measured = _sensitivities(run, model, dense.variables, batches, {})
   sensitivity = [[row.path, row.option.bits, row.loss] for row in measured]
   for share in shares:
@@ -145,11 +146,11 @@ def calibration(run: Run) -> list[Any]:
 
 def _sensitivities(run, model, variables, batches, overrides):
   """The loss of 8 and of 4 bits, for one kernel at a time."""
-  specs = [SPECS['weights'][name] for name in ('int8', 'int4')]
+  options = quantize.weight_options(INTEGER_WEIGHTS.values())
   interceptors = (prune.resized(overrides),)
   forward = deploy.evaluation(model, interceptors=interceptors)(_unchanged)
   return quantize.sensitivity(
-    forward, variables, batches, _kernels(run), quantize.weight_options(specs)
+    forward, variables, batches, _kernels(run), options
   )
 
 
@@ -296,7 +297,7 @@ def _latencies(run: Run, dense: Network, candidates: Mapping[str, Candidate]):
   }
   applies['dense'] = run.apply(dense)
   return measure.latencies(
-    {n: lambda x, f=f: f({'image': x}) for n, f in applies.items()},
+    {name: measure.of_images(f) for name, f in applies.items()},
     np.resize(images, (size, *images.shape[1:])),
   )
 

@@ -182,7 +182,9 @@ class Checkpoints:
     Does not wait for it; meant for every step of a training loop.
     """
     # Orbax keeps an error until somebody waits, here for nothing.
-    if self._due is not None and not self._manager.is_saving_in_progress():
+    if self._due is None or self._manager is None:
+      return
+    if not self._manager.is_saving_in_progress():
       self.wait()
 
   def wait(self) -> None:

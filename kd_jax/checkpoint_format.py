@@ -265,7 +265,7 @@ def digests(arrays: Mapping[str, Any]) -> dict[str, str]:
 
   def digest(x: Any) -> str:
     data = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(data.data).hexdigest()
 
   process, processes = jax.process_index(), jax.process_count()
   with futures.ThreadPoolExecutor() as pool:  # hashlib releases the GIL
@@ -281,10 +281,9 @@ def digests(arrays: Mapping[str, Any]) -> dict[str, str]:
 
 def sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
   """The sharding that a leaf of `like` asks for, if it does."""
-  sharding = getattr(leaf, 'sharding', None)
   if isinstance(leaf, jax.Array) and not leaf.committed:
-    return sharding if len(sharding.device_set) > 1 else None
-  return sharding
+    return leaf.sharding if len(leaf.sharding.device_set) > 1 else None
+  return getattr(leaf, 'sharding', None)
 
 
 def as_like(x: Any, leaf: Any, impl: str | None) -> Any:

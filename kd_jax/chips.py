@@ -206,11 +206,11 @@ def topology(name: str) -> Topology:
   return Topology(name, _devices(name, match[1], shape), CHIPS[match[1]], shape)
 
 
-def _devices(name, chip, shape):
+def _devices(name: str, chip: str, shape: Sequence[int]) -> Sequence[Any]:
   for key, value in _ENVIRONMENT.items():
     os.environ.setdefault(key, value)
   host = (*(min(2, n) for n in shape[:2]), 1)
-  options = {'chips_per_host_bounds': host}
+  options: dict[str, Any] = {'chips_per_host_bounds': host}
   if chip == 'v4':
     # Else its two cores are devices of their own, which they are to no one.
     options['chip_config_name'] = 'megacore'

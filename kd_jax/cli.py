@@ -372,7 +372,9 @@ def _started(words: list[str]) -> bool:
   from kd_jax import mirror  # noqa: PLC0415
 
   workdir = _value_of('workdir', words)
-  return bool(workdir) and (mirror.resolve(workdir) / 'config.json').exists()
+  if not workdir:
+    return False
+  return (mirror.resolve(workdir) / 'config.json').exists()
 
 
 def _stored_config(path: str) -> Any:

@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -161,7 +162,7 @@ def report(values: Any) -> int:
   return 0
 
 
-def _agree(config: dict[str, Any], **options: Any) -> None:
+def _agree(config: Mapping[str, Any], **options: Any) -> None:
   """Refuses processes that were not started alike, before anything is made."""
   settings = {
     key: value

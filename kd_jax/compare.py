@@ -118,7 +118,7 @@ def _best_scale(run: Run, name: str, scales: Sequence[float]) -> float:
     _ensure(run, name, scale)
     history = run.workdir.result(place(name, scale))['history']
     accuracy[scale] = history[-1]['eval/accuracy']
-  return max(scales, key=accuracy.get)
+  return max(scales, key=accuracy.__getitem__)
 
 
 def scaled_terms(name: str, scale: float) -> dict[str, dict[str, Any]]:
@@ -248,7 +248,12 @@ def _times(config, path) -> dict[str, dict[str, float]]:
     step, state, batch = train_step(run, name)
     steps[name] = lambda _, s=step, x=state, b=batch: s(x, b, rng)
   times = measure.latencies(steps, np.zeros(0), runs=config.timing.runs)
-  return hosts.on_first(lambda: write_json(stored, times) or times)
+
+  def kept():
+    write_json(stored, times)
+    return times
+
+  return hosts.on_first(kept)
 
 
 def _assemble(run, rows, times, chosen) -> dict[str, Any]:

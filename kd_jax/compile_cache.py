@@ -38,8 +38,9 @@ def enable(directory: str = '') -> str | None:
   if directory == OFF:
     jax.config.update('jax_enable_compilation_cache', False)
     return None
-  if not directory and jax.config.jax_compilation_cache_dir:
-    return jax.config.jax_compilation_cache_dir
+  told = jax.config.values['jax_compilation_cache_dir']
+  if not directory and told:
+    return told
   chosen = directory or str(default_directory())
   try:
     if '://' not in chosen:

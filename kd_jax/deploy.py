@@ -220,10 +220,23 @@ def post_training_quantize(
   Raises:
     ValueError: as `calibrated`.
   """
-  settings = {'observer': observer, 'weight_observer': weight_observer}
-  rules = {'weight_rules': weight_rules, 'activation_rules': activation_rules}
-  ready = calibrated(model, variables, batches, **rules, **settings, **options)
-  return quantize.convert(ready, weight_rules, activation_rules, **settings)
+  ready = calibrated(
+    model,
+    variables,
+    batches,
+    weight_rules=weight_rules,
+    activation_rules=activation_rules,
+    observer=observer,
+    weight_observer=weight_observer,
+    **options,
+  )
+  return quantize.convert(
+    ready,
+    weight_rules,
+    activation_rules,
+    observer=observer,
+    weight_observer=weight_observer,
+  )
 
 
 def fold(

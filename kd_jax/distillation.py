@@ -136,11 +136,12 @@ def make_objective(
       cache does not hold.
   """
   train = run.splits['train']
+  own = train.label if isinstance(train, data.ImageData) else None
   labels = None
   # Ids of other images are not those of the labels.
-  if isinstance(train, data.ImageData) and run.transfer is train:
+  if own is not None and run.transfer is train:
     labels = np.full(int(train.id.max()) + 1, -1, np.int32)
-    labels[train.id] = train.label
+    labels[train.id] = own
   c = run.config.teacher
   facts = terms_lib.Facts(
     student=student,

@@ -6,16 +6,14 @@ which is `data`, nor knows what a step does.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from kd_jax.profiling import Profile
-from kd_jax.types import Batch
-
-HostBatch = Mapping[str, np.ndarray]
+from kd_jax.types import Batch, BatchStream, HostBatch
 
 
 class Several(NamedTuple):
@@ -79,7 +77,7 @@ class Feed:
   """Reads the batch after the one in use, and moves it to the devices.
 
   Args:
-    batches: endless; with `get_state`.
+    batches: endless.
     put: moves one host batch to the devices, without waiting for it.
     counts: how many steps each dispatch has, see `dispatches`.
     several: needed where a count is more than 1.
@@ -88,7 +86,7 @@ class Feed:
 
   def __init__(
     self,
-    batches: Iterator[HostBatch],
+    batches: BatchStream,
     put: Callable[[HostBatch], Batch],
     counts: Iterator[int],
     several: Several | None = None,
@@ -115,6 +113,10 @@ class Feed:
     examples = sum(len(batch['id']) for batch in read) * jax.process_count()
     if count == 1:
       arrays = self._put(read[0])
+    elif self._several is None:
+      raise ValueError(
+        f'A dispatch of {count} steps needs `several`, which makes them.'
+      )
     else:
       stack = {k: np.stack([batch[k] for batch in read]) for k in read[0]}
       arrays = self._several.put(stack)
@@ -124,10 +126,16 @@ class Feed:
       self._profile.fetched(time.perf_counter() - begun, idle=idle)
 
   def take(self) -> Fed:
-    """The next batch; reads it now if that was not done before."""
+    """The next batch; reads it now if that was not done before.
+
+    Raises:
+      ValueError: if all dispatches were taken.
+    """
     if self._next is None:
       self.fetch()
     fed, self._next = self._next, None
+    if fed is None:
+      raise ValueError('There is no batch to take: all dispatches were.')
     self._state = fed.state
     return fed
 

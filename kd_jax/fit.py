@@ -33,7 +33,7 @@ from kd_jax.objectives import Objective
 from kd_jax.profiling import Profile
 from kd_jax.run import Network, Run
 from kd_jax.step import init_state, make_train_step, with_step
-from kd_jax.types import StudentFn, TrainState, Variables
+from kd_jax.types import StudentFn, TeacherFn, TrainState, Variables
 from kd_jax.weights import save_weights
 
 Result = dict[str, Any]
@@ -126,11 +126,14 @@ def make_step(
   tx = optim.average_params(tx, decay=c.average) if c.average else tx
   tx = student.wrap(tx)
   objective_tx = _optimizer(c, steps, '')
-  teacher_fn, variables, example = None, None, run.example
+  teacher_fn: TeacherFn | None = None
+  variables: Variables | None = None
+  example = run.example
   if teacher is not None and teacher.cache is not None:
     teacher.cache.check_epochs(c.epochs)
     teacher_fn, variables = teacher.cache.forward, {}
-    example = {**example, **teacher.cache.placeholder()}
+    stored = jax.tree.map(jnp.asarray, teacher.cache.placeholder())
+    example = {**example, **stored}
   elif teacher is not None:
     teacher_fn = teacher.make(taps=objective.taps.teacher)
     variables = teacher.variables

@@ -217,6 +217,10 @@ def package(source: str) -> Package:
       (path / 'kd_jax' / '__init__.py').read_text(),
       re.MULTILINE,
     )
+    if found is None:
+      raise ValueError(
+        f'--package={source} has no __version__ in kd_jax/__init__.py.'
+      )
     wheel = f'kd_jax-{found[1]}-py3-none-any.whl'
     pip = (sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps')
     build = Command('build', (*pip, '--wheel-dir=dist', source))

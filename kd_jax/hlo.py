@@ -135,9 +135,7 @@ def _group(line: str) -> int:
 
 
 def _bits(dtype: str) -> int:
-  if dtype == 'pred':
-    return 8
-  return int(re.search(r'\d+', dtype)[0]) if dtype[0] != 'c' else int(dtype[1:])
+  return 8 if dtype == 'pred' else int(re.findall(r'\d+', dtype)[0])
 
 
 def owned(

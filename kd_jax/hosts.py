@@ -77,20 +77,21 @@ def initialize(
       cluster cannot be joined, or JAX runs on the CPU beside an accelerator.
   """
   explicit = _explicit(coordinator, num_processes, process_id)
-  timeouts = {
-    # Ours is the one that ends with a sentence; JAX's aborts the process.
-    'initialization_timeout': initialization_timeout + 60,
-    'heartbeat_timeout_seconds': heartbeat_timeout,
-    'shutdown_timeout_seconds': heartbeat_timeout,
-  }
-  platforms = jax.config.jax_platforms
+
+  platforms = jax.config.values['jax_platforms']
   cluster = None if explicit else clusters.detect(platforms=platforms)
   if (explicit or cluster) and not jax.distributed.is_initialized():
     if cluster == 'mpi4py':
       explicit = {'cluster_detection_method': cluster}
     with _ends_after(initialization_timeout, num_processes):
       try:
-        jax.distributed.initialize(**explicit, **timeouts)
+        jax.distributed.initialize(
+          **explicit,
+          # Ours is the one that ends with a sentence; JAX's aborts the process.
+          initialization_timeout=initialization_timeout + 60,
+          heartbeat_timeout_seconds=heartbeat_timeout,
+          shutdown_timeout_seconds=heartbeat_timeout,
+        )
       except (ValueError, RuntimeError) as e:
         where = cluster or coordinator
         raise ValueError(f'Cannot join the processes of {where}: {e}.') from e
@@ -99,17 +100,19 @@ def initialize(
     logging.getLogger('kd_jax').setLevel(logging.ERROR)
 
 
-def _explicit(coordinator, num_processes, process_id) -> dict[str, Any]:
+def _explicit(
+  coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> dict[str, Any]:
   """The arguments of `jax.distributed.initialize`; empty for none or one."""
-  given = {
-    'coordinator': coordinator,
-    'num_processes': num_processes,
-    'process_id': process_id,
-  }
-  missing = [name for name, value in given.items() if value is None]
-  if len(missing) == 3:
-    return {}
-  if missing:
+  if coordinator is None or num_processes is None or process_id is None:
+    given = {
+      'coordinator': coordinator,
+      'num_processes': num_processes,
+      'process_id': process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+      return {}
     raise ValueError(
       f'--{" and --".join(missing)} missing: --coordinator=HOST:PORT, '
       '--num_processes=N and --process_id=I come together.'
@@ -276,15 +279,12 @@ def together(work: Callable[[], T], error: type[Exception] = ValueError) -> T:
   """
   if jax.process_count() == 1:
     return work()
-  result, failure = None, None
   try:
     result = work()
   except Exception as e:  # whatever it is, the others must not wait
-    failure = e
-  said = exchange('' if failure is None else str(failure) or repr(failure))
-  if failure is not None:
-    raise failure
-  for process, sentence in enumerate(said):
+    exchange(str(e) or repr(e))
+    raise
+  for process, sentence in enumerate(exchange('')):
     if sentence:
       raise error(f'Process {process}: {sentence}')
   return result

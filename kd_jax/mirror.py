@@ -133,7 +133,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 def remove_tree(path: Path) -> None:
   """Deletes a directory, local or an `epath.Path`."""
   if is_remote(path):
-    path.rmtree()
+    epath.Path(path).rmtree()
   else:
     shutil.rmtree(path)
 
@@ -145,10 +145,10 @@ def size(path: Path) -> int:
     OSError: if it is not there.
   """
   found = path.stat()
-  return getattr(found, 'st_size', None) or getattr(found, 'length', 0)
+  return getattr(found, 'st_size', 0) or getattr(found, 'length', 0)
 
 
-def _files(directory, prefix) -> Iterator[str]:
+def _files(directory: Path, prefix: str) -> Iterator[str]:
   for path in directory.iterdir():
     name = f'{prefix}{path.name}'
     if not path.is_dir():

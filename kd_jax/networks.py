@@ -61,7 +61,8 @@ def combine(
       key = None if rng is None else jax.random.fold_in(rng, i)
       own = variables_of(variables, name)
       outs[name] = network(own, batch, key, train=train)
-    features, state = {}, {}
+    features: dict[str, Any] = {}
+    state: dict[str, dict[str, Any]] = {}
     for name, out in outs.items():
       features[f'{name}/output'] = out.output
       features |= {f'{name}/{tap}': x for tap, x in out.features.items()}

@@ -327,7 +327,7 @@ dead w
     'dead in',
     'dead w',
   )
-  lines = [titles]
+  lines: list[tuple[str, ...]] = [titles]
   for row in report.layers:
     share = '-' if row.saturation is None else f'{100 * row.saturation:.2f} %'
     dead = ['-' if n is None else str(n) for n in row[-2:]]
@@ -430,7 +430,7 @@ def _execution(layer, spec, multiplies):
   return 'dynamic' if spec is not None and spec.dynamic else 'weights'
 
 
-def _errors(found, expected):
+def _errors(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
   difference = found - expected
   noise, signal = np.square(difference).sum(), np.square(expected).sum()
   error = np.abs(difference).max(initial=0.0)

@@ -316,6 +316,8 @@ def measure_step(
     `examples_per_second`, `flops_per_second` of a device, `utilization` of its
     published peak and `peak_bytes` of its memory, both where they are known.
   """
+  if program.flops is None:
+    raise ValueError('measure_step: the program has to be compiled before.')
   say('measuring the step ...')
   run, how = step.run, step.run.config.compiler
   state = jax.jit(step.start)()
@@ -325,8 +327,8 @@ def measure_step(
   classes = run.splits['train'].num_classes
   host = {}
   for name, leaf in step.batch.items():
-    high = 256 if name == 'image' else classes
-    host[name] = random.integers(0, high, leaf.shape).astype(leaf.dtype)
+    end = 256 if name == 'image' else classes
+    host[name] = random.integers(0, end, leaf.shape).astype(leaf.dtype)
   batch = sharding.shard_batch(host, run.mesh)
   times = []
   for i in range(_RUNS + 3):
@@ -336,7 +338,7 @@ def measure_step(
     if i >= 3:
       times.append(time.perf_counter() - started)
   low, median, high = (float(x) for x in np.percentile(times, [25, 50, 75]))
-  found = {
+  found: dict[str, float] = {
     'seconds': median,
     'low': low,
     'high': high,

@@ -70,7 +70,7 @@ class Program:
   @property
   def bound(self) -> str:
     """The bound that holds, '' without any."""
-    return max(self.bounds, key=self.bounds.get) if self.bounds else ''
+    return max(self.bounds, key=self.bounds.__getitem__, default='')
 
   @property
   def seconds(self) -> float | None:
@@ -164,25 +164,28 @@ def compile_program(
       'train.batch_size of the stage.'
     )
   call = sharding.compile_step(step.step, run.mesh, how, layout=run.layout)
-  sizes = {'batch_size': size, 'total_steps': step.total_steps}
   try:
     lowered = call.lower(step.state, step.batch, step.rng)
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
-    return _too_large(str(e), sizes)
+    return _too_large(str(e), size, step.total_steps)
+  text = compiled.as_text()
+  if text is None:
+    raise ValueError(
+      f'{jax.default_backend()} gives no text of a compiled program, from '
+      'which its collectives are read.'
+    )
   entries = [
     (math.prod(where.shard_shape(leaf.shape)), math.prod(leaf.shape))
     for leaf, where in _placed(step, how, 'params')
   ]
-  found = hlo.owned(hlo.collectives(compiled.as_text()), entries)
+  found = hlo.owned(hlo.collectives(text), entries)
   cost = compiled.cost_analysis() or {}
-  work = {
-    'flops': float(cost.get('flops', 0)),
-    'hbm_bytes': float(cost.get('bytes accessed', 0)),
-    'ici_bytes': sum(c.sent(devices) for c, _ in found),
-  }
+  flops = float(cost.get('flops', 0))
+  hbm_bytes = float(cost.get('bytes accessed', 0))
+  ici_bytes = sum(c.sent(devices) for c, _ in found)
   memory = _memory(step, how, compiled.memory_analysis())
   total = sum(memory.values())
   return Program(
@@ -190,10 +193,19 @@ def compile_program(
     memory=memory,
     bytes=total,
     fits=fits(total, topology),
+    flops=flops,
+    hbm_bytes=hbm_bytes,
     collectives=_rows(found),
-    bounds=bounds(topology, dtype=dtype, **work),
-    **work,
-    **sizes,
+    ici_bytes=ici_bytes,
+    bounds=bounds(
+      topology,
+      flops=flops,
+      hbm_bytes=hbm_bytes,
+      ici_bytes=ici_bytes,
+      dtype=dtype,
+    ),
+    batch_size=size,
+    total_steps=step.total_steps,
   )
 
 
@@ -209,11 +221,18 @@ def fits(total: int, topology: chips.Topology) -> bool | None:
   return total <= topology.chip.hbm_bytes // topology.devices_per_chip
 
 
-def _too_large(message, sizes) -> Program:
+def _too_large(message: str, batch_size: int, total_steps: int) -> Program:
   used = _USED.search(message)
   total = int(float(used[1]) * _UNITS[used[2]]) if used else None
   why = 'the compiler found no way to fit it'
-  return Program('compiled', why, bytes=total, fits=False, **sizes)
+  return Program(
+    'compiled',
+    why,
+    bytes=total,
+    fits=False,
+    batch_size=batch_size,
+    total_steps=total_steps,
+  )
 
 
 def _placed(

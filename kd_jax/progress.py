@@ -39,8 +39,7 @@ class ProgressBar:
     self.title, self.total = title, total
     quiet = not hosts.is_first()
     self.console = console or Console(file=sys.stderr, quiet=quiet)
-    self.bar = None
-    self.task = None
+    self.bar: Progress | None = None
     self.printed_at = time.monotonic()
     if self.console.is_terminal:
       self.bar = Progress(
@@ -51,9 +50,7 @@ class ProgressBar:
         TimeRemainingColumn(compact=True),
         console=self.console,
       )
-      self.task = self.bar.add_task(
-        title, total=total, completed=start, numbers=''
-      )
+      self.bar.add_task(title, total=total, completed=start, numbers='')
 
   def __enter__(self) -> 'ProgressBar':
     if self.bar:
@@ -77,7 +74,8 @@ class ProgressBar:
     text = ' '.join(f'{k} {v:.4g}' for k, v in numbers.items())
     text += f' {rate:,.0f} examples/s'
     if self.bar:
-      self.bar.update(self.task, completed=step, numbers=text)
+      [task] = self.bar.task_ids
+      self.bar.update(task, completed=step, numbers=text)
       return
     now = time.monotonic()
     # A log file wants a line now and then, and the last one.

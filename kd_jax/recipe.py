@@ -161,7 +161,7 @@ def export_files(
 def _parities(run: Run, directory) -> list[dict[str, Any]]:
   """Each form of the integer student against the form it came from."""
   integer = run.apply(run.integer())
-  pairs = [
+  pairs: list[tuple[str, assess.Apply, str, assess.Apply]] = [
     (
       'integer (JAX)',
       integer,

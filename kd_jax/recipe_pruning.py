@@ -104,7 +104,7 @@ class Pruning:
   def structure(self) -> prune.Structure:
     """Which weights are pruned together."""
     name = self.recipe.structure
-    made = {
+    made: dict[str, Callable[[], prune.Structure]] = {
       'weights': prune.unstructured,
       'neurons': lambda: prune.neurons(self.plan),
       'residual_blocks': lambda: prune.residual_blocks(self.blocks),
@@ -120,7 +120,7 @@ class Pruning:
   def schedule(self) -> Callable[[Any], jax.Array]:
     """The sparsity at every step."""
     r, end = self.recipe, max(self.begin + 1, self.end)
-    shapes = {
+    shapes: dict[str, Callable[..., Callable[[Any], jax.Array]]] = {
       'cubic': functools.partial(prune.cubic, end=end, every=r.every),
       'linear': functools.partial(prune.linear, end=end, every=r.every),
       'once': prune.constant,

@@ -11,12 +11,12 @@ from typing import Any
 
 from kd_jax import prune, quantize
 
-SPECS = {
-  'weights': {
-    'int8': quantize.INT8_WEIGHTS,
-    'int4': dataclasses.replace(quantize.INT8_WEIGHTS, bits=4),
-    'float': None,
-  },
+INTEGER_WEIGHTS = {
+  'int8': quantize.INT8_WEIGHTS,
+  'int4': dataclasses.replace(quantize.INT8_WEIGHTS, bits=4),
+}
+SPECS: dict[str, dict[str, quantize.QuantSpec | None]] = {
+  'weights': {**INTEGER_WEIGHTS, 'float': None},
   'activations': {
     'int8': quantize.INT8_ACTIVATIONS,
     'int8_symmetric': quantize.QuantSpec(narrow=False),

@@ -6,7 +6,7 @@ stage made with them. What becomes of that step is `plan`'s; nothing is trained.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +76,7 @@ class Rehearsal(Run):
     config = config.copy_and_resolve_references()
     self.cached = bool(config.teacher.cache)
     config.teacher.cache = ''
-    super().__init__(config, workdir=None, devices=devices)
+    super().__init__(config, None, devices=devices)
     self._examples = examples
 
   @functools.cached_property
@@ -106,13 +106,14 @@ class Rehearsal(Run):
     ids = np.arange(min(left, limit or left), dtype=np.int32)
     if c.image_size:
       return _Unread((), ids, known.class_names, c.image_size)
-    if None in known.image_shape:
+    shape = [n for n in known.image_shape if n is not None]
+    if len(shape) < len(known.image_shape):
       raise ValueError(
         f'The images of {name!r} differ in shape: give data.image_size.'
       )
     black = np.zeros((), np.uint8)
     return data.ImageData(
-      image=np.broadcast_to(black, (len(ids), *known.image_shape)),
+      image=np.broadcast_to(black, (len(ids), *shape)),
       label=ids % len(known.class_names),
       id=ids,
       class_names=known.class_names,
@@ -129,11 +130,14 @@ class Rehearsal(Run):
   def example(self) -> Batch:
     """A batch of one black image, pre-processed."""
     batch = self.splits['train'].read([0])
-    return {**batch, 'image': batch['image'].astype(np.float32)}
+    batch['image'] = batch['image'].astype(np.float32)
+    # Kept for later: no value of what is traced now.
+    with jax.ensure_compile_time_eval():
+      return jax.tree.map(jax.numpy.asarray, batch)
 
   def again(self) -> 'Rehearsal':
     """The same run, which has made nothing yet."""
-    devices = self.mesh.devices.reshape(-1)
+    devices = list(self.mesh.devices.flat)
     return Rehearsal(self.config, devices, examples=self._examples)
 
   def trained(
@@ -185,7 +189,7 @@ class Step(NamedTuple):
   run: Rehearsal
   step: Callable[..., Any]
   state: TrainState
-  batch: Batch
+  batch: Mapping[str, jax.ShapeDtypeStruct]
   total_steps: int
   start: Callable[[], TrainState]
   networks: tuple[Any, Any]
@@ -283,7 +287,7 @@ def _parts(
     teacher = dataclasses.replace(teacher, cache=cache)
     objective = distillation.compress_objective(run, teacher)
     return objective, _compressed(run), teacher
-  scheme, model, teacher = c.distill.scheme, run.model('student'), None
+  scheme, model = c.distill.scheme, run.model('student')
   before = [run.make_model(o.to_dict()) for o in scheme.assistants.values()]
   before += [model] * (scheme.generations - 1)
   if before:

@@ -8,7 +8,7 @@ and weight decay all choose their parameters here, and nowhere else.
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -51,7 +51,7 @@ def near_misses(name: str, choices: Iterable[str], count: int = 6) -> str:
   return f'did you mean {" or ".join(close)}?'
 
 
-def choose(kind: str, name: str, choices: Any) -> Any:
+def choose(kind: str, name: str, choices: Mapping[str, T]) -> T:
   """`choices[name]`, or a ValueError that names the valid ones.
 
   Example:

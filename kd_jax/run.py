@@ -66,7 +66,8 @@ class Run:
 
   Args:
     config: see `kd_jax.defaults` for the fields.
-    workdir: opened for that configuration.
+    workdir: opened for that configuration; None for a `rehearsal`, which has
+      none.
     like: a run of the same data, whose images in memory are used.
     devices: of the mesh; all of them when None.
     profile: whether trainings measure where their time goes.
@@ -75,18 +76,26 @@ class Run:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    workdir: Workdir,
+    workdir: Workdir | None,
     *,
     like: 'Run | None' = None,
     devices: Sequence[jax.Device] | None = None,
     profile: bool = False,
   ):
     self.config, self.profile = config, profile
-    self.workdir = workdir
+    self._workdir = workdir
     if like is not None:
-      self.splits, self.transfer = like.splits, like.transfer
+      # What the cached properties would make.
+      vars(self).update(splits=like.splits, transfer=like.transfer)
     self.mesh = sharding.make_mesh(devices, **config.mesh.to_dict())
     self.axis_name = sharding.axis_name(config.compiler)
+
+  @property
+  def workdir(self) -> Workdir:
+    """Where the run's files are; a ValueError for a run without any."""
+    if self._workdir is None:
+      raise ValueError('A rehearsal has no work directory.')
+    return self._workdir
 
   @functools.cached_property
   def layout(self) -> layout.Layout:

@@ -6,6 +6,7 @@ step is written for the global batch and XLA partitions it, parameters too, as
 the batch, and must have been made with that mesh axis as its `axis_name`.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -125,7 +126,8 @@ def readers(mesh: Mesh) -> tuple[int, int]:
   rows = layout_lib.batch_parts(mesh)
   places = NamedSharding(mesh, BATCH).devices_indices_map((rows,))
   held: dict[int, set[int]] = {}
-  for device, (part,) in places.items():
+  for device in mesh.devices.flat:
+    [part] = places[device]
     held.setdefault(device.process_index, set()).update(range(rows)[part])
   parts = sorted({tuple(sorted(part)) for part in held.values()})
   if sum(map(len, parts)) != rows or len({len(part) for part in parts}) > 1:
@@ -193,7 +195,21 @@ def place_state(
   return jax.tree.map(hosts.place, state, placed.replace(teacher=teacher))
 
 
-def _jit(step, mesh, donate, layout, stacked):
+# (state, teacher, batch, rng) -> (state, metrics)
+_Step = Callable[
+  [TrainState, Any, Batch, jax.Array], tuple[TrainState, Metrics]
+]
+# The same compiled, and what lowers it for arguments or their shapes.
+_Compiled = tuple[_Step, Callable[..., jax.stages.Lowered]]
+
+
+def _jit(
+  step: _Step,
+  mesh: Mesh,
+  donate: tuple[int, ...],
+  layout: Layout,
+  stacked: bool,
+) -> _Compiled:
   everywhere = NamedSharding(mesh, P())
   split = NamedSharding(mesh, batch_spec(stacked))
   compiled = {}
@@ -218,11 +234,10 @@ def _jit(step, mesh, donate, layout, stacked):
   def lower(state, teacher, batch, rng):
     return jitted(state, teacher).lower(state, teacher, batch, rng)
 
-  call.lower = lower
-  return call
+  return call, lower
 
 
-def _check_data_parallel(mesh, how):
+def _check_data_parallel(mesh: Mesh, how: str) -> None:
   if mesh.shape[DATA] != mesh.devices.size:
     raise ValueError(
       f"compiler={how!r} is data parallel: the mesh's axes 'fsdp' and 'tensor' "
@@ -231,18 +246,31 @@ def _check_data_parallel(mesh, how):
     )
 
 
-def _shard_map(step, mesh, donate, layout, stacked):
+def _shard_map(
+  step: _Step,
+  mesh: Mesh,
+  donate: tuple[int, ...],
+  layout: Layout,
+  stacked: bool,
+) -> _Compiled:
   del layout
   _check_data_parallel(mesh, 'shard_map')
   split = P(None, DATA) if stacked else P(DATA)
   mapped = jax.shard_map(
     step, mesh=mesh, in_specs=(P(), P(), split, P()), out_specs=P()
   )
-  return jax.jit(mapped, donate_argnums=donate)
+  compiled = jax.jit(mapped, donate_argnums=donate)
+  return compiled, compiled.lower
 
 
-def _pmap(step, mesh, donate, layout, stacked):
-  del layout
+def _pmap(
+  step: _Step,
+  mesh: Mesh,
+  donate: tuple[int, ...],
+  layout: Layout,
+  stacked: bool,
+) -> _Compiled:
+  del donate, layout
   _check_data_parallel(mesh, 'pmap')
   devices, axis = mesh.devices.size, int(stacked)
 
@@ -260,7 +288,12 @@ def _pmap(step, mesh, donate, layout, stacked):
   def call(state, teacher, batch, rng):
     return mapped(state, teacher, jax.tree.map(split, batch), rng)
 
-  return call
+  def lower(state, teacher, batch, rng):
+    raise ValueError(
+      "A step compiled by 'pmap' cannot be lowered: use 'jit' or 'shard_map'."
+    )
+
+  return call, lower
 
 
 COMPILERS = {'jit': _jit, 'shard_map': _shard_map, 'pmap': _pmap}
@@ -272,6 +305,36 @@ def axis_name(how: str) -> str | None:
   return None if how == 'jit' else DATA
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class CompiledStep:
+  """A train step as `compile_step` makes it.
+
+  Attributes:
+    traces: the shapes of the batch at every trace so far.
+  """
+
+  _call: _Step
+  _lower: Callable[..., jax.stages.Lowered]
+  traces: list[dict[str, tuple[int, ...]]]
+
+  def __call__(
+    self, state: TrainState, batch: Batch, rng: jax.Array
+  ) -> tuple[TrainState, Metrics]:
+    """One step, or one for each batch of a stack."""
+    student = state.replace(teacher=None)
+    new, metrics = self._call(student, state.teacher, dict(batch), rng)
+    return new.replace(teacher=state.teacher), metrics
+
+  def lower(self, state: Any, batch: Any, rng: Any) -> jax.stages.Lowered:
+    """As that of `jax.jit`, for arguments or their shapes.
+
+    Raises:
+      ValueError: for a step compiled by 'pmap'.
+    """
+    student = state.replace(teacher=None)
+    return self._lower(student, state.teacher, dict(batch), rng)
+
+
 def compile_step(
   step: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]],
   mesh: Mesh,
@@ -280,7 +343,7 @@ def compile_step(
   donate: bool = True,
   layout: Layout = layout_lib.DEFAULT,
   stacked: bool = False,
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+) -> CompiledStep:
   """Compiles a train step for a mesh.
 
   Args:
@@ -319,19 +382,5 @@ def compile_step(
     return run(state, batch, rng)
 
   donated = (0,) if donate else ()
-  compiled = compiler(train_step, mesh, donated, layout, stacked)
-
-  def call(state, batch, rng):
-    new, metrics = compiled(
-      state.replace(teacher=None), state.teacher, dict(batch), rng
-    )
-    return new.replace(teacher=state.teacher), metrics
-
-  def lower(state, batch, rng):
-    return compiled.lower(
-      state.replace(teacher=None), state.teacher, dict(batch), rng
-    )
-
-  call.lower = lower
-  call.traces = traces
-  return call
+  call, lower = compiler(train_step, mesh, donated, layout, stacked)
+  return CompiledStep(call, lower, traces)

@@ -187,9 +187,9 @@ def with_step(
     [3, 9]
   """
   try:
-    arguments = inspect.signature(params_fn).parameters.values()
+    arguments = list(inspect.signature(params_fn).parameters.values())
   except ValueError:  # Some builtins have no signature.
-    arguments = ()
+    arguments = []
   needed = [
     a for a in arguments if a.default is a.empty and a.kind in _POSITIONAL
   ]
@@ -284,21 +284,21 @@ def init_state(
   objective_params, objective_state = jax.jit(init_objective)(
     variables, teacher, dict(batch), rng
   )
-  trains = bool(jax.tree.leaves(objective_params))
-  if trains and objective_tx is None:
-    raise ValueError(
-      'The objective has parameters of its own: give make_train_step and '
-      'init_state an objective_tx that trains them.'
-    )
+  objective_opt_state = ()
+  if jax.tree.leaves(objective_params):
+    if objective_tx is None:
+      raise ValueError(
+        'The objective has parameters of its own: give make_train_step and '
+        'init_state an objective_tx that trains them.'
+      )
+    objective_opt_state = objective_tx.init(objective_params)
   return TrainState(
     step=jnp.int32(0),
     params=params,
     model_state=model_state,
     opt_state=tx.init(params),
     objective=ObjectiveState(
-      objective_params,
-      objective_state,
-      objective_tx.init(objective_params) if trains else (),
+      objective_params, objective_state, objective_opt_state
     ),
     teacher=jax.tree.map(jnp.array, teacher),
   )

@@ -6,7 +6,7 @@ published methods as such words are in `methods`.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -159,13 +159,15 @@ TERMS: dict[str, Term] = {
 }
 
 
-def _paired(student, teacher):
+def _paired(
+  student: Sequence[str], teacher: Sequence[str]
+) -> tuple[Sequence[str], Sequence[str]]:
   """The deepest stages of both, as many as the shallower network has."""
   count = min(len(student), len(teacher))
   return student[len(student) - count :], teacher[len(teacher) - count :]
 
 
-def _middle(student, teacher):
+def _middle(student: Sequence[str], teacher: Sequence[str]) -> tuple[str, str]:
   s, t = _paired(student, teacher)
   return s[(len(s) - 1) // 2], t[(len(t) - 1) // 2]
 
@@ -289,7 +291,7 @@ def make_objective(
       objective = make_term(name, facts, **options)
       learns = TERMS[name].teacher or options.get('to') == 'teacher'
       if facts.kept is not None and learns:
-        _check_kept(label, name, options, objective, facts)
+        _check_kept(label, name, options, objective, facts.kept, facts.teacher)
       made[label] = (make_value(weight, facts.total_steps), objective)
   return objectives.weighted_sum(made)
 
@@ -299,10 +301,11 @@ def _check_kept(
   name: str,
   options: Mapping[str, Any],
   objective: Objective,
-  facts: Facts,
+  kept: Kept,
+  teacher: Any,
 ) -> None:
   """Raises ValueError if a cache lacks what a term asks of its teacher."""
-  kept, what = facts.kept, f'The term {label!r} ({name})'
+  what = f'The term {label!r} ({name})'
   asks = TERMS[name].asks or (FEATURES if TERMS[name].reads else LOGITS)
   if asks == RUNS:
     raise ValueError(
@@ -310,9 +313,9 @@ def _check_kept(
       'train with the live teacher.'
     )
   taps = objective.taps.teacher
-  if isinstance(facts.teacher, Mapping):
+  if isinstance(teacher, Mapping):
     # The losses of several teachers, each with outputs of its own.
-    taps = (*taps, *(f'{m}/{base.OUTPUT}' for m in facts.teacher))
+    taps = (*taps, *(f'{m}/{base.OUTPUT}' for m in teacher))
   missing = [tap for tap in taps if tap not in kept.features]
   if missing:
     raise ValueError(
@@ -331,7 +334,9 @@ def _check_kept(
     )
 
 
-def _check_top(what, name, options, kept) -> None:
+def _check_top(
+  what: str, name: str, options: Mapping[str, Any], kept: Kept
+) -> None:
   if name == 'distillation_token' and not options.get('hard', True):
     raise ValueError(
       f'{what} with hard=False reads all outputs of the teacher, but the cache '
@@ -367,12 +372,12 @@ def describe(terms: Mapping[str, Mapping[str, Any]]) -> str:
   )
 
 
-def _described(name, weight, **options):
+def _described(name: str, weight: Any, **options: Any) -> str:
   inside = ', '.join(f'{k}={_word(v)}' for k, v in options.items())
   return f'{_word(weight)} x {name}' + (f'({inside})' if inside else '')
 
 
-def _word(value):
+def _word(value: Any) -> str:
   if not isinstance(value, Mapping):
     return f'{value}'
   start, shape = value.get('start', 0.0), value.get('shape', 'linear')

@@ -8,19 +8,19 @@ the same bits as one that was not.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from kd_jax import hosts, preemption, profiling
-from kd_jax.checkpoint import Checkpoints
+from kd_jax.checkpoint import CheckpointError, Checkpoints
 from kd_jax.feed import Fed, Feed, Several, dispatches
 from kd_jax.guard import SKIPPED, SPIKES, Failures
 from kd_jax.preemption import Preempted as Preempted
 from kd_jax.progress import ProgressBar
-from kd_jax.types import Batch, Metrics, TrainState
+from kd_jax.types import Batch, BatchStream, HostBatch, Metrics, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,11 @@ def train(
     [TrainState, Batch, jax.Array], tuple[TrainState, Metrics]
   ],
   state: TrainState,
-  batches: Iterator[Mapping[str, np.ndarray]],
+  batches: BatchStream,
   *,
   rng: jax.Array,
   total_steps: int,
-  put: Callable[[Mapping[str, np.ndarray]], Batch],
+  put: Callable[[HostBatch], Batch],
   checkpoints: Checkpoints,
   evaluate: Callable[[TrainState], dict[str, float]] = lambda state: {},
   evaluate_every: int = 100,
@@ -66,7 +66,7 @@ def train(
     train_step: compiled, see `sharding.compile_step`.
     state: the initial state; its teacher, which checkpoints do not hold, is
       used after a restart as well.
-    batches: endless; `get_state` and `set_state` make it resumable.
+    batches: endless.
     rng: the run's key; it is saved, and restored with the state.
     total_steps: where to end.
     put: moves a host batch to the devices, such as `sharding.shard_batch`.
@@ -87,6 +87,7 @@ def train(
     FloatingPointError: if too many steps in a row were dropped, see
       `guard.Failures`; the checkpoint before stays.
     CheckpointError: if a save failed; at the next step, not at the next save.
+      Also if the last checkpoint does not say where the batches stand.
     Preempted: after SIGTERM or SIGINT, once the state is saved. An evaluation
       is broken off, and made when training goes on.
   """
@@ -100,12 +101,18 @@ def train(
     step = restored.step
     state = restored.state['state'].replace(teacher=teacher)
     rng = restored.state['rng']
-    batches.set_state(restored.data_state['batches'])
-    history = restored.data_state['history']
-    seconds = restored.data_state['seconds']
-    window.restore(restored.data_state['window'])
-    failures.set_state(restored.data_state['failures'])
-    owed = restored.data_state['owed']
+    saved = restored.data_state
+    if saved is None:
+      raise CheckpointError(
+        f'The checkpoint of step {step} does not say where the batches stand: '
+        'it was not saved by a training. Use another directory.'
+      )
+    batches.set_state(saved['batches'])
+    history = saved['history']
+    seconds = saved['seconds']
+    window.restore(saved['window'])
+    failures.set_state(saved['failures'])
+    owed = saved['owed']
   started = time.perf_counter()
 
   def elapsed() -> float:
@@ -140,7 +147,9 @@ def train(
     while step < total_steps:
       checkpoints.check()
       batch = feed.take()
-      run = train_step if batch.steps == 1 else several.step
+      run = train_step
+      if several is not None and batch.steps > 1:
+        run = several.step
       window.start()
       state, metrics = run(state, batch.arrays, rng)
       feed.fetch(metrics)
@@ -160,7 +169,7 @@ def train(
         bar.update(step, _brief(history[-1]), rate)
       stopping = stop.is_set()
       if due or stopping:
-        numbers = None if due else {}
+        numbers: dict[str, float] | None = None if due else {}
         if due:
           with contextlib.suppress(Preempted), stop.raised():
             numbers = evaluate(state)
@@ -170,11 +179,11 @@ def train(
       if stopping:
         checkpoints.wait()
         raise Preempted(f'{title}: stopped by a signal; saved at step {step}.')
-    numbers = None if profile is None else profile.close()
-    if numbers:
-      bar.say(profiling.sentence(numbers))
+    times = None if profile is None else profile.close()
+    if times:
+      bar.say(profiling.sentence(times))
   checkpoints.wait()
-  return Trained(state, history, elapsed() if total_steps else 0.0, numbers)
+  return Trained(state, history, elapsed() if total_steps else 0.0, times)
 
 
 class _Window:
@@ -229,7 +238,9 @@ class _Window:
     return rows, rate
 
 
-def _compiled_again(run: Callable[..., Any], batch: Fed, step: int):
+def _compiled_again(
+  run: Callable[..., Any], batch: Fed, step: int
+) -> Iterator[str]:
   """A sentence if a step was compiled more often than once."""
   traces = getattr(run, 'traces', [])
   if len(traces) > 1:
@@ -238,7 +249,13 @@ def _compiled_again(run: Callable[..., Any], batch: Fed, step: int):
     yield f'compiled again before step {step}, for a batch of {shapes}'
 
 
-def _looked_at(failures, rows, step, title, checkpoints) -> list[str]:
+def _looked_at(
+  failures: Failures,
+  rows: Sequence[Metrics],
+  step: int,
+  title: str,
+  checkpoints: Checkpoints,
+) -> list[str]:
   try:
     return failures.add(rows, step)
   except FloatingPointError as e:
@@ -274,7 +291,7 @@ def _brief(row: Mapping[str, float]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _stop_requested():
+def _stop_requested() -> Iterator[hosts.StopRequested | preemption.Deferred]:
   """What SIGTERM and SIGINT set; one answer for all processes."""
   if jax.process_count() > 1:
     yield hosts.StopRequested()

@@ -5,18 +5,31 @@ this library `B` is the batch, `C` classes, `D` features, `L` tokens, `V` the
 vocabulary, and images are `[B, H, W, C]`.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
+import numpy as np
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Params = Any
 Variables = Mapping[str, Any]
+# Of one process, before it is on the devices.
+HostBatch = Mapping[str, np.ndarray]
 # What a batch's entries with a teacher's stored outputs begin with.
 CACHED = 'teacher/'
+
+
+class BatchStream(Iterator[HostBatch], Protocol):
+  """An iterator of host batches that can be taken up at any of them."""
+
+  def get_state(self) -> dict[str, Any]:
+    """Where it stands; JSON values."""
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to where it stood."""
 
 
 class Forward(NamedTuple):
@@ -41,8 +54,7 @@ StudentFn = Callable[..., Forward]
 TeacherFn = Callable[[Variables, Batch], Forward]
 
 
-@flax.struct.dataclass
-class ObjectiveState:
+class ObjectiveState(flax.struct.PyTreeNode):
   """What an objective owns: it trains beside the student, never in it.
 
   Attributes:
@@ -56,8 +68,7 @@ class ObjectiveState:
   opt_state: Any
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """Everything a train step reads and writes; arrays only, no functions.
 
   Attributes:

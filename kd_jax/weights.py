@@ -67,9 +67,9 @@ def _digest(flat: Mapping[str, jax.Array]) -> str:
   """The SHA-256 of arrays and their names, shapes and dtypes."""
   digest = hashlib.sha256()
   for name, array in sorted(flat.items()):
-    array = np.ascontiguousarray(array)
-    digest.update(f'{name} {array.dtype} {array.shape}\n'.encode())
-    digest.update(array.reshape(-1).view(np.uint8))
+    values = np.ascontiguousarray(array)
+    digest.update(f'{name} {values.dtype} {values.shape}\n'.encode())
+    digest.update(values.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 

@@ -336,7 +336,7 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     >>> flatten({'data': {'name': 'digits'}, 'seed': 0})
     {'data.name': 'digits', 'seed': 0}
   """
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in config.items():
     if isinstance(value, Mapping):
       flat |= flatten(value, f'{prefix}{key}.')

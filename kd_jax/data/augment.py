@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.data.sources import ImageData
+from kd_jax.data.sources import ImageData, Images
 from kd_jax.types import Batch
 
 _CHUNK = 1024
@@ -111,7 +111,8 @@ def make_preprocess(
     if train and (crop_padding or flip):
       _check_keys(batch)
       image = jax.vmap(augment)(image, batch['id'], batch['epoch'])
-    image, mixed = image.astype(jnp.float32), {}
+    image = image.astype(jnp.float32)
+    mixed: dict[str, jax.Array] = {}
     if train and mixup:
       _check_keys(batch)
       image, mixed = _mix(image, batch, alpha=mixup, seed=seed)
@@ -242,7 +243,7 @@ def _mix(
 
 
 def channel_statistics(
-  data: ImageData,
+  data: Images,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Mean and standard deviation of every channel, of pixels in 0..1.
 

@@ -7,22 +7,21 @@ nor changes a pixel: images in memory are augmented on the devices, see
 
 import dataclasses
 import os
-from collections.abc import Iterator
 
 import grain
 import numpy as np
 
-from kd_jax.data.resident import ResidentImages
-from kd_jax.data.sources import Images
+from kd_jax.data.sources import Examples
 from kd_jax.data.streamed import StreamedImages
 from kd_jax.data.workers import WorkerBatches
+from kd_jax.types import BatchStream
 
 # Of an iterator without end; more than anyone trains.
 _EPOCHS = 2**30
 HostBatch = dict[str, np.ndarray]
 
 
-def batches_per_epoch(data: Images, batch_size: int) -> int:
+def batches_per_epoch(data: Examples, batch_size: int) -> int:
   """Full batches in one epoch; the remainder is dropped.
 
   Args:
@@ -44,7 +43,7 @@ def batches_per_epoch(data: Images, batch_size: int) -> int:
 
 
 def train_batches(
-  data: Images | ResidentImages,
+  data: Examples,
   *,
   batch_size: int,
   seed: int,
@@ -52,7 +51,7 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   num_workers: int = 0,
-) -> Iterator[HostBatch]:
+) -> BatchStream:
   """Shuffled batches of the training set, resumable at any batch.
 
   Every epoch is a new permutation of the set that depends on `seed` and the
@@ -105,10 +104,12 @@ def train_batches(
   _local_size(batch_size, process_index, process_count)
   if num_workers < 0:
     raise ValueError(f'num_workers is {num_workers}; it must not be negative.')
-  workers = num_workers if isinstance(data, StreamedImages) else 0
-  if workers and data.num_threads is None:
-    each = max(1, (os.cpu_count() or 1) // workers)
-    data = dataclasses.replace(data, num_threads=each)
+  workers = 0
+  if isinstance(data, StreamedImages):
+    workers = num_workers
+    if workers and data.num_threads is None:
+      each = max(1, (os.cpu_count() or 1) // workers)
+      data = dataclasses.replace(data, num_threads=each)
   reader = _Reader(data, batch_size, seed, process_index, process_count)
   batches = grain.MapDataset.range(per_epoch * (epochs or _EPOCHS)).map(reader)
   if workers:
@@ -119,7 +120,14 @@ def train_batches(
 class _Reader:
   """`(number of a batch) -> batch`; worker processes get copies of it."""
 
-  def __init__(self, data, batch_size, seed, process_index, process_count):
+  def __init__(
+    self,
+    data: Examples,
+    batch_size: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+  ):
     self.data, self.batch_size, self.seed = data, batch_size, seed
     self.local_size = batch_size // process_count
     self.offset = process_index * self.local_size
@@ -160,7 +168,7 @@ def epoch_order(size: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 def epoch_batches(
-  data: Images,
+  data: Examples,
   *,
   batch_size: int,
   seed: int,
@@ -193,7 +201,7 @@ def epoch_batches(
 
 
 def eval_batches(
-  data: Images,
+  data: Examples,
   *,
   batch_size: int,
   process_index: int = 0,
@@ -253,7 +261,7 @@ def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
 
 
 def _iterate(
-  batches: grain.MapDataset[HostBatch], data: Images
+  batches: grain.MapDataset[HostBatch], data: Examples
 ) -> grain.DatasetIterator[HostBatch]:
   options = grain.ReadOptions(
     num_threads=data.prefetch, prefetch_buffer_size=data.prefetch

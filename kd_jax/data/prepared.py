@@ -6,22 +6,38 @@ and prepared is `sources`.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from etils import epath
+
+
+class ByPosition(Protocol):
+  """Gives the record at a position, as a list does."""
+
+  def __getitem__(self, position: int, /) -> Mapping[str, Any]: ...
+
+
+class Source(ByPosition, Protocol):
+  """Reads several records at once too; `tfds.DataSource`."""
+
+  def __len__(self) -> int: ...
+
+  def __getitems__(
+    self, positions: Sequence[int]
+  ) -> Sequence[Mapping[str, Any]]: ...
 
 
 class Records:
   """The records of one TFDS split; a damaged file is named.
 
   Args:
-    source: reads records by position; `tfds.DataSource`.
+    source: where they are read.
     shards: `(file, number of records)` in the order of the positions.
   """
 
   def __init__(
     self,
-    source: Sequence[Mapping[str, Any]],
+    source: Source,
     shards: Sequence[tuple[str, int]],
   ):
     self._source, self._shards = source, shards
@@ -39,7 +55,9 @@ class Records:
         f'cannot be read ({what[:160]}). Prepare the data set again.'
       ) from e
 
-  def __getitems__(self, positions: Sequence[int]) -> list[Any]:
+  def __getitems__(
+    self, positions: Sequence[int]
+  ) -> Sequence[Mapping[str, Any]]:
     try:
       return self._source.__getitems__(positions)
     except Exception:  # it does not say which record it was

@@ -5,7 +5,7 @@ a step sees is the same in either case, to the bit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kd_jax import rules, sharding
-from kd_jax.data.sources import ImageData, Images
+from kd_jax.data.sources import Examples, ImageData, Images
 from kd_jax.types import Batch
 
 # Of each device's memory; the rest is for parameters and activations.
@@ -31,7 +31,7 @@ class Input(NamedTuple):
       `sharding.shard_batch`; the images are among its arrays.
   """
 
-  images: Any
+  images: Examples
   put: Callable[..., Batch]
 
 
@@ -50,16 +50,16 @@ def make_input(images: Images, mesh: Mesh, where: str = 'auto') -> Input:
     ValueError: for another word, or 'device' with streamed images.
   """
   rules.choose('data.input', where, dict.fromkeys(WHERE))
-  in_memory = isinstance(images, ImageData)
-  if where == 'device' and not in_memory:
-    raise ValueError(
-      "data.input='device' is for images in memory; streamed ones, with a "
-      "data.image_size, need 'host' or 'auto'."
-    )
   if where == 'auto':
     limit = SHARE * min(map(_memory, mesh.local_devices))
-    where = 'device' if in_memory and images.image.nbytes <= limit else 'host'
+    fits = isinstance(images, ImageData) and images.image.nbytes <= limit
+    where = 'device' if fits else 'host'
   if where == 'device':
+    if not isinstance(images, ImageData):
+      raise ValueError(
+        "data.input='device' is for images in memory; streamed ones, with a "
+        "data.image_size, need 'host' or 'auto'."
+      )
     resident = ResidentImages(images, mesh)
     return Input(resident, resident.put)
 
@@ -124,7 +124,7 @@ class ResidentImages:
     del key
     rows = np.asarray(rows, np.int32)
     batch = {'row': rows, 'id': self._images.id[rows]}
-    if self._images.labelled:
+    if self._images.label is not None:
       batch['label'] = self._images.label[rows]
     return batch
 

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -109,8 +109,27 @@ class ImageData:
     return batch
 
 
-# What `pipeline` makes batches of.
 Images = ImageData | StreamedImages
+
+
+class Examples(Protocol):
+  """What `pipeline` makes batches of: `Images`, or `ResidentImages`.
+
+  Attributes:
+    prefetch: how many batches to read ahead of the one in use.
+  """
+
+  prefetch: ClassVar[int]
+
+  def __len__(self) -> int: ...
+
+  def read(
+    self,
+    rows: Sequence[int] | np.ndarray,
+    *,
+    key: tuple[int, int] | None = None,
+  ) -> dict[str, np.ndarray]:
+    """Some examples; see `StreamedImages.read`."""
 
 
 def load_images(
@@ -190,7 +209,9 @@ def load_images(
     image, label = _decode(
       _records(builder, tfds_split), positions, name, labelled
     )
-  if labelled and (label.min() < 0 or label.max() >= len(class_names)):
+  if label is not None and not (
+    label.min() >= 0 and label.max() < len(class_names)
+  ):
     raise ValueError(
       f'The {tfds_split} split of {name!r} has labels from {label.min()} to '
       f'{label.max()}, but there are {len(class_names)} classes.'
@@ -245,7 +266,9 @@ def _tfds_split(name: str, split: str, builder: Any, labelled: bool) -> str:
   return found[0]
 
 
-def _records(builder: Any, tfds_split: str, *, encoded: bool = False):
+def _records(
+  builder: Any, tfds_split: str, *, encoded: bool = False
+) -> Records:
   """The records of a TFDS split, with images decoded or as bytes."""
   import tensorflow_datasets as tfds  # noqa: PLC0415
 
@@ -405,21 +428,22 @@ def _silence() -> Iterator[None]:
 
 
 def _decode(
-  records: Any, positions: np.ndarray, name: str, labelled: bool
+  records: Records, positions: np.ndarray, name: str, labelled: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
   """Images and labels of some records; chunks, as single reads are slow."""
-  images, labels = None, np.empty(len(positions), np.int32)
+  [first] = records.__getitems__(positions[:1].tolist())
+  shape = first['image'].shape
+  images = np.empty((len(positions), *shape), np.uint8)
+  labels = np.empty(len(positions), np.int32)
   for start in range(0, len(positions), _CHUNK):
     chunk = positions[start : start + _CHUNK].tolist()
     for i, record in enumerate(records.__getitems__(chunk), start):
       image = record['image']
-      if images is None:
-        images = np.empty((len(positions), *image.shape), np.uint8)
       _check_dtype(name, image.dtype)
-      if image.shape != images.shape[1:]:
+      if image.shape != shape:
         raise ValueError(
-          f'The images of {name!r} differ in shape, {images.shape[1:]} and '
-          f'{image.shape}; give image_size to stream crops of one size.'
+          f'The images of {name!r} differ in shape, {shape} and {image.shape}; '
+          'give image_size to stream crops of one size.'
         )
       images[i] = image
       if labelled:
@@ -434,7 +458,9 @@ def _check_dtype(name: str, dtype: Any) -> None:
     )
 
 
-def _check_array(name: str, array: Any, dtype: Any, shape: tuple[int, ...]):
+def _check_array(
+  name: str, array: Any, dtype: Any, shape: tuple[int, ...]
+) -> None:
   fits = len(array.shape) == len(shape) and all(
     want in (-1, got) for want, got in zip(shape, array.shape)
   )

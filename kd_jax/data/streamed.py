@@ -8,12 +8,13 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from kd_jax.data import crops
+from kd_jax.data.prepared import ByPosition
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class StreamedImages:
     (2, 32, 32, 3)
   """
 
-  records: Sequence[Mapping[str, Any]]
+  records: ByPosition
   id: np.ndarray
   class_names: tuple[str, ...]
   image_size: int
@@ -138,12 +139,14 @@ class StreamedImages:
     self, example: int, key: tuple[int, int] | None
   ) -> tuple[np.ndarray, int | None]:
     record = self.records[example]
-    label = record['label'] if self.labelled else None
-    if self.labelled and not 0 <= label < self.num_classes:
-      raise ValueError(
-        f'Example {example} has label {label}, but there are '
-        f'{self.num_classes} classes.'
-      )
+    label = None
+    if self.labelled:
+      label = int(record['label'])
+      if not 0 <= label < self.num_classes:
+        raise ValueError(
+          f'Example {example} has label {label}, but there are '
+          f'{self.num_classes} classes.'
+        )
     try:
       if key is None:
         image = crops.decode_central_crop(record['image'], self.image_size)

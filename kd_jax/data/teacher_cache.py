@@ -12,7 +12,7 @@ plan.json, *.sha256              while it is being written
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import numpy as np
 from kd_jax import checkpoint_format, mirror, rules, workdir
 from kd_jax.data import cache_form
 from kd_jax.data.sources import ImageData, Images
-from kd_jax.types import Variables
+from kd_jax.types import BatchStream, Variables
 
 FORMAT = 1
 MANIFEST, PLAN = 'manifest.json', 'plan.json'
@@ -147,9 +147,7 @@ class TeacherCache(cache_form.Entries):
       )
     return self._gather(found, found.rows[at])
 
-  def attach(
-    self, batches: Iterator[Mapping[str, np.ndarray]]
-  ) -> 'CachedBatches':
+  def attach(self, batches: BatchStream) -> 'CachedBatches':
     """Batches that carry the teacher's stored outputs.
 
     Args:
@@ -193,7 +191,7 @@ class TeacherCache(cache_form.Entries):
     name = shard.path.relative_to(self.path).as_posix()
     if name not in self._verified:
       digest, _ = self.manifest['shards'][name]
-      if hashlib.sha256(shard.data).hexdigest() != digest:
+      if hashlib.sha256(shard.data.data).hexdigest() != digest:
         raise CacheError(
           f'{shard.path} is not what was written, by its SHA-256: run kd-jax '
           'cache-teacher again, which makes it anew.'
@@ -209,9 +207,7 @@ class CachedBatches:
     batches: of `train_batches`.
   """
 
-  def __init__(
-    self, cache: TeacherCache, batches: Iterator[Mapping[str, np.ndarray]]
-  ):
+  def __init__(self, cache: TeacherCache, batches: BatchStream):
     self.cache, self.batches = cache, batches
 
   def __iter__(self) -> 'CachedBatches':
@@ -261,7 +257,7 @@ def make_fingerprint(
     'teacher': {
       'weights': _variables_digest(variables),
       'network': dict(network),
-      'matmul_precision': jax.config.jax_default_matmul_precision,
+      'matmul_precision': jax.config.values['jax_default_matmul_precision'],
     },
     'data': {
       'examples': len(images),
@@ -297,7 +293,7 @@ def _digest(parts: Iterable[Any]) -> str:
     if isinstance(part, bytes):
       digest.update(part)
     else:
-      digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+      digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 

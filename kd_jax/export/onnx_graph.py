@@ -85,7 +85,9 @@ class Tensor:
   perm: tuple[int, ...]
   grid: tuple[float, int] | None = None
 
-  def without(self, axes: Sequence[int]):
+  def without(
+    self, axes: Sequence[int]
+  ) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """Shape and layout that are left when the axes are gone."""
     kept = [i for i in range(len(self.shape)) if i not in axes]
     shape = tuple(self.shape[i] for i in kept)
@@ -329,34 +331,42 @@ class Graph:
     """uint8 codes; the same codes are computed once."""
 
     def emit():
-      inputs = (self.constant(v) for v in (np.float32(scale), zero_point))
-      name = self.node('QuantizeLinear', x.name, *inputs)
-      grid = (scale, int(zero_point))
-      return dataclasses.replace(x, name=name, grid=grid)
+      grid = self._grid_constants(scale, zero_point)
+      name = self.node('QuantizeLinear', x.name, *grid)
+      return dataclasses.replace(x, name=name, grid=(scale, zero_point))
 
-    zero_point = np.uint8(zero_point)
     return self._on_grid('quantize', x.name, scale, zero_point, emit)
 
   def dequantize(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
     """Real values of codes; the same values are computed once."""
 
     def emit():
-      inputs = (self.constant(v) for v in (np.float32(scale), zero_point))
-      name = self.node('DequantizeLinear', x.name, *inputs)
+      grid = self._grid_constants(scale, zero_point)
+      name = self.node('DequantizeLinear', x.name, *grid)
       return dataclasses.replace(x, name=name, grid=None)
 
     # A runtime fuses a quantizer and a dequantizer of equal scales only.
     assert x.grid is not None
     if np.isclose(x.grid[0], scale, rtol=1e-6, atol=0):
       scale = x.grid[0]
-    zero_point = np.uint8(zero_point)
     return self._on_grid('dequantize', x.name, scale, zero_point, emit)
 
-  def _on_grid(self, kind, name, scale, zero_point, emit) -> Tensor:
+  def _grid_constants(self, scale: float, zero_point: int) -> tuple[str, str]:
+    constants = np.float32(scale), np.uint8(zero_point)
+    return self.constant(constants[0]), self.constant(constants[1])
+
+  def _on_grid(
+    self,
+    kind: str,
+    name: str,
+    scale: float,
+    zero_point: int,
+    emit: Callable[[], Tensor],
+  ) -> Tensor:
     # Two observers of one tensor may disagree by the rounding of two
     # differently compiled sums; a second quantizer would cost the layer
     # before it its integer kernel.
-    known = self._grids.setdefault((kind, name, int(zero_point)), [])
+    known = self._grids.setdefault((kind, name, zero_point), [])
     for other, tensor in known:
       if np.isclose(other, scale, rtol=1e-6, atol=0):
         return tensor

@@ -8,6 +8,7 @@ assume that an input is not a constant.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,27 +31,28 @@ from kd_jax.export.onnx_graph import (
 # --- Elementwise ------------------------------------------------------------
 
 
-def _operands(graph: Graph, values: Sequence[Value]):
+def _operands(
+  graph: Graph, values: Sequence[Value]
+) -> tuple[list[str], tuple[Any, ...], tuple[int, ...]]:
   """Node inputs in one layout, and the shape and layout of the result."""
-  tensors = [
-    None if isinstance(v, (Const, Codes)) else graph.real(v) for v in values
+  operands = [
+    v if isinstance(v, (Const, Codes)) else graph.real(v) for v in values
   ]
   # The largest operand keeps its layout.
-  known = [t for t in tensors if t is not None]
+  known = [t for t in operands if isinstance(t, Tensor)]
   first = max(
     known, key=lambda t: (len(t.shape), sum(not is_one(s) for s in t.shape))
   )
   rank = len(first.shape)
   shape = list(first.shape)
   names = []
-  for value, tensor in zip(values, tensors):
-    if tensor is not None:
-      tensor = graph.align(tensor, first.perm) if tensor.shape else tensor
-      names.append(tensor.name)
-      sizes = tensor.shape
+  for operand in operands:
+    sizes = operand.shape
+    if isinstance(operand, Tensor):
+      aligned = graph.align(operand, first.perm) if sizes else operand
+      names.append(aligned.name)
     else:
-      array = value.array
-      sizes = array.shape
+      array = operand.array
       if array.size == 1:
         array = array.reshape(())
       elif array.ndim == rank:
@@ -224,21 +226,21 @@ def _reshape(graph, eqn, x):
   return graph.reshape(graph.full(graph.tensor(x), old), new)
 
 
-def _squeeze(graph, eqn, x):
+def _squeeze(graph: Graph, eqn: Any, value: Value) -> Value:
   axes = tuple(eqn.params['dimensions'])
-  if isinstance(x, (Const, Codes)):
-    return x.view(lambda a: a.squeeze(axes))
-  x = graph.tensor(x)
+  if isinstance(value, (Const, Codes)):
+    return value.view(lambda a: a.squeeze(axes))
+  x = graph.tensor(value)
   places = sorted(x.perm.index(a) for a in axes)
   name = graph.node('Squeeze', x.name, graph.constant(np.array(places)))
   return Tensor(name, *x.without(axes), x.grid)
 
 
-def _transpose(graph, eqn, x):
+def _transpose(graph: Graph, eqn: Any, value: Value) -> Value:
   order = tuple(eqn.params['permutation'])
-  if isinstance(x, (Const, Codes)):
-    return x.view(lambda a: a.transpose(order))
-  x = graph.tensor(x)
+  if isinstance(value, (Const, Codes)):
+    return value.view(lambda a: a.transpose(order))
+  x = graph.tensor(value)
   shape = tuple(x.shape[p] for p in order)
   return Tensor(x.name, shape, tuple(order.index(p) for p in x.perm), x.grid)
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 import onnx
-from jax.extend import core
 from onnx import helper
 
 from kd_jax.export import onnx_primitives
@@ -44,7 +43,7 @@ def interpret(
   values: dict[Any, Value] = {}
 
   def read(atom):
-    if isinstance(atom, core.Literal):
+    if hasattr(atom, 'val'):
       return Const(np.asarray(atom.val, atom.aval.dtype))
     return values[atom]
 
@@ -65,17 +64,17 @@ def _equation(graph: Graph, eqn: Any, inputs: list[Value]) -> list[Value]:
       return [output]
     return interpret(graph, *_inner(eqn.params[_CALLS[name]]), inputs)
   if all(isinstance(v, (Const, Codes)) for v in inputs):
-    outputs = _evaluate(eqn, inputs)
-    if outputs is not None:
-      return outputs
+    constants = _evaluate(eqn, inputs)
+    if constants is not None:
+      return constants
   handler = onnx_primitives.PRIMITIVES.get(name)
   if handler is None:
     raise ValueError(
       f'export_onnx: the primitive {name!r} has no ONNX form here. Known: '
       f'{", ".join(sorted(onnx_primitives.PRIMITIVES))}.'
     )
-  outputs = handler(graph, eqn, *inputs)
-  return outputs if eqn.primitive.multiple_results else [outputs]
+  made = handler(graph, eqn, *inputs)
+  return made if isinstance(made, list) else [made]
 
 
 def _inner(jaxpr: Any) -> tuple[Any, list[Const]]:

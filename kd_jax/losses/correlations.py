@@ -91,7 +91,7 @@ def inter_class_relation(
     arXiv:2205.10536.
   """
   student, teacher = _softmaxes(student_logits, teacher_logits, temperature)
-  return temperature**2 * (1 - _pearson(student, teacher, -1))
+  return (1 - _pearson(student, teacher, -1)) * temperature**2
 
 
 def intra_class_relation(
@@ -128,7 +128,7 @@ def intra_class_relation(
     arXiv:2205.10536.
   """
   student, teacher = _softmaxes(student_logits, teacher_logits, temperature)
-  return temperature**2 * (1 - jnp.mean(_pearson(student, teacher, 0)))
+  return (1 - jnp.mean(_pearson(student, teacher, 0))) * temperature**2
 
 
 def dist(
@@ -169,7 +169,7 @@ def dist(
   pair = student_logits, teacher_logits
   inter = jnp.mean(inter_class_relation(*pair, temperature=temperature))
   intra = intra_class_relation(*pair, temperature=temperature)
-  return beta * inter + gamma * intra
+  return inter * beta + intra * gamma
 
 
 def batch_relation(
@@ -288,9 +288,10 @@ def multi_level(
   if not temperatures:
     raise ValueError('multi_level: give at least one temperature.')
   pair = student_logits, teacher_logits
-  return sum(
+  levels = [
     batch_relation(*pair, temperature=t)
     + class_relation(*pair, temperature=t)
     + jnp.mean(kl_divergence(*pair, temperature=t))
     for t in temperatures
-  )
+  ]
+  return sum(levels[1:], start=levels[0])

@@ -76,11 +76,11 @@ def kl_divergence(
     jax.nn.log_softmax(student_logits / temperature),
   )
   if convention == 'canonical':
-    return temperature**2 * kl
+    return kl * temperature**2
   if convention == 'no_t2':
     return kl
   if convention == 'element_mean':
-    return temperature**2 * kl / student_logits.shape[-1]
+    return kl * temperature**2 / student_logits.shape[-1]
   raise ValueError(
     f'Unknown convention {convention!r} of kl_divergence: valid: canonical, '
     'element_mean, no_t2.'
@@ -122,10 +122,11 @@ def reverse_kl_divergence(
     2023, arXiv:2306.08543.
   """
   student_logits, teacher_logits = _pair(student_logits, teacher_logits)
-  return temperature**2 * numerics.kl(
+  kl = numerics.kl(
     jax.nn.log_softmax(student_logits / temperature),
     jax.nn.log_softmax(teacher_logits / temperature),
   )
+  return kl * temperature**2
 
 
 def jensen_shannon(

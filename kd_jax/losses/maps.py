@@ -166,15 +166,15 @@ def flow_of_solution(
     Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network
     Minimization and Transfer Learning", CVPR 2017.
   """
-  student = _flow(*(numerics.float32(maps) for maps in student))
-  teacher = _flow(*(numerics.constant(maps) for maps in teacher))
+  own = _flow(*map(numerics.float32, student))
+  target = _flow(*map(numerics.constant, teacher))
   check_same_shape(
     'flow_of_solution needs equal channels, to which the connector of a term '
     'adapts them',
-    student=student,
-    teacher=teacher,
+    student=own,
+    teacher=target,
   )
-  return jnp.mean(jnp.square(student - teacher), axis=(1, 2))
+  return jnp.mean(jnp.square(own - target), axis=(1, 2))
 
 
 def _flow(first: jax.Array, second: jax.Array) -> jax.Array:

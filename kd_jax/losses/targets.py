@@ -33,7 +33,9 @@ def _is_label(
   return target, ~target
 
 
-def _check_classes(student_logits: jax.Array, teacher_logits: jax.Array):
+def _check_classes(
+  student_logits: jax.Array, teacher_logits: jax.Array
+) -> None:
   check_same_shape(
     'teacher and student must have the same classes',
     student_logits=student_logits,
@@ -114,7 +116,7 @@ def decoupled_kd(
   others_kl = numerics.kl(
     _log_softmax_of(others, teacher), _log_softmax_of(others, student)
   )
-  return temperature**2 * (alpha * target_kl + beta * others_kl)
+  return (target_kl * alpha + others_kl * beta) * temperature**2
 
 
 def normalized_kd(
@@ -317,4 +319,4 @@ def top_k_kl_divergence(
       'uniform.'
     )
   kl = numerics.kl(jnp.log(teacher), jax.nn.log_softmax(student))
-  return temperature**2 * kl
+  return kl * temperature**2

@@ -1,7 +1,8 @@
 """Models by name; every submodule's path is a tap of `adapters.from_linen`."""
 
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -32,7 +33,7 @@ from kd_jax.models.wide_resnet import WideResNet as WideResNet
 BLOCKS = r'(.*/)?(stage\d+(_block\d+)?|block\d+|projector)'
 # Classes, whose options are all open, and networks by their published names,
 # some of whose options are what the name says.
-MODELS = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
   'mlp': MLP,
   'cnn': CNN,
   'resnet': CifarResNet,
@@ -50,9 +51,7 @@ MODELS = {
 }
 
 
-def make_model(
-  name: str, *, num_classes: int, **options: Mapping[str, Any]
-) -> nn.Module:
+def make_model(name: str, *, num_classes: int, **options: Any) -> nn.Module:
   """A model by name.
 
   Args:
@@ -72,10 +71,11 @@ def make_model(
     56
   """
   constructor = rules.choose('model', name, MODELS)
-  known, fixed = constructor, {}
+  fixed: Mapping[str, Any] = {}
   if isinstance(constructor, functools.partial):
-    known, fixed = constructor.func, constructor.keywords
-  known = set(known.__dataclass_fields__) - {'parent', 'name', *fixed}
+    fixed = constructor.keywords
+  known = set(inspect.signature(constructor).parameters)
+  known -= {'parent', 'name', *fixed}
   for option in options:
     rules.choose(f'option of model {name!r}:', option, dict.fromkeys(known))
   return constructor(num_classes=num_classes, **options)

@@ -6,7 +6,10 @@ Representation Distillation", 2020, arXiv:1910.10699, where the widths,
 strides and poolings come from as well.
 """
 
+from collections.abc import Callable
 from functools import partial
+
+from flax import linen as nn
 
 from kd_jax.models.cifar_mobilenet import CifarMobileNetV2
 from kd_jax.models.resnet import CifarBottleneckResNet, CifarResNet
@@ -14,7 +17,7 @@ from kd_jax.models.shufflenet import ShuffleNetV1, ShuffleNetV2
 from kd_jax.models.vgg import VGG
 from kd_jax.models.wide_resnet import WideResNet
 
-CIFAR_MODELS = {
+CIFAR_MODELS: dict[str, Callable[..., nn.Module]] = {
   'resnet8': partial(CifarResNet, depth=8, width=16),
   'resnet14': partial(CifarResNet, depth=14, width=16),
   'resnet20': partial(CifarResNet, depth=20, width=16),

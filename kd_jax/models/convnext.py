@@ -17,7 +17,7 @@ class LayerScale(nn.Module):
   """A learned factor for each channel, near 0 at the start.
 
   Attributes:
-    init: its first value.
+    initial: its first value.
     dtype: dtype of the result; the parameter is float32.
 
   References:
@@ -25,15 +25,15 @@ class LayerScale(nn.Module):
     arXiv:2103.17239.
   """
 
-  init: float = 1e-6
+  initial: float = 1e-6
   dtype: jax.typing.DTypeLike = 'float32'
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[..., D] -> [..., D]`."""
-    initial = nn.initializers.constant(self.init)
-    gamma = self.param('gamma', initial, (x.shape[-1],)).astype(self.dtype)
-    return x * gamma.reshape((1,) * (x.ndim - 1) + (-1,))
+    initializer = nn.initializers.constant(self.initial)
+    gamma = self.param('gamma', initializer, (x.shape[-1],))
+    return x * gamma.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class ConvNeXtBlock(nn.Module):

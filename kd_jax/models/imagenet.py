@@ -4,19 +4,30 @@ Owns the names and the options they stand for; the networks are in the other
 files. 'resnet50' is not 'ResNet50', which is the CIFAR network of `cifar`.
 """
 
+from collections.abc import Callable
 from functools import partial
+
+from flax import linen as nn
 
 from kd_jax.models.convnext import ConvNeXt
 from kd_jax.models.imagenet_resnet import ImageNetResNet
 from kd_jax.models.mobilenet import MobileNetV1, MobileNetV2
 from kd_jax.models.vit import ViT
 
-# Widths and heads of the transformers called tiny, small and base.
-_TI16 = {'patch_size': 16, 'width': 192, 'depth': 12, 'heads': 3}
-_S16 = {'patch_size': 16, 'width': 384, 'depth': 12, 'heads': 6}
-_B16 = {'patch_size': 16, 'width': 768, 'depth': 12, 'heads': 12}
 
-IMAGENET_MODELS = {
+def _vit(width: int, heads: int, *, distilled: bool = False) -> partial[ViT]:
+  """The transformers called tiny, small and base, on patches of 16 x 16."""
+  return partial(
+    ViT,
+    patch_size=16,
+    width=width,
+    depth=12,
+    heads=heads,
+    distilled=distilled,
+  )
+
+
+IMAGENET_MODELS: dict[str, Callable[..., nn.Module]] = {
   'resnet18': partial(
     ImageNetResNet, blocks=(2, 2, 2, 2), bottleneck=False, width=64
   ),
@@ -28,16 +39,16 @@ IMAGENET_MODELS = {
   ),
   'mobilenet_v1': MobileNetV1,
   'mobilenet_v2': MobileNetV2,
-  'vit_ti16': partial(ViT, **_TI16, distilled=False),
-  'vit_s16': partial(ViT, **_S16, distilled=False),
-  'vit_b16': partial(ViT, **_B16, distilled=False),
+  'vit_ti16': _vit(192, 3),
+  'vit_s16': _vit(384, 6),
+  'vit_b16': _vit(768, 12),
   # DeiT without its token is ViT with another training.
-  'deit_ti16': partial(ViT, **_TI16, distilled=False),
-  'deit_s16': partial(ViT, **_S16, distilled=False),
-  'deit_b16': partial(ViT, **_B16, distilled=False),
-  'deit_ti16_distilled': partial(ViT, **_TI16, distilled=True),
-  'deit_s16_distilled': partial(ViT, **_S16, distilled=True),
-  'deit_b16_distilled': partial(ViT, **_B16, distilled=True),
+  'deit_ti16': _vit(192, 3),
+  'deit_s16': _vit(384, 6),
+  'deit_b16': _vit(768, 12),
+  'deit_ti16_distilled': _vit(192, 3, distilled=True),
+  'deit_s16_distilled': _vit(384, 6, distilled=True),
+  'deit_b16_distilled': _vit(768, 12, distilled=True),
   'convnext_t': partial(
     ConvNeXt, blocks=(3, 3, 9, 3), widths=(96, 192, 384, 768)
   ),

@@ -173,7 +173,8 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
     return params, state
 
   def apply(params, state, inputs):
-    total, new_state, metrics = jnp.float32(0.0), {}, {}
+    total, new_state = jnp.float32(0.0), {}
+    metrics: Metrics = {}
     for i, (name, (weight, objective)) in enumerate(terms.items()):
       loss, new_state[name], extra = objective.apply(
         params[name], state[name], keyed(inputs, i)
@@ -236,6 +237,21 @@ def teacher_of(inputs: Inputs, what: str) -> Forward:
   return inputs.teacher
 
 
+def student_fn_of(inputs: Inputs, what: str) -> StudentFn:
+  """The student's function, or a ValueError that says who needs it."""
+  if inputs.student_fn is None:
+    raise ValueError(f'{what} runs the student: give Inputs its student_fn.')
+  return inputs.student_fn
+
+
+def teacher_fn_of(inputs: Inputs, what: str) -> TeacherFn:
+  """The teacher's function, or a ValueError that says how to give one."""
+  teacher_of(inputs, what)
+  if inputs.teacher_fn is None:
+    raise ValueError(f'{what} runs the teacher: give Inputs its teacher_fn.')
+  return inputs.teacher_fn
+
+
 def student_feature(inputs: Inputs, name: str) -> jax.Array:
   """A feature of the student; 'output' is its output."""
   return _feature(inputs.student, name, 'student')
@@ -279,7 +295,7 @@ def student_params(inputs: Inputs, path: str) -> Any:
   return _params_at(inputs.student_variables, path, 'student')
 
 
-def _params_at(variables, path, side):
+def _params_at(variables: Variables | None, path: str, side: str) -> Any:
   node = (variables or {}).get('params', {})
   for part in path.split('/'):
     if part not in node:

@@ -182,7 +182,7 @@ def self_distillation(
   def apply(params, state, inputs):
     target = base.student_feature(inputs, deepest)
     label = base.entry(inputs, 'label')
-    total = 0.0
+    total: jax.Array | float = 0.0
     for i, name in enumerate(taps):
       p = params[str(i)]
       # Pooled first: a linear map of the mean is the mean of the map.

@@ -181,7 +181,7 @@ def contrastive(
         ('teacher', base.teacher_feature(inputs, teacher)),
       )
     }
-    num_data = len(others.order)
+    num_data: float = len(others.order)
     if scope == 'local':
       drawn, shares = _draw_local(labels, label, negatives, inputs)
       num_data = num_data / shares
@@ -191,7 +191,8 @@ def contrastive(
         key = jax.random.fold_in(key, jax.lax.axis_index(inputs.axis_name))
       drawn = others.draw(key, label, negatives)
     kept = jnp.concatenate([index[:, None], drawn], axis=1)
-    total, new = 0.0, {}
+    total: jax.Array | float = 0.0
+    new = {}
     for side, other in (('student', 'teacher'), ('teacher', 'student')):
       scores = _scores(embed[side], state[f'bank_{other}'], kept, temperature)
       z = _constant(state[f'z_{side}'], scores, num_data, inputs)
@@ -205,18 +206,22 @@ def contrastive(
   return Objective(init, apply, base.read_taps(student, teacher))
 
 
-def _uniform(key, shape, bound):
+def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
   return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-def _scores(embedding, bank, kept, temperature):
+def _scores(
+  embedding: jax.Array, bank: jax.Array, kept: jax.Array, temperature: float
+) -> jax.Array:
   products = jnp.einsum(
     'bd,nd->bn', embedding, bank, precision=numerics.HIGHEST
   )
   return jnp.exp(jnp.take_along_axis(products, kept, axis=1) / temperature)
 
 
-def _constant(z, scores, num_data, inputs: Inputs):
+def _constant(
+  z: jax.Array, scores: jax.Array, num_data: float, inputs: Inputs
+) -> jax.Array:
   """Z of earlier steps, or the first batch's mean score times N."""
   mean = jnp.mean(scores)
   if inputs.axis_name is not None:
@@ -224,7 +229,13 @@ def _constant(z, scores, num_data, inputs: Inputs):
   return jnp.where(z > 0, z, jax.lax.stop_gradient(mean) * num_data)
 
 
-def _updated(bank, embedding, index, momentum, inputs: Inputs):
+def _updated(
+  bank: jax.Array,
+  embedding: jax.Array,
+  index: jax.Array,
+  momentum: float,
+  inputs: Inputs,
+) -> jax.Array:
   """The bank with the batch's rows moved towards their new embeddings."""
   x = jax.lax.stop_gradient(embedding)
   if inputs.axis_name is not None:

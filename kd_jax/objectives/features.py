@@ -83,7 +83,7 @@ def over_pairs(
     return params, {}
 
   def apply(params, state, inputs):
-    total = 0.0
+    total: jax.Array | float = 0.0
     for i, (s, t) in enumerate(matched):
       a, b = features(inputs, s, t)
       total += compare(params[str(i)], inputs, a, b, i)
@@ -121,11 +121,11 @@ def flow(*, student: Sequence[str], teacher: Sequence[str]) -> Objective:
     raise ValueError('flow compares consecutive stages: give at least two.')
 
   def loss_fn(inputs):
-    total = 0.0
+    total: jax.Array | float = 0.0
+    s, t = base.student_feature, base.teacher_feature
     for (s1, t1), (s2, t2) in zip(matched, matched[1:]):
       total += losses.flow_of_solution(
-        tuple(base.student_feature(inputs, s) for s in (s1, s2)),
-        tuple(base.teacher_feature(inputs, t) for t in (t1, t2)),
+        (s(inputs, s1), s(inputs, s2)), (t(inputs, t1), t(inputs, t2))
       )
     return total
 
@@ -265,14 +265,16 @@ def factor_transfer(
   return over_pairs(student, teacher, init_pair, compare)
 
 
-def _conv_stack_params(first, second, inner, outer):
+def _conv_stack_params(
+  first: jax.Array, second: jax.Array, inner: int, outer: int
+) -> list[Any]:
   return [
     connectors.conv_params(first, 3, inner, outer),
     connectors.conv_params(second, 3, outer, outer),
   ]
 
 
-def _conv_stack(layers, x):
+def _conv_stack(layers: Sequence[Any], x: jax.Array) -> jax.Array:
   for layer in layers:
     x = jax.nn.leaky_relu(connectors.conv(layer, x), 0.1)
   return x
@@ -321,7 +323,8 @@ def review(
     return params, {}
 
   def apply(params, state, inputs):
-    total, deeper = 0.0, None
+    total: jax.Array | float = 0.0
+    deeper = None
     for i, (s, t) in reversed(list(enumerate(features(inputs)))):
       p = params[str(i)]
       x = connectors.conv(p['reduce'], s)
@@ -387,7 +390,9 @@ def masked_generation(
   return over_pairs(student, teacher, init_pair, compare)
 
 
-def _global_uniform(key, shape, axis_name):
+def _global_uniform(
+  key: jax.Array, shape: tuple[int, ...], axis_name: str | None
+) -> jax.Array:
   """Uniform draws for this device's part of a global batch."""
   if axis_name is None:
     return jax.random.uniform(key, shape)

@@ -5,12 +5,17 @@ interact, and differentiate the student twice: a step costs about three times
 as much.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from kd_jax import losses
 from kd_jax.objectives import base
 from kd_jax.objectives.base import Inputs, Objective
+
+# image -> logits
+Network = Callable[[jax.Array], jax.Array]
 
 
 def input_gradients(
@@ -50,7 +55,7 @@ def sobolev(*, projections: int = 1, image: str = 'image') -> Objective:
   def loss_fn(inputs):
     student, teacher, x = _functions(inputs, image)
     shape = inputs.student.output.shape
-    total = 0.0
+    total: jax.Array | float = 0.0
     for i in range(projections):
       key = jax.random.fold_in(inputs.rng, i)
       direction = _directions(key, shape, inputs.axis_name)
@@ -86,23 +91,29 @@ def jacobians(*, image: str = 'image') -> Objective:
   return base.term(loss_fn)
 
 
-def _functions(inputs: Inputs, image: str):
+def _functions(
+  inputs: Inputs, image: str
+) -> tuple[Network, Network, jax.Array]:
   """`image -> logits` of both networks, and the image."""
-  base.teacher_of(inputs, 'A term on input gradients')
+  what = 'A term on input gradients'
+  student_fn = base.student_fn_of(inputs, what)
+  teacher_fn = base.teacher_fn_of(inputs, what)
 
   def student(x):
     batch = {**inputs.batch, image: x}
     variables = inputs.student_variables
-    return inputs.student_fn(variables, batch, None, train=False).output
+    return student_fn(variables, batch, None, train=False).output
 
   def teacher(x):
     batch = {**inputs.batch, image: x}
-    return inputs.teacher_fn(inputs.teacher_variables, batch).output
+    return teacher_fn(inputs.teacher_variables or {}, batch).output
 
   return student, teacher, base.entry(inputs, image)
 
 
-def _directions(key, shape, axis_name):
+def _directions(
+  key: jax.Array, shape: tuple[int, ...], axis_name: str | None
+) -> jax.Array:
   """Unit vectors `[B, C]`, this device's part of the global draw."""
   count = 1 if axis_name is None else jax.lax.axis_size(axis_name)
   draws = jax.random.normal(key, (shape[0] * count, *shape[1:]))

@@ -4,7 +4,7 @@ Objectives around objectives. Several teachers and cohorts of students come
 from `networks.combine`, whose features are named `<network>/<tap>`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from kd_jax import losses
 from kd_jax.objectives import base
 from kd_jax.objectives.base import Inputs, Objective, Scalar, TapNames
-from kd_jax.types import Forward
+from kd_jax.types import Forward, Metrics
 
 
 def each_teacher(
@@ -96,7 +96,12 @@ def _variables(variables: Any, name: str) -> dict[str, Any]:
   return {c: v[name] for c, v in variables.items() if name in v}
 
 
-def _mean_over(objectives, weights, own, taps) -> Objective:
+def _mean_over(
+  objectives: Mapping[str, Objective],
+  weights: Mapping[str, Scalar] | None,
+  own: Callable[[Inputs, str], Inputs],
+  taps: Sequence[TapNames],
+) -> Objective:
   weights = dict.fromkeys(objectives, 1.0) if weights is None else weights
   if set(weights) != set(objectives):
     raise ValueError(
@@ -119,7 +124,10 @@ def _mean_over(objectives, weights, own, taps) -> Objective:
     )
 
   def apply(params, state, inputs):
-    total, share, new, metrics = 0.0, 0.0, {}, {}
+    total: jax.Array | float = 0.0
+    share: jax.Array | float = 0.0
+    new = {}
+    metrics: Metrics = {}
     for i, (name, objective) in enumerate(objectives.items()):
       loss, new[name], extra = objective.apply(
         params[name], state[name], keyed(inputs, i, name)
@@ -157,7 +165,7 @@ def mutual(names: Sequence[str], *, temperature: Scalar = 1.0) -> Objective:
   def loss_fn(inputs):
     at = base.value_at(temperature, inputs.step)
     outputs = [_member(inputs.student, name).output for name in names]
-    total = 0.0
+    total: jax.Array | float = 0.0
     for i, own in enumerate(outputs):
       for j, peer in enumerate(outputs):
         if i != j:
@@ -187,10 +195,12 @@ def ema_teacher(objective: Objective, *, decay: Scalar = 0.999) -> Objective:
   def taught(average, inputs):
     variables = {**inputs.student.model_state, 'params': average}
     variables = jax.lax.stop_gradient(variables)
-    forward = inputs.student_fn(variables, inputs.batch, None, train=False)
+    student_fn = base.student_fn_of(inputs, 'ema_teacher')
 
     def teacher_fn(variables, batch):
-      return inputs.student_fn(variables, batch, None, train=False)
+      return student_fn(variables, batch, None, train=False)
+
+    forward = teacher_fn(variables, inputs.batch)
 
     return inputs._replace(
       teacher=jax.lax.stop_gradient(forward),

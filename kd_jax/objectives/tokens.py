@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kd_jax import losses
 from kd_jax.losses import numerics
 from kd_jax.objectives import base, connectors
-from kd_jax.objectives.base import Objective
+from kd_jax.objectives.base import Inputs, Objective
 
 MASK = 'attention_mask'
 Names = str | Sequence[str]
@@ -63,7 +63,7 @@ def on_tokens(
 
   def apply(params, state, inputs):
     mask = inputs.batch.get(MASK)
-    total = 0.0
+    total: jax.Array | float = 0.0
     for i, (s, t) in enumerate(matched):
       a, b = features(inputs, s, t)
       if project:
@@ -80,7 +80,9 @@ def on_tokens(
   return Objective(init, apply, base.read_taps(student, teacher))
 
 
-def _mean_count(mask, x, inputs, power):
+def _mean_count(
+  mask: jax.Array | None, x: jax.Array, inputs: Inputs, power: int
+) -> jax.Array:
   """Valid tokens of an example, to a power, averaged over the global batch."""
   if mask is None:
     return jnp.float32(x.shape[-2] ** power)

@@ -270,10 +270,11 @@ def apply_masks(params: Any, masks: Mapping[str, jax.Array]) -> Any:
     {'w': Array([1., 0.], dtype=float32)}
   """
   leaves, structure = jax.tree.flatten(params)
-  return structure.unflatten(
+  masked = (
     jnp.where(masks[name], leaf, 0) if name in masks else leaf
     for name, leaf in zip(rules_lib.leaf_names(params), leaves)
   )
+  return jax.tree.unflatten(structure, masked)
 
 
 def mirrored(

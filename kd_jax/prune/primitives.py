@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kd_jax.prune import views
-from kd_jax.prune.trace import Axis, Value, shape_of
+from kd_jax.prune.trace import Axis, Rule, Value, shape_of
 from kd_jax.prune.views import fix_axis, without
 
 
@@ -287,7 +287,7 @@ def _words(names: str) -> list[str]:
   return names.split()
 
 
-def _for_each(rule: Callable, names: str) -> dict[str, Callable]:
+def _for_each(rule: Rule, names: str) -> dict[str | None, Rule]:
   return dict.fromkeys(_words(names), rule)
 
 
@@ -297,7 +297,7 @@ _ZERO_AT_ZERO = _words(
   'atanh erf expm1 log1p round floor ceil convert_element_type copy real '
   'reduce_precision stop_gradient'
 )
-RULES: dict[str | None, Callable[..., Sequence[Value]]] = {
+RULES: dict[str | None, Rule] = {
   None: _unknown,
   'conv_general_dilated': _conv,
   'dot_general': _dot,

@@ -330,10 +330,11 @@ def without_blocks(
 
   def of(node, path=''):
     """The node without what leaves, or None if nothing of it is left."""
+    like = type(node)
     if isinstance(node, Mapping):
       kept = {k: of(v, f'{path}/{k}') for k, v in node.items()}
       kept = {k: v for k, v in kept.items() if v is not None or node[k] is None}
-      return type(node)(kept) if kept or not node else None
+      return like(kept) if kept or not node else None
     children, structure = jax.tree_util.tree_flatten_with_path(
       node, is_leaf=lambda child: child is not node
     )
@@ -346,7 +347,8 @@ def without_blocks(
     emptied = [
       m is None and child is not None for m, (_, child) in zip(made, children)
     ]
-    return structure.unflatten([{} if e else m for e, m in zip(emptied, made)])
+    new = [{} if e else m for e, m in zip(emptied, made)]
+    return jax.tree.unflatten(structure, new)
 
   if isinstance(tree, TrainState):
     return tree.replace(

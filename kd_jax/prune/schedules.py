@@ -105,8 +105,9 @@ def linear(
     >>> [round(float(schedule(step)), 3) for step in (1, 2, 7, 11, 12)]
     [0.0, 0.0, 0.4, 0.4, 0.8]
   """
-  options = {'begin': begin, 'end': end, 'every': every, 'initial': initial}
-  return cubic(final, power=1.0, **options)
+  return cubic(
+    final, begin=begin, end=end, every=every, initial=initial, power=1.0
+  )
 
 
 def steps(
@@ -140,7 +141,9 @@ def steps(
       f'steps: needs every >= 1, times >= 1 and begin >= 0, not every={every}, '
       f'times={times}, begin={begin}.'
     )
-  sparsities = np.float32([1 - (1 - share) ** k for k in range(times + 1)])
+  sparsities = np.array(
+    [1 - (1 - share) ** k for k in range(times + 1)], np.float32
+  )
 
   def schedule(step):
     count = (jnp.asarray(step) - begin) // every + 1

@@ -31,7 +31,7 @@ class Erk(NamedTuple):
 
 
 Scope = str | Erk
-SCOPES = {'global': 'global', 'layer': 'layer', 'erk': Erk()}
+SCOPES: dict[str, Scope] = {'global': 'global', 'layer': 'layer', 'erk': Erk()}
 
 
 def erk(*, stacked: str | None = None) -> Erk:
@@ -160,10 +160,9 @@ def erk_densities(
   if sizes is None:
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
   keep = kept_count(sum(sizes.values()), sparsity)
-  counts = [sizes[name] for name in shapes]
-  densities = _erk(
-    [_raw(n, s, stacked) for n, s in shapes.items()], counts, keep
-  )
+  raw = np.array([_raw(n, s, stacked) for n, s in shapes.items()], np.float64)
+  counts = np.array([sizes[name] for name in shapes], np.float64)
+  densities = _erk(raw, counts, keep)
   return dict(zip(shapes, densities))
 
 
@@ -173,9 +172,8 @@ def _raw(name: str, shape: Sequence[int], stacked: str | None) -> float:
   return sum(shape) / max(math.prod(shape), 1)
 
 
-def _erk(raw: Sequence[float], sizes: Sequence[int], keep: jax.Array):
+def _erk(raw: np.ndarray, sizes: np.ndarray, keep: jax.Array) -> jax.Array:
   """`[L]` densities for raw densities and sizes per layer, and their total."""
-  raw, sizes = np.asarray(raw, np.float64), np.asarray(sizes, np.float64)
   order = np.argsort(-raw, kind='stable')
   weighted = (raw * sizes)[order]
   # The j densest layers are dense: eps for the others, for j = 0, 1, ...
@@ -213,10 +211,10 @@ def layer_counts(
   Raises:
     ValueError: if ERK lacks the shape of a parameter.
   """
-  if scope == 'global':
-    return None
   if scope == 'layer':
     return {name: kept_count(size, sparsity) for name, size in sizes.items()}
+  if not isinstance(scope, Erk):
+    return None
   missing = [name for name in sizes if name not in shapes]
   if missing:
     raise ValueError(
@@ -236,7 +234,9 @@ def layer_counts(
   return dict(zip(sizes, shared))
 
 
-def _share_out(densities, sizes, room, keep):
+def _share_out(
+  densities: jax.Array, sizes: jax.Array, room: jax.Array, keep: jax.Array
+) -> jax.Array:
   """`[L]` counts near densities * sizes, within [1, room], that sum to keep.
 
   The remainders go to the layers with the largest fractions, lower ones first.
@@ -258,5 +258,5 @@ def _share_out(densities, sizes, room, keep):
   return counts - _fill(-missing, counts - least)
 
 
-def _fill(amount, room):
+def _fill(amount: jax.Array, room: jax.Array) -> jax.Array:
   return jnp.clip(amount - (jnp.cumsum(room) - room), 0, room)

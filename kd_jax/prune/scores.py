@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -70,7 +71,7 @@ def magnitude(p: float = 1) -> Score:
   return _of_weights(lambda name, w: power(jnp.abs(w)))
 
 
-class AverageState(NamedTuple):
+class AverageState(flax.struct.PyTreeNode):
   """Memory of a score that averages over steps.
 
   Attributes:

@@ -288,7 +288,7 @@ def kept_from_masks(plan: Plan, masks: Mapping[str, Any]) -> dict[str, Any]:
         continue
       known = True
       others = tuple(i for i in range(np.ndim(mask)) if i != m.axis)
-      there = np.asarray(mask).any(axis=others)
+      there = np.asarray(np.any(mask, axis=others))
       alive |= [bool(there[list(places)].any()) for places in m.positions]
     units = np.flatnonzero(alive) if known else np.arange(group.size)
     kept[group.name] = units if units.size else np.arange(1)

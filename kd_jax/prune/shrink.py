@@ -124,6 +124,7 @@ def _take(leaf: Any, indices: Mapping[int, np.ndarray]) -> Any:
     shape = [len(indices.get(i, range(n))) for i, n in enumerate(leaf.shape)]
     return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
   sharding = None
+  take: Callable[..., Any]
   if isinstance(leaf, np.ndarray):
     take = np.take
   elif _is_local(leaf):

@@ -176,7 +176,8 @@ def _renewed(inner: Any, fresh: Any, new: Mapping[str, jax.Array]) -> Any:
   """An optimizer state in which new weights have no past."""
   leaves, structure = jax.tree.flatten(inner)
   names = masks_lib.mirrored(inner, new)
-  return structure.unflatten(
+  renewed = (
     old if name is None else jnp.where(new[name], start, old).astype(old.dtype)
     for name, old, start in zip(names, leaves, jax.tree.leaves(fresh))
   )
+  return jax.tree.unflatten(structure, renewed)

@@ -161,8 +161,8 @@ def heads(count: int, axis: int, *, pool: str = 'l1') -> Structure:
   return _slices('heads', count, axis, pool)
 
 
-def _slices(kind, count, axis, pool):
-  pool = rules_lib.choose('pool', pool, POOLS)
+def _slices(kind: str, count: int | None, axis: int, pool: str) -> Structure:
+  pooling = rules_lib.choose('pool', pool, POOLS)
 
   def score(name, x):
     at = _axis(kind, name, x, axis)
@@ -173,9 +173,9 @@ def _slices(kind, count, axis, pool):
         f'{kind}: axis {axis} of {name!r} with shape {x.shape} does not '
         f'divide into {number} parts.'
       )
-    total = jnp.sum(pool.each(x), [i for i in range(x.ndim) if i != at])
+    total = jnp.sum(pooling.each(x), [i for i in range(x.ndim) if i != at])
     total = jnp.sum(_split(total, 0, number), 1)
-    return pool.total(total, x.size // number)
+    return pooling.total(total, x.size // number)
 
   def expand(kept, like):
     at = axis % like.ndim
@@ -212,15 +212,15 @@ def block(rows: int, columns: int, *, pool: str = 'mean') -> Structure:
   """
   if rows < 1 or columns < 1:
     raise ValueError(f'block: {rows}x{columns} is empty.')
-  pool = rules_lib.choose('pool', pool, POOLS)
+  pooling = rules_lib.choose('pool', pool, POOLS)
 
   def score(name, x):
     _axis('block', name, x, -2)
-    total = jnp.sum(_blocks(pool.each(x), rows, columns), (-3, -1))
+    total = jnp.sum(_blocks(pooling.each(x), rows, columns), (-3, -1))
     count = np.outer(
       _lengths(x.shape[-2], rows), _lengths(x.shape[-1], columns)
     )
-    return pool.total(total, np.broadcast_to(count, total.shape))
+    return pooling.total(total, np.broadcast_to(count, total.shape))
 
   def expand(kept, like):
     kept = jnp.repeat(jnp.repeat(kept, rows, axis=-2), columns, axis=-1)

@@ -55,6 +55,10 @@ class Value(NamedTuple):
   const: float | None = None
 
 
+# (walk, equation, values of the inputs) -> values of the outputs
+Rule: TypeAlias = Callable[['Walk', Any, Sequence[Value]], Sequence[Value]]
+
+
 class Count(NamedTuple):
   """An attribute that has to follow what is removed.
 
@@ -103,7 +107,7 @@ class Walk:
     self,
     tags: Tags,
     modules: Mapping[str, Mapping[str, int]],
-    rules: Mapping[str | None, Callable[..., Sequence[Value]]],
+    rules: Mapping[str | None, Rule],
   ):
     self.tags = tags
     self.modules = modules
@@ -157,29 +161,33 @@ class Walk:
       axes: of equal size.
       what: the operation, for what gets fixed by it.
     """
-    known = [a for a in axes if a is not None]
-    if not known:
-      return None
-    fixed = next((a for a in known if isinstance(a, str)), None)
-    first, *others = [a for a in known if not isinstance(a, str)] or [None]
+    fixed = next((a for a in axes if isinstance(a, str)), None)
+    tagged = [a for a in axes if isinstance(a, np.ndarray)]
+    if not tagged:
+      return fixed
+    first, *others = tagged
     if fixed is not None:
       self.fix(first, f'{fixed} ({what})')
     for other in others:
       self.tags.tie(first, other, f'meets a fixed position ({what})')
-    return fixed if first is None else first
+    return first
 
   def fix(self, axis: Axis, reason: str) -> None:
     """Keeps all positions of an axis for good."""
     if isinstance(axis, np.ndarray):
       self.tags.fix(axis, reason)
 
-  def split(self, axis: Axis, sizes: Sequence[int], kind: str | None) -> list:
+  def split(
+    self, axis: Axis, sizes: Sequence[int], kind: str | None
+  ) -> list[Axis]:
     """The axes that one axis becomes; `kind` as in `Tags.factor`."""
     if not isinstance(axis, np.ndarray):
       return [axis] * len(sizes)
     if len(sizes) == 1:
       return [axis]
     first, rest = sizes[0], sizes[1:]
+    major: Axis
+    minor: Axis
     if 1 in (first, math.prod(rest)):
       major, minor = (None, axis) if first == 1 else (axis, None)
     else:

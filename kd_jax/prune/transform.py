@@ -153,7 +153,7 @@ def prune(
     if not revives:
       grads = masks_lib.apply_masks(grads, masks)
     updates, inner = tx.update(grads, state.inner, trained, **extra)
-    dense = ()
+    dense: Any = ()
     if revives:
       dense = _by_path(optax.apply_updates(trained, updates), masks)
       updates = _revived(updates, params, state.masks, dense)
@@ -193,11 +193,10 @@ def preserve(
   def init(params):
     weights = masks_lib.choose_params(params, rules)
     masks = {name: w != 0 for name, w in weights.items()}
-    zeros = sum(jnp.sum(~m, dtype=jnp.float32) for m in masks.values())
+    zeros = [jnp.sum(~m, dtype=jnp.float32) for m in masks.values()]
     size = sum(m.size for m in masks.values())
-    return PruneState(
-      jnp.int32(0), zeros / max(size, 1), masks, tx.init(params)
-    )
+    sparsity = sum(zeros, start=jnp.float32(0)) / max(size, 1)
+    return PruneState(jnp.int32(0), sparsity, masks, tx.init(params))
 
   def update(grads, state, params=None, **extra):
     if params is None:
@@ -241,8 +240,8 @@ def _map(fn: Callable[..., jax.Array], tree: Any, *others: Any) -> Any:
   """`jax.tree.map` with the path of every leaf as first argument."""
   names = rules_lib.leaf_names(tree)
   leaves, structure = jax.tree.flatten(tree)
-  others = [jax.tree.leaves(other) for other in others]
-  return structure.unflatten(map(fn, names, leaves, *others))
+  new = map(fn, names, leaves, *map(jax.tree.leaves, others))
+  return jax.tree.unflatten(structure, new)
 
 
 def _unmasked(params, masks, dense):
@@ -343,11 +342,12 @@ def rewind(trained: Any, initial: Any, masks: Mapping[str, jax.Array]) -> Any:
     Frankle et al., 2020, arXiv:1912.05671 (rewinding to a later step).
   """
   is_prune = lambda x: isinstance(x, PruneState)
-  shapes = jax.tree.structure(trained), jax.tree.structure(initial)
-  if shapes[0] != shapes[1]:
+  after = [jax.tree.structure(trained)]
+  before = [jax.tree.structure(initial)]
+  if after != before:
     raise ValueError(
-      f'rewind: the trees differ: {shapes[0]} after training, '
-      f'{shapes[1]} before.'
+      f'rewind: the trees differ: {after[0]} after training, {before[0]} '
+      'before.'
     )
 
   def one(after, before):
@@ -367,10 +367,11 @@ def _mask_mirrored(tree: Any, masks: Mapping[str, jax.Array]) -> Any:
   is_prune = lambda x: isinstance(x, PruneState)
   found = masks_lib.mirrored(tree, masks, is_leaf=is_prune)
   leaves, structure = jax.tree.flatten(tree, is_leaf=is_prune)
-  return structure.unflatten(
+  masked = (
     leaf if name is None else jnp.where(masks[name], leaf, 0)
     for name, leaf in zip(found, leaves)
   )
+  return jax.tree.unflatten(structure, masked)
 
 
 def straight_through(

@@ -4,7 +4,7 @@ Owns one rule for each: `(walk, equation, values) -> values`. Operations that
 compute are in `primitives`, where the table of all rules is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,13 +78,15 @@ def reshape(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
     parts = walk.split(merged, [new[i] for i in after], None)
     for i, part in zip(after, parts):
       axes[i] = part
-      zero[i] = bool(value.zero) and all(value.zero[j] for j in before)
+      zero[i] = bool(value.zero and all(value.zero[j] for j in before))
   if value.zero is None:
     return [Value(tuple(axes), None, value.const)]
   return [Value(tuple(axes), tuple(zero), value.const)]
 
 
-def _blocks(old, new):
+def _blocks(
+  old: Sequence[int], new: Sequence[int]
+) -> Iterator[tuple[list[int], list[int]]]:
   """Axes that become each other: the smallest runs with equal products."""
   before = [i for i, n in enumerate(old) if n != 1]
   after = [i for i, n in enumerate(new) if n != 1]
@@ -136,15 +138,11 @@ def concatenate(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
       axes.append(
         np.concatenate([_as_tags(p, n) for p, n in zip(parts, sizes)])
       )
-  static = all(v.zero is not None for v in values)
-  return [
-    Value(
-      tuple(axes),
-      tuple(all(v.zero[i] for v in values) for i in range(len(axes)))
-      if static
-      else None,
-    )
-  ]
+  zeros = [v.zero for v in values if v.zero is not None]
+  if len(zeros) < len(values):
+    return [Value(tuple(axes), None)]
+  zero = tuple(all(z[i] for z in zeros) for i in range(len(axes)))
+  return [Value(tuple(axes), zero)]
 
 
 def _as_tags(axis: Axis, size: int) -> np.ndarray:

@@ -6,16 +6,17 @@ costs from `weight_bytes` or a table of measured latencies.
 
 import math
 import re
-from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
 from kd_jax import rules as rules_lib
 from kd_jax.quantize.fake_quant import QuantSpec, weight_scale
-from kd_jax.quantize.sensitivities import Sensitivity
+from kd_jax.quantize.sensitivities import Option, Sensitivity
 
+Spec = TypeVar('Spec', bound=QuantSpec | None)
 # Partial choices kept; below this many the result is exact.
 _FRONT = 50_000
 
@@ -37,8 +38,8 @@ class Allocation(NamedTuple):
 
 
 def allocate(
-  sensitivities: Iterable[Sensitivity],
-  costs: Mapping[tuple[str, Hashable], float],
+  sensitivities: Iterable[Sensitivity[Option]],
+  costs: Mapping[tuple[str, Option], float],
   budget: float,
 ) -> Allocation:
   """The options with the smallest total loss whose costs fit a budget.
@@ -88,13 +89,13 @@ def allocate(
       f'allocate: the budget is {budget:g}, but the smallest possible cost is '
       f'{least:g}.'
     )
-  cost, loss = np.zeros(1), np.zeros(1)
+  costs_so_far, losses = np.zeros(1), np.zeros(1)
   steps = []
   for rows in table.values():
-    cost, loss, before, picked = _extend(cost, loss, rows)
-    steps.append((before, picked))
+    costs_so_far, losses, *step = _extend(costs_so_far, losses, rows)
+    steps.append(step)
   # Sums of floats in another order than the budget's may exceed it by an ulp.
-  affordable = cost <= budget * (1 + 1e-12)
+  affordable = costs_so_far <= budget * (1 + 1e-12)
   affordable[0] = True
   i = best = int(np.flatnonzero(affordable)[-1])
   options = []
@@ -105,10 +106,12 @@ def allocate(
     (re.escape(path), rows[choice][0])
     for (path, rows), choice in zip(table.items(), reversed(options))
   ]
-  return Allocation(rules, float(cost[best]), float(loss[best]))
+  return Allocation(rules, float(costs_so_far[best]), float(losses[best]))
 
 
-def _extend(cost, loss, rows):
+def _extend(
+  cost: np.ndarray, loss: np.ndarray, rows: Sequence[tuple[Any, float, float]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
   """Adds one parameter to a front of trade-offs, cheapest first."""
   more = np.array([c for _, c, _ in rows]), np.array([v for _, _, v in rows])
   costs = (cost[:, None] + more[0][None]).ravel()
@@ -148,8 +151,8 @@ def weight_bytes(w: jax.Array, spec: QuantSpec | None) -> int:
 
 
 def size_costs(
-  params: Any, sensitivities: Iterable[Sensitivity]
-) -> dict[tuple[str, Hashable], int]:
+  params: Any, sensitivities: Iterable[Sensitivity[Spec]]
+) -> dict[tuple[str, Spec], int]:
   """The bytes of every option of `sensitivities`, for `allocate`.
 
   Args:

@@ -175,12 +175,13 @@ def correct_biases(
     rounded = {**rounded, 'params': params, COLLECTION: stats}
     return record.measure(rounded_fn, rounded, batch, 'error')
 
-  total, count = {}, 0
+  total: dict[str, jax.Array] = {}
+  count = 0
   for batch in batches:
     size = len(jax.tree.leaves(batch)[0])
     error = errors(dict(variables), dict(rounded), batch)
-    total = total or dict.fromkeys(error, 0.0)
-    total = {layer: total[layer] + size * error[layer] for layer in error}
+    for layer, shift in error.items():
+      total[layer] = total.get(layer, 0.0) + size * shift
     count += size
   if not count:
     raise ValueError('There is no batch to correct biases with.')

@@ -7,6 +7,7 @@ its scale), 0 (a zero of any shape) or None (does not depend on the scales).
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -165,11 +166,15 @@ def reshaped_index(before, after, axis, index):
   return new[where], array.reshape(-1, array.shape[-1])[0]
 
 
-def _blocks(before, after):
+def _blocks(
+  before: Sequence[int], after: Sequence[int]
+) -> Iterator[tuple[list[int], list[int]]]:
   """Splits two shapes into consecutive blocks of equal size."""
   i = j = 0
   while i < len(before) or j < len(after):
-    old, new, a, b = [], [], 1, 1
+    old: list[int] = []
+    new: list[int] = []
+    a = b = 1
     while not (old and new and a == b):
       if i < len(before) and (a <= b or j == len(after)):
         a *= before[i]

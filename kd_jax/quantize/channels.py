@@ -179,7 +179,7 @@ class _Walk:
     return [output] * len(eqn.outvars)
 
   def _scan(self, eqn, values, body):
-    inputs = []
+    inputs: list[Leaf | None] = []
     for value, outer, inner in zip(values, eqn.invars, body.invars):
       # Constants and carries keep their shape; what is scanned loses an axis.
       scanned = outer.aval.ndim == inner.aval.ndim + 1

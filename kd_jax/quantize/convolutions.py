@@ -33,24 +33,31 @@ def pad(module: Any, x: jax.Array, value: jax.Array) -> jax.Array:
   rank = x.ndim - 2
   sizes = _window(module, rank)
   dilation = _sizes(module.input_dilation, rank)
-  padding = module.padding
-  if padding in ('CIRCULAR', 'REFLECT'):
+  if module.padding in ('CIRCULAR', 'REFLECT'):
     edges = [((k - 1) // 2, k // 2) for k in sizes]
-    mode = 'wrap' if padding == 'CIRCULAR' else 'reflect'
+    mode = 'wrap' if module.padding == 'CIRCULAR' else 'reflect'
     x = jnp.pad(x, [(0, 0), *edges, (0, 0)], mode=mode)
     edges = [(0, 0)] * rank
-  elif padding == 'CAUSAL':
-    edges = [(sizes[0] - 1, 0)]
-  elif isinstance(padding, str):
-    strides = _sizes(module.strides, rank)
-    edges = jax.lax.padtype_to_pads(x.shape[1:-1], sizes, strides, padding)
   else:
-    edges = (padding,) * rank if isinstance(padding, int) else padding
-    edges = [(p, p) if isinstance(p, int) else tuple(p) for p in edges]
-  edges = [(*edge, d - 1) for edge, d in zip(edges, dilation)]
-  if set(edges) == {(0, 0, 0)}:
+    edges = _edges(module, x.shape[1:-1], sizes)
+  padding = [(low, high, d - 1) for (low, high), d in zip(edges, dilation)]
+  if set(padding) == {(0, 0, 0)}:
     return x
-  return jax.lax.pad(x, value, [(0, 0, 0), *edges, (0, 0, 0)])
+  return jax.lax.pad(x, value, [(0, 0, 0), *padding, (0, 0, 0)])
+
+
+def _edges(
+  module: Any, shape: Sequence[int], sizes: Sequence[int]
+) -> list[tuple[int, int]]:
+  """What a Conv pads with zeros on both sides of each spatial axis."""
+  rank, padding = len(shape), module.padding
+  if padding == 'CAUSAL':
+    return [(sizes[0] - 1, 0)]
+  if isinstance(padding, str):
+    strides = _sizes(module.strides, rank)
+    return list(jax.lax.padtype_to_pads(shape, sizes, strides, padding))
+  sides = (padding,) * rank if isinstance(padding, int) else padding
+  return [(p, p) if isinstance(p, int) else tuple(p) for p in sides]
 
 
 def _sizes(value: Any, rank: int) -> tuple[int, ...]:
@@ -58,7 +65,7 @@ def _sizes(value: Any, rank: int) -> tuple[int, ...]:
   return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
-def _window(module, rank):
+def _window(module: Any, rank: int) -> list[int]:
   dilation = _sizes(module.kernel_dilation, rank)
   sizes = _sizes(module.kernel_size, rank)
   return [(k - 1) * d + 1 for k, d in zip(sizes, dilation)]

@@ -83,7 +83,7 @@ def delayed(
       else jnp.where(step >= begin, leaf, before[name])
       for name, leaf in zip(rules_lib.leaf_names(after), leaves)
     ]
-    return structure.unflatten(chosen)
+    return jax.tree.unflatten(structure, chosen)
 
   return delayed_fn
 

@@ -276,6 +276,6 @@ def _leaves(variables, scales):
 def _replace(variables, new):
   leaves, structure = jax.tree.flatten(dict(variables))
   names = rules_lib.leaf_names(dict(variables))
-  return structure.unflatten(
-    new.get(name, leaf) for name, leaf in zip(names, leaves)
+  return jax.tree.unflatten(
+    structure, (new.get(name, leaf) for name, leaf in zip(names, leaves))
   )

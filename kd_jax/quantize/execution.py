@@ -8,7 +8,7 @@ by hand here.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,13 +34,17 @@ CODED = ('kernel', 'embedding')
 
 
 @jax.jit
-def quantize_linear(x: jax.Array, scale: jax.Array, zero_point: jax.Array):
+def quantize_linear(
+  x: jax.Array, scale: jax.Array, zero_point: jax.Array
+) -> jax.Array:
   """int8 codes of an activation. Exporters know it by its name."""
   return quantize(x, scale, zero_point.astype(jnp.float32), _CODES)
 
 
 @jax.jit
-def dequantize_linear(code: jax.Array, scale: jax.Array, zero_point: jax.Array):
+def dequantize_linear(
+  code: jax.Array, scale: jax.Array, zero_point: jax.Array
+) -> jax.Array:
   """float32 values of codes. Exporters know it by its name."""
   zero_point = zero_point.astype(jnp.float32)
   return dequantize(code, per_channel(scale, code), zero_point)
@@ -213,24 +217,40 @@ def _stored(module, name):
   return scope.get_variable(COLLECTION, name)
 
 
-class _Grid(NamedTuple):
-  """The grid of an input: stored, or of its own range.
+class _StoredGrid(NamedTuple):
+  """The grid of an input, as `convert` stored it.
 
   Attributes:
-    scale: float32, or None.
-    zero_point: int8, or None.
-    spec: with which to find both in the batch at hand, or None.
+    scale: float32.
+    zero_point: int8.
   """
 
-  scale: jax.Array | None = None
-  zero_point: jax.Array | None = None
-  spec: QuantSpec | None = None
+  scale: jax.Array
+  zero_point: jax.Array
 
   def codes(self, x: jax.Array) -> Codes:
     """The codes of an input."""
-    if self.spec is None:
-      code = quantize_linear(x, self.scale, self.zero_point)
-      return Codes(code, self.scale, self.zero_point.astype(jnp.int32))
+    code = quantize_linear(x, self.scale, self.zero_point)
+    return Codes(code, self.scale, self.zero_point.astype(jnp.int32))
+
+  def round(self, x: jax.Array) -> jax.Array:
+    """The values that its codes stand for, in its dtype."""
+    code = quantize_linear(x, self.scale, self.zero_point)
+    rounded = dequantize_linear(code, self.scale, self.zero_point)
+    return rounded.astype(x.dtype)
+
+
+class _DynamicGrid(NamedTuple):
+  """The grid of an input's own range.
+
+  Attributes:
+    spec: with which to find it in the batch at hand.
+  """
+
+  spec: QuantSpec
+
+  def codes(self, x: jax.Array) -> Codes:
+    """The codes of an input."""
     scale, zero_point = dynamic_scale(x, self.spec)
     code = quantize(x, scale, zero_point, self.spec)
     symmetric = self.spec.symmetric
@@ -238,24 +258,27 @@ class _Grid(NamedTuple):
 
   def round(self, x: jax.Array) -> jax.Array:
     """The values that its codes stand for, in its dtype."""
-    if self.spec is None:
-      code = quantize_linear(x, self.scale, self.zero_point)
-      rounded = dequantize_linear(code, self.scale, self.zero_point)
-      return rounded.astype(x.dtype)
     scale, zero_point = dynamic_scale(x, self.spec)
     return fake_quant(x, scale, zero_point, self.spec.qmin, self.spec.qmax)
 
 
-def _grids(stored_as, values, spec):
+_Grid = _StoredGrid | _DynamicGrid
+
+
+def _grids(
+  stored_as: Callable[[str], Any],
+  values: Sequence[Any],
+  spec: QuantSpec | None,
+) -> dict[int, _Grid]:
   """The grid of each input that is quantized, by position."""
   spec = spec if spec is not None and spec.dynamic else None
-  grids = {}
+  grids: dict[int, _Grid] = {}
   for i, x in enumerate(values):
     stored = stored_as(inputs.input_name(i))
     if stored is not None:
-      grids[i] = _Grid(stored['scale'], stored['zero_point'])
+      grids[i] = _StoredGrid(stored['scale'], stored['zero_point'])
     elif spec is not None and products.is_input(x):
-      grids[i] = _Grid(spec=spec)
+      grids[i] = _DynamicGrid(spec)
   return grids
 
 
@@ -295,7 +318,7 @@ def _convolution(module, x, grid, kernel, bias, step, way):
   del step
   convolutions.check(module)
   batch, x = convolutions.one_batch(module, x)
-  if grid.spec is None:
+  if isinstance(grid, _StoredGrid):
     code, scale, zero_point = grid.codes(x)
     code = convolutions.pad(module, code, grid.zero_point)
     codes = Codes(code, scale, zero_point)
@@ -339,10 +362,10 @@ def _inner_product(module, dynamic, simulate):
     spec = rules_lib.first(dynamic, path)
     grids = _grids(stored.get, operands, spec)
     if len(grids) < 2 or simulate:
-      operands = [
+      rounded = (
         grids[i].round(x) if i in grids else x for i, x in enumerate(operands)
-      ]
-      return einsum(text, *operands)
+      )
+      return einsum(text, *rounded)
     eq = products.parse(path, text, [x.ndim for x in operands])
     codes = (grids[i].codes(x) for i, x in enumerate(operands))
     return _contract(path, eq, *codes).astype(operands[0].dtype)
@@ -361,13 +384,19 @@ def _weight_only(module, values, options, kernel):
   return alone.apply({'params': params}, *values, **options)
 
 
-def _embed(module, method, args, kwargs, simulate):
+def _embed(
+  module: Any,
+  method: str,
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+  simulate: bool,
+) -> jax.Array | None:
   """An Embed layer: rows of codes, dequantized after they are looked up."""
   if method == 'setup':
     return None
   stored = _stored(module, 'embedding')
   scale = _stored(module, 'embedding_scale')
-  (x,) = (*args, *kwargs.values())
+  [x] = [*args, *kwargs.values()]
   if method == 'attend':
     table = weight_values(weight_codes(stored, scale))
     dtype = module.dtype or jnp.promote_types(x.dtype, jnp.float32)

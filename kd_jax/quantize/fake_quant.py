@@ -218,4 +218,4 @@ def fake_quant_params(
     return fake_quant(w, scale, zero_point, spec.qmin, spec.qmax)
 
   leaves, structure = jax.tree.flatten(params)
-  return structure.unflatten(map(one, names, leaves))
+  return jax.tree.unflatten(structure, map(one, names, leaves))

@@ -145,12 +145,11 @@ def of(x: jax.Array, axis_name: str | None = None) -> Stats:
   }
 
 
-def _count(index, ones):
-  options = {}
-  if any(part is not None for part in jax.typeof(index).sharding.spec):
-    # On a mesh with explicit axes the sum is on every device.
-    options['out_sharding'] = PartitionSpec()
-  return jnp.zeros(BINS, ones.dtype).at[index].add(ones, **options)
+def _count(index: jax.Array, ones: jax.Array) -> jax.Array:
+  sharded = any(part is not None for part in jax.typeof(index).sharding.spec)
+  # On a mesh with explicit axes the sum is on every device.
+  out = PartitionSpec() if sharded else None
+  return jnp.zeros(BINS, ones.dtype).at[index].add(ones, out_sharding=out)
 
 
 def merge(a: Stats, b: Stats) -> Stats:

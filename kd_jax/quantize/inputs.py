@@ -112,6 +112,9 @@ def intercept_inputs(
       function does not let it be replaced.
   """
 
+  def rounding(scope, layer, *product):
+    return lambda name, x: round_input(scope, layer, (*product, name), x)
+
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
     attention = is_attention(module)
@@ -128,11 +131,11 @@ def intercept_inputs(
         if has_products(module):
 
           def compute(product, einsum, equation, *operands):
-            operands = [
+            rounded = (
               round_input(scope, layers[product], (product, input_name(i)), x)
               for i, x in enumerate(operands)
-            ]
-            return einsum(equation, *operands)
+            )
+            return einsum(equation, *rounded)
 
           with replaced_products(module, compute):
             return next_fun(*args, **kwargs)
@@ -143,21 +146,10 @@ def intercept_inputs(
             'with None leaves them out.'
           )
         for product, layer in layers.items():
-          args, kwargs = map_inputs(
-            lambda name, x, layer=layer, product=product: round_input(
-              scope, layer, (product, name), x
-            ),
-            module,
-            args,
-            kwargs,
-          )
+          rounded = rounding(scope, layer, product)
+          args, kwargs = map_inputs(rounded, module, args, kwargs)
         return next_fun(*args, **kwargs)
-      args, kwargs = map_inputs(
-        lambda name, x: round_input(scope, path, (name,), x),
-        module,
-        args,
-        kwargs,
-      )
+      args, kwargs = map_inputs(rounding(scope, path), module, args, kwargs)
       return next_fun(*args, **kwargs)
 
   return interceptor
@@ -300,5 +292,7 @@ def _names(jaxpr: Jaxpr) -> Iterator[str]:
       yield equation.params['name']
     is_jaxpr = lambda p: isinstance(p, (Jaxpr, ClosedJaxpr))
     for inner in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
-      if is_jaxpr(inner):
-        yield from _names(getattr(inner, 'jaxpr', inner))
+      if isinstance(inner, ClosedJaxpr):
+        yield from _names(inner.jaxpr)
+      elif isinstance(inner, Jaxpr):
+        yield from _names(inner)

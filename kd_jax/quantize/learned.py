@@ -304,4 +304,5 @@ def lsq_params(
     return lsq(w, per_group(step, w), spec.qmin, spec.qmax, factor)
 
   leaves, structure = jax.tree.flatten(rest)
-  return structure.unflatten(map(one, rules_lib.leaf_names(rest), leaves))
+  new = map(one, rules_lib.leaf_names(rest), leaves)
+  return jax.tree.unflatten(structure, new)

@@ -9,18 +9,12 @@ them, and reads no variables.
 import inspect
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Layers of two inputs and no kernel, see models.vit. The factor is a power of
-# the size of the summed axis.
-_ATTENTION = {
-  'Scores': ('bqnd', 'bknd', 'bnqk', -0.5),
-  'Context': ('bnqk', 'bknd', 'bqnd', 0.0),
-}
 _KERNELS = ('Conv', 'Dense', 'DenseGeneral', 'Einsum')
 
 
@@ -55,7 +49,15 @@ class Equation(NamedTuple):
   bias: str = ''
 
 
-def kind(module: Any, names: Sequence[str]) -> str | None:
+# Layers of two inputs and no kernel, see models.vit. The factor is a power of
+# the size of the summed axis.
+_ATTENTION = {
+  'Scores': (Equation('bqnd', 'bknd', 'bnqk'), -0.5),
+  'Context': (Equation('bnqk', 'bknd', 'bqnd'), 0.0),
+}
+
+
+def kind(module: Any, names: Collection[str]) -> str | None:
   """The first of a module's class and its bases that is one of `names`."""
   bases = (base.__name__ for base in type(module).__mro__)
   return next((name for name in bases if name in names), None)
@@ -187,7 +189,9 @@ def arrange(value: jax.Array, letters: str, out: str) -> jax.Array:
   return jnp.expand_dims(value, [i for i, c in enumerate(out) if c not in kept])
 
 
-def multiply(eq: Equation, x: jax.Array, w: jax.Array, **options: Any):
+def multiply(
+  eq: Equation, x: jax.Array, w: jax.Array, **options: Any
+) -> jax.Array:
   """The product of two arrays of any dtype.
 
   Args:
@@ -198,9 +202,9 @@ def multiply(eq: Equation, x: jax.Array, w: jax.Array, **options: Any):
   """
   batch = [c for c in eq.w if c in eq.x and c in eq.out]
   summed = [c for c in eq.w if c in eq.x and c not in eq.out]
-  contracted = [tuple(map(v.index, summed)) for v in (eq.x, eq.w)]
-  batched = [tuple(map(v.index, batch)) for v in (eq.x, eq.w)]
-  y = jax.lax.dot_general(x, w, (tuple(contracted), tuple(batched)), **options)
+  contracted = [eq.x.index(c) for c in summed], [eq.w.index(c) for c in summed]
+  batched = [eq.x.index(c) for c in batch], [eq.w.index(c) for c in batch]
+  y = jax.lax.dot_general(x, w, (contracted, batched), **options)
   used = (*batch, *summed)
   made = batch + [c for c in eq.x + eq.w if c not in used]
   order = [made.index(c) for c in eq.out]
@@ -249,22 +253,21 @@ def contract(
 def _total(eq: Equation, x: Codes, w: Codes) -> jax.Array:
   """The sum of products of codes less their zero points, int32."""
   total = multiply(eq, x.code, w.code, preferred_element_type=jnp.int32)
-  offsets = [
-    v if v is None else arrange(v, letters, eq.out)
-    for v, letters in ((x.zero_point, eq.x), (w.zero_point, eq.w))
-  ]
-  if offsets[0] is not None:
-    total -= offsets[0] * _sum(w.code, eq.w, eq.out)
-  if offsets[1] is not None:
-    total -= offsets[1] * _sum(x.code, eq.x, eq.out)
-  if None not in offsets:
+  zero_x = zero_w = None
+  if x.zero_point is not None:
+    zero_x = arrange(x.zero_point, eq.x, eq.out)
+    total -= zero_x * _sum(w.code, eq.w, eq.out)
+  if w.zero_point is not None:
+    zero_w = arrange(w.zero_point, eq.w, eq.out)
+    total -= zero_w * _sum(x.code, eq.x, eq.out)
+  if zero_x is not None and zero_w is not None:
     sizes = dict(zip(eq.x, x.code.shape))
     count = math.prod(sizes[c] for c in eq.x if c not in eq.out)
-    total += count * offsets[0] * offsets[1]
+    total += count * zero_x * zero_w
   return total
 
 
-def _sum(code, letters, out):
+def _sum(code: jax.Array, letters: str, out: str) -> jax.Array:
   summed = tuple(i for i, c in enumerate(letters) if c not in out)
   total = jnp.sum(code, axis=summed, keepdims=True, dtype=jnp.int32)
   return arrange(total, letters, out)
@@ -277,7 +280,9 @@ def _groups(eq: Equation, w: Codes) -> int:
   return w.scale.shape[-2]
 
 
-def _split_groups(eq, x, w):
+def _split_groups(
+  eq: Equation, x: Codes, w: Codes
+) -> tuple[Equation, Codes, Codes]:
   """Gives the groups an axis of their own, in front of the one they are of."""
   c = eq.w[-2]
   g = next(v for v in string.ascii_letters if v not in eq.x + eq.w)
@@ -309,8 +314,8 @@ def attention(module: Any, queries: Codes, keys: Codes) -> jax.Array:
   Returns:
     What the layer returns for the real values, float32.
   """
-  *letters, power = _ATTENTION[kind(module, _ATTENTION)]
-  y = contract(Equation(*letters), queries, keys)
+  eq, power = _attention_product(module)
+  y = contract(eq, queries, keys)
   return _finish(module, y * queries.code.shape[-1] ** power)
 
 
@@ -318,12 +323,23 @@ def simulated_attention(
   module: Any, queries: jax.Array, keys: jax.Array
 ) -> jax.Array:
   """`attention` of real values, whose product is of the values themselves."""
-  *letters, power = _ATTENTION[kind(module, _ATTENTION)]
-  y = multiply(Equation(*letters), queries, keys)
+  eq, power = _attention_product(module)
+  y = multiply(eq, queries, keys)
   return _finish(module, y * queries.shape[-1] ** power)
 
 
-def _finish(module, y):
+def _attention_product(module: Any) -> tuple[Equation, float]:
+  """What a layer multiplies, and the power of the summed axis's size."""
+  name = kind(module, _ATTENTION)
+  if name is None:
+    raise ValueError(
+      f'{type(module).__name__} is no layer that multiplies its two inputs: '
+      f'valid: {", ".join(_ATTENTION)}.'
+    )
+  return _ATTENTION[name]
+
+
+def _finish(module: Any, y: jax.Array) -> jax.Array:
   if kind(module, _ATTENTION) == 'Context':
     return y.reshape(*y.shape[:2], -1)
   return y

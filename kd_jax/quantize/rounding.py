@@ -156,7 +156,7 @@ def adaround(
       steps,
       batch_size,
       warm_start,
-      tuple(beta),
+      beta,
     )
     problem = _Problem(
       {k: params[f'{name}/{k}'] for k in layer.params},

@@ -6,7 +6,7 @@ Owns the measurement. What it is used for is `allocation`; how it looks is
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ from kd_jax.quantize.fake_quant import QuantSpec, fake_quant_params
 from kd_jax.types import Batch, Variables
 
 Perturbation = Callable[[jax.Array], jax.Array]
+Option = TypeVar('Option', bound=Hashable)
 
 
-class Sensitivity(NamedTuple):
+class Sensitivity(NamedTuple, Generic[Option]):
   """What it costs to change one parameter.
 
   Attributes:
@@ -29,7 +30,7 @@ class Sensitivity(NamedTuple):
   """
 
   path: str
-  option: Hashable
+  option: Option
   loss: float
 
 
@@ -49,7 +50,7 @@ def weight_options(specs: Iterable[QuantSpec]) -> dict[QuantSpec, Perturbation]:
   return {spec: functools.partial(_fake_quant, spec=spec) for spec in specs}
 
 
-def _fake_quant(w, spec):
+def _fake_quant(w: jax.Array, spec: QuantSpec) -> jax.Array:
   return fake_quant_params([w], [('0', spec)])[0]
 
 
@@ -58,10 +59,10 @@ def sensitivity(
   variables: Variables,
   batches: Iterable[Batch],
   rules: rules_lib.Rules[bool],
-  options: Mapping[Hashable, Perturbation],
+  options: Mapping[Option, Perturbation],
   *,
   loss: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> list[Sensitivity]:
+) -> list[Sensitivity[Option]]:
   """The loss of changing one parameter at a time, all others as they are.
 
   One function is compiled for all parameters and options: which of them is
@@ -108,7 +109,8 @@ def sensitivity(
     leaves, structure = jax.tree.flatten(variables['params'])
     for i, index in zip(choice, [names.index(name) for name in chosen]):
       leaves[index] = jax.lax.switch(i, branches, leaves[index])
-    changed = {**variables, 'params': structure.unflatten(leaves)}
+    params = jax.tree.unflatten(structure, leaves)
+    changed = {**variables, 'params': params}
     return jnp.mean(loss(forward(changed, batch).output, reference))
 
   variables = dict(variables)

@@ -244,8 +244,8 @@ def rows(
   # Blocks are reordered, which explicit axes of a mesh would not survive.
   x, kept, new = _blocks(_gathered(x), spec)
   others = [i for i in range(x.ndim) if i not in kept]
-  shape = [x.shape[i] if i in kept else 1 for i in range(x.ndim)]
-  shape = tuple(n for i, n in enumerate(shape) if i not in new)
+  sizes = [x.shape[i] if i in kept else 1 for i in range(x.ndim)]
+  shape = tuple(n for i, n in enumerate(sizes) if i not in new)
   ordered = x.transpose(*sorted(kept), *others)
   return ordered.reshape(math.prod(shape), -1), shape
 
@@ -279,6 +279,6 @@ def per_group(values: jax.Array, like: Any) -> jax.Array:
     return values
   # Unlike jnp.repeat, this keeps the explicit axes of a mesh.
   *outer, width = values.shape
-  repeated = (*outer, size // groups, width)
-  repeated = jnp.broadcast_to(values[..., None, :], repeated)
+  shape = (*outer, size // groups, width)
+  repeated = jnp.broadcast_to(values[..., None, :], shape)
   return repeated.reshape(*values.shape[:-2], size, width)

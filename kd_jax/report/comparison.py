@@ -150,8 +150,9 @@ def print_table(comparison: Comparison) -> None:
   ]
   table = Table()
   for i in shown:
-    justify = 'right' if i else 'left'
-    table.add_column(header[i], justify=justify, overflow='fold')
+    table.add_column(
+      header[i], justify='right' if i else 'left', overflow='fold'
+    )
   for row in rows:
     table.add_row(*(row[i] for i in shown))
   console.print(table)

@@ -140,14 +140,24 @@ def _speed(report: Report) -> str:
       if times <= 1 / 1.05
       else 'about as fast'
     )
-    known = None not in (*a.values(), *b.values())
-    overlap = known and a['low'] <= b['high'] and b['low'] <= a['high']
+    overlap = _overlap((a['low'], a['high']), (b['low'], b['high']))
     return (
       f'At batch {batch} its median latency is {milliseconds(a["median"])} ms '
       f'against {milliseconds(b["median"])} ms: {verdict}'
       + (', though the spreads overlap.' if overlap else '.')
     )
   return ''
+
+
+Spread = tuple[float | None, float | None]
+
+
+def _overlap(a: Spread, b: Spread) -> bool:
+  """Whether two spreads, low and high, meet; False where one is not known."""
+  (low_a, high_a), (low_b, high_b) = a, b
+  if low_a is None or high_a is None or low_b is None or high_b is None:
+    return False
+  return low_a <= high_b and low_b <= high_a
 
 
 def _gain(report: Report) -> str:
@@ -168,10 +178,10 @@ def _gain(report: Report) -> str:
     f'alone, {percent(alone, digits)}: {word} of '
     f'{100 * abs(gain):.{digits}f} points'
   )
-  errors = [standard_error(report, p) for p in (distilled, alone)]
-  if None in errors:
+  own, other = (standard_error(report, p) for p in (distilled, alone))
+  if own is None or other is None:
     return text + '.'
-  noise = 2 * math.hypot(*errors)
+  noise = 2 * math.hypot(own, other)
   beside = 'within' if abs(gain) <= noise else 'beyond'
   return (
     f'{text}, {beside} the noise of {examples_of(report)} test examples '

@@ -316,7 +316,7 @@ def _svg(name: str, fig: Any, label: str) -> str:
   import matplotlib  # noqa: PLC0415 - as slow to load as in plots
 
   buffer = io.StringIO()
-  settings = {'svg.fonttype': 'none', 'svg.hashsalt': name}
+  settings: plots.Style = {'svg.fonttype': 'none', 'svg.hashsalt': name}
   nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
   with matplotlib.rc_context(settings):
     fig.savefig(buffer, format='svg', metadata=nothing)

@@ -35,7 +35,7 @@ def name_points(
   r = 6 * scale
   dots = [(x - r, y - r, x + r, y + r) for x, y in centers]
   notes = [_note(ax, point, color) for point in points]
-  halves = []
+  halves: list[tuple[float, float]] = []
   for note in notes:
     box = note.get_window_extent(renderer)
     halves.append((box.width / 2 + 3 * scale, box.height / 2 + scale))
@@ -46,7 +46,8 @@ def name_points(
       j: _box(centers[j], place, halves[j]) for j, place in chosen.items()
     }
     best = math.inf
-    for place in _spiral(*halves[i], scale):
+    w, h = halves[i]
+    for place in _spiral(w, h, scale):
       # A place costs its distance at least, and the spiral only widens.
       if place[0] / scale >= best:
         break

@@ -36,8 +36,8 @@ def _count(jaxpr: Any) -> int:
     if eqn.primitive.name == 'dot_general':
       (contracted, _), _ = eqn.params['dimension_numbers']
       shape = eqn.invars[0].aval.shape
-      inner = int(np.prod([shape[i] for i in contracted]))
-      total += inner * eqn.outvars[0].aval.size
+      summed = int(np.prod([shape[i] for i in contracted]))
+      total += summed * eqn.outvars[0].aval.size
     elif eqn.primitive.name == 'conv_general_dilated':
       kernel = eqn.invars[1].aval
       out_axis = eqn.params['dimension_numbers'].rhs_spec[0]
@@ -49,6 +49,13 @@ def _count(jaxpr: Any) -> int:
         if hasattr(inner, 'eqns'):
           total += _count(inner) * eqn.params.get('length', 1)
   return total
+
+
+def of_images(
+  apply: Callable[[Mapping[str, Any]], Any],
+) -> Callable[[np.ndarray], Any]:
+  """`images -> output` of a function `(raw batch) -> output`."""
+  return lambda images: apply({'image': images})
 
 
 def latencies(

@@ -4,7 +4,7 @@ Owns how `plan.Plan` is shown; knows its dict of numbers and computes nothing
 but sums.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -197,7 +197,7 @@ def what_if_rows(plan: Mapping[str, Any]) -> list[list[str]]:
   return rows
 
 
-def _what_if(title: str, program: Mapping[str, Any]) -> Sequence[str]:
+def _what_if(title: str, program: Mapping[str, Any]) -> list[str]:
   fits = {True: 'yes', False: 'no', None: DASH}[program['fits']]
   hours = program['hours']
   return [

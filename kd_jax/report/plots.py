@@ -4,12 +4,11 @@ A Figure from here shows itself in a notebook, saves with `savefig`, and never
 touches the global state of pyplot; matplotlib is loaded by the first call.
 """
 
-import functools
 import io
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -36,7 +35,11 @@ STYLES = ('-', '--', '-', '-.', ':')
 MARKERS = ('s', '^', 'o', 'D', 'v', 'P', 'X', '<', '>')
 LAYERS = 40  # bars that a figure can hold and still be read
 
-_STYLE = {
+if TYPE_CHECKING:
+  from matplotlib.typing import RcKeyType
+
+Style: TypeAlias = 'dict[RcKeyType, Any]'
+_STYLE: Style = {
   'axes.axisbelow': True,
   'axes.edgecolor': MUTED,
   'axes.facecolor': PAPER,
@@ -127,8 +130,13 @@ def figure(
   from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
   from matplotlib.figure import Figure  # noqa: PLC0415
 
+  class Shown(Figure):
+    # Jupyter knows how to show a Figure only after pyplot has been imported.
+    def _repr_png_(self) -> bytes:
+      return _png(self)
+
   with matplotlib.rc_context(_STYLE):
-    fig = Figure(figsize=(width * len(draws), height), layout='constrained')
+    fig = Shown(figsize=(width * len(draws), height), layout='constrained')
     FigureCanvasAgg(fig)
     for i, draw in enumerate(draws):
       ax = fig.add_subplot(1, len(draws), i + 1)
@@ -142,8 +150,6 @@ def figure(
           va='center',
           transform=ax.transAxes,
         )
-  # Jupyter knows how to show a Figure only after pyplot has been imported.
-  fig._repr_png_ = functools.partial(_png, fig)
   return fig
 
 
@@ -217,11 +223,11 @@ def draw_sparsity_schedule(ax: Any, report: Report) -> bool:
 def draw_size(ax: Any, report: Report) -> bool:
   """Draws accuracy by bytes, with a name at every point."""
   _label(ax, '', 'size on disk (log scale)', 'accuracy (%)')
-  points = [
+  known = [
     (str(m.get('name')), number(m.get('bytes')), number(m.get('accuracy')))
     for m in models_of(report)
   ]
-  points = [(n, b, a) for n, b, a in points if b and b > 0 and a is not None]
+  points = [(n, b, a) for n, b, a in known if b and b > 0 and a is not None]
   if not points:
     return False
   sizes, scores = [p[1] for p in points], [100 * p[2] for p in points]
@@ -235,7 +241,7 @@ def draw_size(ax: Any, report: Report) -> bool:
   ax.minorticks_off()
   teacher = next((a for n, _, a in points if n == 'teacher'), None)
   error = standard_error(report, teacher)
-  if error:
+  if error and teacher is not None:
     ax.axhspan(
       100 * (teacher - error),
       100 * (teacher + error),
@@ -256,12 +262,15 @@ def draw_size(ax: Any, report: Report) -> bool:
 def draw_sparsity(ax: Any, report: Report) -> bool:
   """Draws one bar for each layer: the share of its weights that is zero."""
   _label(ax, 'Sparsity by layer', 'weights that are exactly zero (%)', 'layer')
-  layers = [
-    (str(layer.get('path')), number(layer.get('size')), layer.get('nonzero'))
+  known = [
+    (
+      str(layer.get('path')),
+      number(layer.get('size')),
+      number(layer.get('nonzero')),
+    )
     for layer in report.get('sparsity') or []
   ]
-  layers = [(p, n, number(left)) for p, n, left in layers if n]
-  layers = [row for row in layers if row[2] is not None]
+  layers = [(p, n, left) for p, n, left in known if n and left is not None]
   if len(layers) > LAYERS:
     kept = sorted(layers, key=lambda row: -row[1])[:LAYERS]
     ax.set_title(

@@ -5,7 +5,7 @@ Owns which columns there are and where they fit; how a value is written is in
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
@@ -361,7 +361,7 @@ def _markdown_table(
     return []
   align = ['--:' if t not in ('note', '') else ':--' for t in titles]
   lines = [titles, [':--', *align[1:]], *rows]
-  escape = [_escape, str, *[_escape] * len(rows)]
+  escape: list[Callable[[Any], str]] = [_escape, str, *[_escape] * len(rows)]
   return [
     '| ' + ' | '.join(write(c) for c in line) + ' |'
     for write, line in zip(escape, lines, strict=True)

@@ -86,8 +86,7 @@ def print_table(result: Mapping[str, Any]) -> None:
     title='Validation accuracy in % before and after training, * chosen'
   )
   for i, name in enumerate(_HEADER):
-    side = 'right' if i else 'left'
-    table.add_column(name, justify=side, no_wrap=True)
+    table.add_column(name, justify='right' if i else 'left', no_wrap=True)
   for row in cells(result):
     table.add_row(*row)
   Console().print(table)
