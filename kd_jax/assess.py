@@ -9,7 +9,6 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from kd_jax import deploy, guard, origin, terms, weights
-from kd_jax.export import artefact_bytes, load_stablehlo, onnx
+from kd_jax import deploy, exporters, guard, origin, terms, weights
 from kd_jax.prune import layer_costs, sparsity_report
 from kd_jax.quantize import dequantize_params
 from kd_jax.report import measure
@@ -37,21 +35,12 @@ BATCHES = (1, 32)
 Apply = Callable[[Mapping[str, Any]], Any]
 
 
-def has_onnx() -> bool:
-  """Whether the extra [onnx] is installed."""
-  return all(find_spec(name) for name in ('onnx', 'onnxruntime'))
-
-
 def exported(directory: Path) -> dict[str, Apply]:
   """The exports in a directory, by name."""
-  found = {}
-  if (directory / 'stablehlo').exists():
-    artefact = load_stablehlo(directory / 'stablehlo')
-    found['StableHLO int8'] = _of_batch(artefact.predict)
-  path = directory / 'student.int8.onnx'
-  if path.exists() and has_onnx():
-    found['ONNX int8'] = _of_batch(onnx.load_onnx(path))
-  return found
+  return {
+    name: _of_batch(predict)
+    for name, predict in exporters.load(directory).items()
+  }
 
 
 def _of_batch(predict: Callable[[np.ndarray], Any]) -> Apply:
@@ -132,16 +121,9 @@ def _models(run: Run) -> list[dict[str, Any]]:
   found = applies(run)
   numbers = scores(run, found, 'test')
   jax_networks = {n.name: (s, n) for s, n in networks(run).items()}
-  export = run.workdir.stage('export')
-  files = {
-    'StableHLO int8': lambda: artefact_bytes(export / 'stablehlo'),
-    'ONNX int8': lambda: (export / 'student.int8.onnx').stat().st_size,
-  }
-  notes = {
-    'pruned + int8 fake-quant': 'simulates int8 in float32: slower by design',
-    'StableHLO int8': 'file: both modules, weights and manifest',
-    'ONNX int8': _kernel_note(run),
-  }
+  exports = run.workdir.result('export')['exports']
+  notes = {n: about['note'] for n, about in exports.items()}
+  notes[TRAINED['compress']] = 'simulates int8 in float32: slower by design'
   latency = _latency(run, found)
   rows = []
   for name, apply_numbers in numbers.items():
@@ -158,7 +140,7 @@ def _models(run: Run) -> list[dict[str, Any]]:
         **apply_numbers,
         'parameters': parameters,
         'nonzero_parameters': nonzero,
-        'bytes': path.stat().st_size if path else files[name](),
+        'bytes': path.stat().st_size if path else exports[name]['bytes'],
         'flops': 2 * _multiply_accumulates(run, counted),
         'latency': {size: latency[size][name] for size in latency},
         'train_seconds': _train_seconds(run, stage),
@@ -195,15 +177,6 @@ def _train_seconds(run: Run, stage: str | None) -> float | None:
   if stage not in TRAINED:
     return None
   return run.workdir.result(stage)['train_seconds']
-
-
-def _kernel_note(run: Run) -> str:
-  kernels = run.workdir.result('export')['onnx_kernels'] or {}
-  return ', '.join(
-    f'{n} {kernel}'
-    for kernel, n in sorted(kernels.items())
-    if n and kernel.startswith(('QLinear', 'QGemm'))
-  )
 
 
 def _curves(run: Run) -> dict[str, Any]:
@@ -314,6 +287,7 @@ def _integers(run: Run) -> list[dict[str, Any]]:
 
 
 def _parity(run: Run) -> list[dict[str, Any]]:
+  export = run.workdir.result('export')
   return [
     {
       'name': p['name'],
@@ -321,9 +295,9 @@ def _parity(run: Run) -> list[dict[str, Any]]:
       'agreement': p['agreement'],
       'max_abs_error': p['max_abs_error'],
       'examples': p['examples'],
-      'note': _kernel_note(run) if p['name'] == 'ONNX int8' else '',
+      'note': export['exports'].get(p['name'], {}).get('note', ''),
     }
-    for p in run.workdir.result('export')['parity']
+    for p in export['parity']
   ]
 
 
@@ -389,11 +363,11 @@ def aims(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     _aim(
       f'integer student within {100 * c.accuracy_drop:.1f} points of the '
       'teacher',
-      f'{100 * drop:+.2f} points below',
+      f'{100 * abs(drop):.2f} points {"below" if drop >= 0 else "above"}',
       drop <= c.accuracy_drop,
     ),
   ]
-  for name in ('StableHLO int8', 'ONNX int8'):
+  for name in exporters.EXPORTERS:
     if name in by_name:
       agreement = parities[name]['agreement']
       size = by_name[name]['bytes'] / teacher['bytes']

@@ -21,6 +21,7 @@ from kd_jax import (
   cached_teacher,
   deploy,
   distillation,
+  exporters,
   hosts,
   lock,
   origin,
@@ -29,7 +30,6 @@ from kd_jax import (
   rules,
 )
 from kd_jax.compression import Compression
-from kd_jax.export import export_stablehlo, onnx
 from kd_jax.fit import Result, Student, fit
 from kd_jax.report import write_report
 from kd_jax.run import Network, Run
@@ -104,19 +104,18 @@ def convert(run: Run) -> Result:
 def export(run: Run) -> Result:
   """Writes the integer student for servers, and compares each file with it."""
   directory = run.workdir.stage('export')
-  kernels = export_files(run, run.integer, directory)
-  note = '' if kernels else ', without ONNX: pip install "kd_jax[onnx]"'
+  written = export_files(run, run.integer, directory)
   return {
+    'exports': written,
     'parity': _parities(run, directory),
-    'onnx_kernels': kernels,
-    'note': note,
+    'note': exporters.left_out(),
   }
 
 
 def export_files(
   run: Run, make: Callable[..., Network], directory: Path
-) -> dict[str, int] | None:
-  """Writes an integer network as StableHLO and, with the extra, as ONNX.
+) -> dict[str, Any]:
+  """Writes an integer network in the formats of `exporters`.
 
   Args:
     run: whose images it is for.
@@ -124,38 +123,22 @@ def export_files(
     directory: where to.
 
   Returns:
-    Which kernels onnxruntime runs it with; None without the extra [onnx].
+    What `exporters.write` says of each.
   """
-  test = run.splits['test']
-  images = jax.ShapeDtypeStruct((1, *test.image_shape), np.uint8)
-  network = make()
-  metadata = {
-    'config': run.workdir.fingerprint,
-    'dataset': run.config.data.name,
-  }
-  export_stablehlo(
-    deploy.from_images(network.forward, run.preprocess),
-    network.variables,
-    images,
-    directory / 'stablehlo',
+  test, integer = run.splits['test'], make()
+  model = exporters.Model(
+    integer=deploy.from_images(integer.forward, run.preprocess),
+    simulated=deploy.from_images(make(simulate=True).forward, run.preprocess),
+    variables=integer.variables,
+    image=jax.ShapeDtypeStruct((1, *test.image_shape), np.uint8),
+    golden=test.read(np.arange(min(8, len(test))))['image'],
     class_names=test.class_names,
-    golden_images=test.read(np.arange(min(8, len(test))))['image'],
-    metadata=metadata,
-    overwrite=True,
+    metadata={
+      'config': run.workdir.fingerprint,
+      'dataset': run.config.data.name,
+    },
   )
-  if not assess.has_onnx():
-    return None
-  simulated = make(simulate=True)
-  apply = deploy.from_images(simulated.forward, run.preprocess)
-  path = directory / 'student.int8.onnx'
-  onnx.export_onnx(
-    functools.partial(apply, simulated.variables),
-    images,
-    path,
-    class_names=test.class_names,
-    metadata=metadata,
-  )
-  return onnx.integer_kernels(path)
+  return exporters.write(model, directory)
 
 
 def _parities(run: Run, directory) -> list[dict[str, Any]]:

@@ -1,12 +1,13 @@
 """The files of the README's section "Extend it": one run with all of them."""
 
+import functools
 import pathlib
 import re
 
 import pytest
 
-from kd_jax import cli, models, recipe_words, terms
-from kd_jax.report import read_report
+from kd_jax import cli, exporters, models, recipe_words, terms
+from kd_jax.report import measure, read_report
 from kd_jax.workdir import read_json
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -46,11 +47,12 @@ def get_config():
 
 
 def test_there_is_a_file_for_each_kind():
-  kinds = ('loss', 'model', 'data', 'score', 'observer')
+  kinds = ('loss', 'model', 'data', 'score', 'observer', 'exporter')
   assert sorted(FILES) == sorted(f'my_{kind}.py' for kind in kinds)
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.usefixtures('quick_compilation')
 def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
   for name, text in {**FILES, 'together.py': TOGETHER}.items():
@@ -60,7 +62,10 @@ def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
   monkeypatch.setitem(models.MODELS, 'shallow', None)
   monkeypatch.setitem(recipe_words.SCORES, 'brain_damage', None)
   monkeypatch.setitem(recipe_words.OBSERVERS, 'three_sigma', None)
+  monkeypatch.setitem(exporters.EXPORTERS, 'one program', None)
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
+  latencies = functools.partial(measure.latencies, runs=2)
+  monkeypatch.setattr(measure, 'latencies', latencies)
   workdir = tmp_path / 'run'
   arguments = [f'--config={tmp_path / "together.py"}', f'--workdir={workdir}']
   assert cli.main(['run', *arguments]) == 0
@@ -75,4 +80,7 @@ def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
   assert report['dataset']['classes'] == ['left', 'right']
   rows = {row['name']: row for row in report['models']}
   pruned = rows['pruned + int8 fake-quant']
+  own, integer = rows['one program'], rows['integer (JAX)']
+  assert own['accuracy'] == integer['accuracy'] and own['bytes'] > 0
+  assert own['note'] == 'for the platform of the run'
   assert pruned['nonzero_parameters'] < 0.25 * pruned['parameters']
