@@ -292,7 +292,7 @@ def observed_range(
   return low.reshape(shape), high.reshape(shape)
 
 
-def _block_shape(x, spec):
+def _block_shape(x: jax.Array, spec: QuantSpec) -> tuple[int, ...]:
   shapes = jax.eval_shape(lambda x: specs.extremes(x, spec), x)
   return shapes[0].shape
 
