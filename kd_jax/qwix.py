@@ -278,7 +278,12 @@ def _without_end(rules):
 # --- quantizers
 
 
-def _fields(path, weight, activation, options) -> dict[str, Any]:
+def _fields(
+  path: str,
+  weight: QuantSpec,
+  activation: QuantSpec | None,
+  options: Mapping[str, Any],
+) -> dict[str, Any]:
   """The fields of a rule from what quantizes its weights and inputs."""
   per_tensor = weight.axis is None
   _check_weight(path, weight, activation)
@@ -311,7 +316,9 @@ def _fields(path, weight, activation, options) -> dict[str, Any]:
   return fields
 
 
-def _check_weight(path, weight, activation):
+def _check_weight(
+  path: str, weight: QuantSpec, activation: QuantSpec | None
+) -> None:
   axes = weight.axis if isinstance(weight.axis, tuple) else (weight.axis,)
   channels = -1 in axes and {*axes} <= {0, -2, -1}
   if not weight.symmetric:
@@ -333,7 +340,9 @@ def _check_weight(path, weight, activation):
     )
 
 
-def _check_activation(path, activation, per_tensor):
+def _check_activation(
+  path: str, activation: QuantSpec, per_tensor: bool
+) -> None:
   if activation.group_size is not None:
     raise ValueError(f'Rule {path!r}: group_size is for weights.')
   wanted = 0 if activation.dynamic and not per_tensor else None

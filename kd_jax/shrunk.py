@@ -6,13 +6,13 @@ and how is in `prune`.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_jax import adapters, lock, prune, rules
 from kd_jax.run import Run
-from kd_jax.types import StudentFn
+from kd_jax.types import Batch, StudentFn
 from kd_jax.weights import load_weights, save_weights
 from kd_jax.workdir import read_json, write_json
 
@@ -160,7 +160,9 @@ def _without_blocks(
   return blocks, small, blocks.overrides(gone), counts
 
 
-def _cost(forward, variables, batch) -> Cost:
+def _cost(
+  forward: StudentFn, variables: Mapping[str, Any], batch: Batch
+) -> Cost:
   rows = prune.layer_costs(forward, variables, batch)
   return Cost(
     sum(r.macs for r in rows),
