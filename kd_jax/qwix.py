@@ -34,7 +34,7 @@ one rule for the module. What Qwix computes with it, of version 0.1.8:
 import dataclasses
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -251,7 +251,11 @@ def _both(module: str, pattern: str) -> str | None:
   return rf'(?=(?:{module})\Z)(?:{pattern})'
 
 
-def _check_reach(pattern, modules, before):
+def _check_reach(
+  pattern: str,
+  modules: Iterable[tuple[str, QuantSpec | None]],
+  before: Sequence[tuple[str, QuantSpec | None]],
+) -> None:
   """Raises if an activation rule may reach a layer with float weights."""
   for module, weight in modules:
     if weight is None and _both(module, pattern) is not None:
@@ -268,7 +272,7 @@ def _check_reach(pattern, modules, before):
   )
 
 
-def _without_end(rules):
+def _without_end(rules: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
   """Without the last rules that leave out what nothing would match."""
   while rules and rules[-1][1] is None:
     rules = rules[:-1]

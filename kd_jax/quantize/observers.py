@@ -120,7 +120,7 @@ def _of_histogram(criterion: criteria.Criterion) -> Observer:
   def update(stats: Stats, x: jax.Array, axis_name: Any) -> Stats:
     return histograms.merge(stats, histograms.of(x, axis_name))
 
-  def find(stats: Stats, spec: QuantSpec = INT8_ACTIVATIONS):
+  def find(stats: Stats, spec: QuantSpec = INT8_ACTIVATIONS) -> criteria.Range:
     return criterion(stats, spec)
 
   return Observer(histograms.empty, update, histograms.merge, find)
