@@ -6,8 +6,8 @@ teacher, `(variables, batch)`.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -198,11 +198,11 @@ class _intercept:
   def __init__(self, interceptors: Sequence[Interceptor]):
     self.contexts = [nn.intercept_methods(f) for f in interceptors]
 
-  def __enter__(self):
+  def __enter__(self) -> None:
     for context in self.contexts:
       context.__enter__()
 
-  def __exit__(self, *error):
+  def __exit__(self, *error: Any) -> None:
     for context in reversed(self.contexts):
       context.__exit__(*error)
 
@@ -213,15 +213,26 @@ def _features(intermediates: Mapping[str, Any]) -> dict[str, Any]:
   return {k.removesuffix('/__call__'): v[-1] for k, v in flat.items()}
 
 
-def _raise_unknown_tap(model, variables, x, options, missing):
+def _raise_unknown_tap(
+  model: nn.Module,
+  variables: Variables,
+  x: jax.Array,
+  options: Mapping[str, Any],
+  missing: Collection[str],
+) -> NoReturn:
   name = min(missing)
   paths = _paths(model, variables, x, options)
   raise ValueError(f'Unknown tap {name!r}: {rules.near_misses(name, paths)}')
 
 
-def _paths(model, variables, x, options) -> list[str]:
+def _paths(
+  model: nn.Module,
+  variables: Variables,
+  x: jax.Array,
+  options: Mapping[str, Any],
+) -> list[str]:
   """The paths of all submodules."""
-  everything = options | {'capture_intermediates': True}
+  everything = {**options, 'capture_intermediates': True}
 
   def run(variables, x):
     rngs = {'dropout': jax.random.key(0)}
@@ -271,7 +282,12 @@ def _recomputed(pattern: str, found: set[str]) -> Interceptor:
   return interceptor
 
 
-def _stored(next_fun, args, kwargs, context):
+def _stored(
+  next_fun: Callable[..., Any],
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+  context: Any,
+) -> Any:
   """Makes XLA:CPU store what a convolution reads.
 
   The gradient of a kernel reads it again, in another order. XLA:CPU would fuse
@@ -305,7 +321,13 @@ def _global_batch(axis_name: str) -> Interceptor:
   return interceptor
 
 
-def _global_dropout(module, axis_name, inputs, deterministic=None, rng=None):
+def _global_dropout(
+  module: Any,
+  axis_name: str,
+  inputs: jax.Array,
+  deterministic: bool | None = None,
+  rng: jax.Array | None = None,
+) -> jax.Array:
   deterministic = nn.merge_param(
     'deterministic', module.deterministic, deterministic
   )
@@ -350,7 +372,7 @@ def init_linen(
   return dict(init({'params': rng, 'dropout': rng}, x))
 
 
-def _is_concrete(x):
+def _is_concrete(x: Any) -> bool:
   try:
     np.asarray(x)
   except jax.errors.TracerArrayConversionError:

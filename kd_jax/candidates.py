@@ -7,7 +7,7 @@ quantized is `compression`.
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -144,7 +144,13 @@ def calibration(run: Run) -> list[Any]:
   return [run.preprocess(next(batches), train=False) for _ in range(count)]
 
 
-def _sensitivities(run, model, variables, batches, overrides):
+def _sensitivities(
+  run: Run,
+  model: adapters.LinenModule,
+  variables: Mapping[str, Any],
+  batches: Sequence[Any],
+  overrides: Mapping[str, Any],
+) -> list[quantize.Sensitivity[quantize.QuantSpec]]:
   """The loss of 8 and of 4 bits, for one kernel at a time."""
   options = quantize.weight_options(INTEGER_WEIGHTS.values())
   interceptors = (prune.resized(overrides),)
@@ -154,7 +160,12 @@ def _sensitivities(run, model, variables, batches, overrides):
   )
 
 
-def _unchanged(next_fun, args, kwargs, context):
+def _unchanged(
+  next_fun: Callable[..., Any],
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+  context: Any,
+) -> Any:
   return next_fun(*args, **kwargs)
 
 
@@ -166,7 +177,12 @@ def _kernels(run: Run) -> list[tuple[str, bool | None]]:
   ]
 
 
-def _smaller(run, model, variables, share):
+def _smaller(
+  run: Run,
+  model: adapters.LinenModule,
+  variables: Mapping[str, Any],
+  share: float,
+) -> tuple[Any, dict[str, dict[str, int]]]:
   """The network without a share of its units, and what runs it."""
   if not share:
     return variables, {}
@@ -180,7 +196,9 @@ def _smaller(run, model, variables, share):
   return prune.shrink(plan, variables, kept), plan.overrides(kept)
 
 
-def _plan(run, model, variables) -> prune.Plan:
+def _plan(
+  run: Run, model: adapters.LinenModule, variables: Mapping[str, Any]
+) -> prune.Plan:
   forward = adapters.from_linen(model)
   keep = run.config.compress.prune.keep
   plan = prune.find_groups(forward, variables, run.example, keep=keep)
@@ -191,14 +209,22 @@ def _plan(run, model, variables) -> prune.Plan:
   return plan
 
 
-def _uniform(run, weights):
+def _uniform(run: Run, weights: str) -> tuple[tuple[str, str], ...]:
   """The rules of one format for all quantized weights."""
   rules_lib.choose('format of search.weights', weights, SPECS['weights'])
   patterns = run.config.compress.quantize.weights
   return tuple((p, n if n == 'float' else weights) for p, n in patterns)
 
 
-def _mixed(run, model, variables, batches, budget, overrides, whole):
+def _mixed(
+  run: Run,
+  model: adapters.LinenModule,
+  variables: Mapping[str, Any],
+  batches: Sequence[Any],
+  budget: Budget,
+  overrides: Mapping[str, Any],
+  whole: int,
+) -> Any:
   """8 or 4 bits for each kernel, or None if that is no choice.
 
   Args:
@@ -221,7 +247,11 @@ def _mixed(run, model, variables, batches, budget, overrides, whole):
 
 
 def _quantized(
-  run, rules, variables, batches, overrides
+  run: Run,
+  rules: Any,
+  variables: Mapping[str, Any],
+  batches: Sequence[Any],
+  overrides: Mapping[str, Any],
 ) -> tuple[Compression, Converted]:
   """A network's recipe, and its integers without training."""
   recipe = ml_collections.ConfigDict(run.config.compress.to_dict())
@@ -286,7 +316,9 @@ def cost(run: Run, network: Network, name: str) -> dict[str, Any]:
   return {'bytes': size, 'flops': 2 * macs}
 
 
-def _latencies(run: Run, dense: Network, candidates: Mapping[str, Candidate]):
+def _latencies(
+  run: Run, dense: Network, candidates: Mapping[str, Candidate]
+) -> dict[str, dict[str, float]]:
   """name -> times of a batch, of all candidates in turns."""
   size = run.config.search.latency_batch
   train = run.splits['train']

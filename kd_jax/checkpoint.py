@@ -119,7 +119,7 @@ class Checkpoints:
     with hosts.uninterrupted():
       self._begin(step, arrays, manifest)
 
-  def _begin(self, step, arrays, manifest) -> None:
+  def _begin(self, step: int, arrays: Any, manifest: Mapping[str, Any]) -> None:
     """Starts a save in the background."""
     try:
       manager = self._writer()

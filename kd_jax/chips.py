@@ -47,7 +47,15 @@ class Chip(NamedTuple):
   source: str
 
 
-def _tpu(name, gib, gigabytes, tera, int8, link, links):
+def _tpu(
+  name: str,
+  gib: int,
+  gigabytes: float,
+  tera: float,
+  int8: float | None,
+  link: float,
+  links: int,
+) -> Chip:
   source = f'https://docs.cloud.google.com/tpu/docs/{name}'
   flops = tera * 1e12
   return Chip(
@@ -63,7 +71,16 @@ def _tpu(name, gib, gigabytes, tera, int8, link, links):
   )
 
 
-def _gpu(name, gigabytes, bandwidth, bf16, tf32, int8, nvlink, source):
+def _gpu(
+  name: str,
+  gigabytes: float,
+  bandwidth: float,
+  bf16: float,
+  tf32: float,
+  int8: float,
+  nvlink: float,
+  source: str,
+) -> Chip:
   return Chip(
     name,
     int(gigabytes * 1e9),
@@ -158,7 +175,7 @@ def chip_of(device_kind: str) -> Chip | None:
   """
   for part, name in _KINDS:
     if part in device_kind:
-      return CHIPS.get(name)
+      return None if name is None else CHIPS[name]
   return None
 
 

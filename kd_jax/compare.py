@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -69,7 +69,11 @@ def compare(
     return _compare(config, path, say)
 
 
-def _compare(config, path, say) -> dict[str, Any]:
+def _compare(
+  config: ml_collections.ConfigDict,
+  path: str | os.PathLike,
+  say: Callable[[str], None],
+) -> dict[str, Any]:
   rows: dict[str, list[dict[str, Any]]] = {}
   chosen: dict[str, float] = {TEACHER: 1.0}
   for seed in range(config.seeds):
@@ -131,7 +135,7 @@ def scaled_terms(name: str, scale: float) -> dict[str, dict[str, Any]]:
   return terms
 
 
-def _times_scale(weight, scale):
+def _times_scale(weight: Any, scale: float) -> Any:
   if not isinstance(weight, dict):
     return weight * scale
   ends = {k: weight[k] * scale for k in ('start', 'end') if k in weight}
@@ -169,7 +173,9 @@ def with_method(run: Run, name: str, scale: float = 1.0) -> Run:
   return Run(config, run.workdir, like=run)
 
 
-def _terms(config, name, scale):
+def _terms(
+  config: ml_collections.ConfigDict, name: str, scale: float
+) -> dict[str, dict[str, Any]]:
   """The scaled terms of a method, with the configuration's own options."""
   terms = scaled_terms(name, scale)
   for label, options in config.overrides.get(name, {}).items():
@@ -177,7 +183,9 @@ def _terms(config, name, scale):
   return terms
 
 
-def _test_once(run, name, scale, say) -> dict[str, Any]:
+def _test_once(
+  run: Run, name: str, scale: float, say: Callable[[str], None]
+) -> dict[str, Any]:
   tested = run.workdir.path / place(name, scale) / 'test.json'
   if not tested.exists():
     numbers = _test(run, name, scale)
@@ -235,7 +243,9 @@ def train_step(run: Run, name: str) -> tuple[Callable, Any, Any]:
   return step, state, sharding.shard_batch(next(batches), own.mesh)
 
 
-def _times(config, path) -> dict[str, dict[str, float]]:
+def _times(
+  config: ml_collections.ConfigDict, path: str | os.PathLike
+) -> dict[str, dict[str, float]]:
   """Seconds of a step of every method, measured in turns after the training."""
   run, steps = open_run(config, path, 0), {}
   names = tuple(dict.fromkeys(('kd', *config.methods)))
@@ -256,7 +266,12 @@ def _times(config, path) -> dict[str, dict[str, float]]:
   return hosts.on_first(kept)
 
 
-def _assemble(run, rows, times, chosen) -> dict[str, Any]:
+def _assemble(
+  run: Run,
+  rows: Mapping[str, Sequence[Mapping[str, Any]]],
+  times: Mapping[str, Mapping[str, float]],
+  chosen: Mapping[str, float],
+) -> dict[str, Any]:
   c = run.config
   kd = times['kd']['median_ms']
   table = []

@@ -7,7 +7,7 @@ is `fit`.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -29,7 +29,7 @@ from kd_jax.fit import Result, Student
 from kd_jax.models import load_pretrained
 from kd_jax.objectives import Objective
 from kd_jax.run import TEACHER, Network, Run
-from kd_jax.types import Batch
+from kd_jax.types import Batch, StudentFn
 from kd_jax.weights import load_weights, save_weights
 
 
@@ -78,7 +78,13 @@ def future_teacher(run: Run, where: str, model: Any) -> Student:
   return Student(functools.partial(_teacher_forward, run, model), variables)
 
 
-def _teacher_forward(run, model, taps=(), axis_name=None, **options):
+def _teacher_forward(
+  run: Run,
+  model: adapters.LinenModule,
+  taps: Sequence[str] = (),
+  axis_name: str | None = None,
+  **options: Any,
+) -> StudentFn:
   forward = adapters.from_linen(
     model, taps=taps, axis_name=axis_name, **options
   )
@@ -94,7 +100,7 @@ def example_for_teacher(run: Run) -> Batch:
   return {**example, 'image': data.resize(example['image'], size=size)}
 
 
-def _save_integers(run, where, model):
+def _save_integers(run: Run, where: str, model: adapters.LinenModule) -> None:
   directory = run.workdir.stage(where)
   variables = load_weights(directory / 'weights.safetensors')
   transform = run.teacher_input(
@@ -105,7 +111,7 @@ def _save_integers(run, where, model):
     batch_size=min(run.config.eval_batch_size, len(run.splits['train'])),
     seed=run.config.seed,
   )
-  calibration = (
+  calibration: Iterator[Any] = (
     transform({}, run.preprocess(next(batches), train=False)) for _ in range(8)
   )
   integers = deploy.post_training_quantize(model, variables, calibration)
@@ -183,8 +189,10 @@ def distill(run: Run, where: str = 'distill') -> Result:
   return _fit_link(run, where, 'distill', model, teacher)
 
 
-def _fit_link(run, where, key, model, teacher) -> Result:
-  objective, student, teacher = link(run, model, teacher, key)
+def _fit_link(
+  run: Run, where: str, key: str, model: adapters.LinenModule, before: Network
+) -> Result:
+  objective, student, teacher = link(run, model, before, key)
   c = run.config.distill.train
   return fit.fit(run, where, c, objective, student, teacher=teacher, key=key)
 
@@ -229,7 +237,9 @@ def link(
   return learned, student, teacher
 
 
-def _cohort(run, key, model, objective):
+def _cohort(
+  run: Run, key: str, model: adapters.LinenModule, objective: Objective
+) -> tuple[Student, Objective]:
   """Students that learn from each other too, and the objective of them all."""
   scheme = run.config.distill.scheme
   names = [f'student{i}' for i in range(scheme.cohort)]

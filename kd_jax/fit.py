@@ -6,7 +6,7 @@ said in `recipe` and `distillation`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +79,9 @@ def images_for(run: Run, teacher: Network | None) -> data.Images:
   return run.splits['train'] if teacher is None else run.transfer
 
 
-def _optimizer(c, steps: int, frozen: str) -> optax.GradientTransformation:
+def _optimizer(
+  c: ml_collections.ConfigDict, steps: int, frozen: str
+) -> optax.GradientTransformation:
   schedule = optim.make_schedule(
     c.schedule,
     peak=c.learning_rate,
@@ -221,7 +223,14 @@ def fit(
 
 
 def _train(
-  run, where, key, c, images, prepared, evaluate, cache
+  run: Run,
+  where: str,
+  key: str,
+  c: ml_collections.ConfigDict,
+  images: data.Images,
+  prepared: Prepared,
+  evaluate: Callable[[TrainState], dict[str, float]],
+  cache: Any,
 ) -> train_lib.Trained:
   per_epoch = data.batches_per_epoch(images, c.batch_size)
   part, readers = sharding.readers(run.mesh)
@@ -280,7 +289,9 @@ def _train(
     )
 
 
-def _evaluator(run: Run, student: Student):
+def _evaluator(
+  run: Run, student: Student
+) -> Callable[[TrainState], dict[str, float]]:
   """`(state) -> numbers` on the validation split; none without such a split."""
   if 'validation' not in run.splits:
     return lambda state: {}
@@ -315,7 +326,9 @@ def _sparsity(state: TrainState) -> Result:
   return {'sparsity': [row._asdict() for row in rows if row.path in masks]}
 
 
-def _pruned_layers(params, masks) -> list[prune.LayerSparsity]:
+def _pruned_layers(
+  params: Any, masks: Mapping[str, jax.Array]
+) -> list[prune.LayerSparsity]:
   return [r for r in prune.sparsity_report(params) if r.path in masks]
 
 

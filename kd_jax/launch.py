@@ -334,7 +334,9 @@ def launch(
   return 0
 
 
-def _on_machine(options, config, *, queued: bool) -> Plan:
+def _on_machine(
+  options: Any, config: Mapping[str, Any], *, queued: bool
+) -> Plan:
   machine = Machine(
     options.name,
     options.zone,
@@ -350,7 +352,9 @@ def _on_machine(options, config, *, queued: bool) -> Plan:
   return plan(machine, run, package=package, files=[sent], keep=options.keep)
 
 
-def _on_gke(options, config) -> tuple[tuple[File, ...], tuple[Command, ...]]:
+def _on_gke(
+  options: Any, config: Mapping[str, Any]
+) -> tuple[tuple[File, ...], tuple[Command, ...]]:
   made = jobset.jobset(
     options.name,
     options.accelerator,
@@ -364,7 +368,9 @@ def _on_gke(options, config) -> tuple[tuple[File, ...], tuple[Command, ...]]:
   return (file,), jobset.kubectl(options.name, file.path)
 
 
-def _on_xpk(options, config) -> tuple[tuple[File, ...], tuple[Command, ...]]:
+def _on_xpk(
+  options: Any, config: Mapping[str, Any]
+) -> tuple[tuple[File, ...], tuple[Command, ...]]:
   sent = _sent(options.name, config)
   # Beside the work directory, which has to be empty when a run begins.
   there = f'{options.workdir.rstrip("/")}.json'

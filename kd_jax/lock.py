@@ -63,7 +63,7 @@ def turns(directory: str | os.PathLike) -> Iterator[None]:
     yield
 
 
-def _take(directory, held: contextlib.ExitStack) -> None:
+def _take(directory: str | os.PathLike, held: contextlib.ExitStack) -> None:
   """Takes the lock of a run, which `held` gives back."""
   if '://' in os.fspath(directory):
     log.warning(_NO_LOCKS, directory)
@@ -85,7 +85,7 @@ def _take(directory, held: contextlib.ExitStack) -> None:
 
 
 @contextlib.contextmanager
-def _opened(directory) -> Iterator[int]:
+def _opened(directory: str | os.PathLike) -> Iterator[int]:
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   descriptor = os.open(directory / NAME, os.O_RDWR | os.O_CREAT, 0o644)

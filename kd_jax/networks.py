@@ -5,7 +5,7 @@ train=False) -> Forward`, from functions of that form; any of them serves as a
 student or as a teacher. Nothing here knows linen or nnx.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,7 +74,9 @@ def combine(
   return forward
 
 
-def _shares(networks, weights):
+def _shares(
+  networks: Mapping[str, Any], weights: Mapping[str, float] | None
+) -> list[float]:
   weights = dict.fromkeys(networks, 1.0) if weights is None else dict(weights)
   if set(weights) != set(networks):
     raise ValueError(
@@ -87,11 +89,17 @@ def _shares(networks, weights):
   return [weights[name] / total for name in networks]
 
 
-def _output(logits, shares, space, temperature):
+def _output(
+  logits: Sequence[jax.Array],
+  shares: Sequence[float],
+  space: str,
+  temperature: float,
+) -> jax.Array:
   if space == 'first':
     return logits[0]
   if space == 'logits':
-    return sum(w * z for w, z in zip(shares, logits))
+    weighted = [w * z for w, z in zip(shares, logits)]
+    return sum(weighted[1:], start=weighted[0])
   log_p = [jax.nn.log_softmax(z / temperature) for z in logits]
   mixed = jax.nn.logsumexp(
     jnp.stack(log_p), axis=0, b=jnp.reshape(jnp.array(shares), (-1, 1, 1))

@@ -17,20 +17,44 @@ from kd_jax import rules
 Schedule = Callable[[Any], Any]
 
 
-def _cosine(peak, total_steps, end, boundaries, factor):
+def _cosine(
+  peak: float,
+  total_steps: int,
+  end: float,
+  boundaries: Sequence[float],
+  factor: float,
+) -> optax.Schedule:
   return optax.cosine_decay_schedule(peak, total_steps, alpha=end / peak)
 
 
-def _constant(peak, total_steps, end, boundaries, factor):
+def _constant(
+  peak: float,
+  total_steps: int,
+  end: float,
+  boundaries: Sequence[float],
+  factor: float,
+) -> optax.Schedule:
   return optax.constant_schedule(peak)
 
 
-def _step(peak, total_steps, end, boundaries, factor):
+def _step(
+  peak: float,
+  total_steps: int,
+  end: float,
+  boundaries: Sequence[float],
+  factor: float,
+) -> optax.Schedule:
   at = {round(b * total_steps): factor for b in boundaries}
   return optax.piecewise_constant_schedule(peak, at)
 
 
-def _linear(peak, total_steps, end, boundaries, factor):
+def _linear(
+  peak: float,
+  total_steps: int,
+  end: float,
+  boundaries: Sequence[float],
+  factor: float,
+) -> optax.Schedule:
   return optax.linear_schedule(peak, end, total_steps)
 
 
@@ -89,7 +113,7 @@ def make_schedule(
   return optax.join_schedules([rise, after], [warmup_steps])
 
 
-def _momentum(momentum, **unused):
+def _momentum(momentum: float, **unused: Any) -> optax.GradientTransformation:
   return optax.trace(momentum) if momentum else optax.identity()
 
 

@@ -57,7 +57,9 @@ def record(run: Run, *, say: Callable[[str], None] = print) -> None:
   hosts.on_first(lambda: _write(run.workdir.place / _FILE, found, say))
 
 
-def _write(path: Path, found: dict[str, dict[str, str]], say) -> None:
+def _write(
+  path: Path, found: dict[str, dict[str, str]], say: Callable[[str], None]
+) -> None:
   now = software()
   used = read_json(path)['software'] if path.exists() else []
   if used and used[-1] != now:

@@ -9,7 +9,7 @@ linen model. Owns no data and no models.
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import jax
@@ -290,10 +290,14 @@ def check_parity(
   )
 
 
-def _rounded(params, rules, observer):
+def _rounded(
+  params: Any,
+  weight_rules: rules.Rules[quantize.QuantSpec],
+  observer: quantize.Observer | None,
+) -> Any:
   if 'quant_steps' in params:
-    return quantize.lsq_params(params, rules)
-  return quantize.fake_quant_params(params, rules, observer=observer)
+    return quantize.lsq_params(params, weight_rules)
+  return quantize.fake_quant_params(params, weight_rules, observer=observer)
 
 
 def print_parity(report: ParityReport, file: TextIO | None = None) -> None:
@@ -375,7 +379,7 @@ def _by_layer(stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   return layers
 
 
-def _recorder(taps, multiplying):
+def _recorder(taps: Iterable[str], multiplying: set[str]) -> Callable[..., Any]:
   """An interceptor that keeps the inputs of layers beside their outputs.
 
   It adds to `multiplying` the layers that multiply their inputs.
@@ -401,14 +405,14 @@ def _recorder(taps, multiplying):
   return interceptor
 
 
-def _multiplies_inside(module, wanted):
+def _multiplies_inside(module: Any, wanted: Collection[str]) -> bool:
   """Whether products of linen's attention are among the layers."""
   return inputs.is_attention(module) and any(
     '/'.join((*module.path, product)) in wanted for product in inputs.PRODUCTS
   )
 
 
-def _recorded(module, multiplying):
+def _recorded(module: Any, multiplying: set[str]) -> Callable[..., Any]:
   """Computes a product of linen's attention, and keeps what it was given."""
 
   def compute(product, einsum, equation, *operands):
@@ -422,7 +426,9 @@ def _recorded(module, multiplying):
   return compute
 
 
-def _execution(layer, spec, multiplies):
+def _execution(
+  layer: Mapping[str, Any], spec: quantize.QuantSpec | None, multiplies: bool
+) -> str:
   if 'kernel' not in layer and not multiplies:
     return 'weights' if 'embedding' in layer else 'inputs'
   if 'input0' in layer:
@@ -437,11 +443,16 @@ def _errors(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
   return float(error), _decibels(float(signal), float(noise))
 
 
-def _float64(x):
+def _float64(x: Any) -> np.ndarray:
   return np.asarray(x, np.float64)
 
 
-def _input_codes(layer, stored, features, spec):
+def _input_codes(
+  layer: str,
+  stored: Mapping[str, Any],
+  features: Mapping[str, Any],
+  spec: quantize.QuantSpec | None,
+) -> list[tuple[float | None, int]]:
   """`(saturation, dead codes)` of each quantized input of a layer."""
   found = []
   for path, x in features.items():
@@ -465,7 +476,7 @@ def _input_codes(layer, stored, features, spec):
   return found
 
 
-def _dead_weights(layer):
+def _dead_weights(layer: Mapping[str, Any]) -> int | None:
   for name in execution.CODED:
     if name in layer:
       stored = layer[name]
@@ -475,7 +486,11 @@ def _dead_weights(layer):
   return None
 
 
-def _outputs(fn, reference, batch) -> tuple[np.ndarray, np.ndarray]:
+def _outputs(
+  fn: Callable[[Any], Any],
+  reference: Callable[[Any], Any],
+  batch: Mapping[str, Any],
+) -> tuple[np.ndarray, np.ndarray]:
   """Both outputs of the examples that are not padding, float64."""
   found, expected = np.asarray(fn(batch)), np.asarray(reference(batch))
   check_same_shape('compare', fn=found, reference=expected)

@@ -158,11 +158,23 @@ def plan(
 class _Planner:
   """One configuration and what it is compiled for."""
 
-  def __init__(self, config, target, stage, examples, say):
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    target: chips.Topology,
+    stage: str,
+    examples: int,
+    say: Callable[[str], None],
+  ) -> None:
     self.config, self.target, self.stage = config, target, stage
     self.examples, self.say = examples, say
 
-  def rehearse(self, change=None, *, cached=False) -> Step:
+  def rehearse(
+    self,
+    change: Callable[[ml_collections.ConfigDict], None] | None = None,
+    *,
+    cached: bool = False,
+  ) -> Step:
     config = self.config.copy_and_resolve_references()
     if change is not None:
       change(config)
@@ -194,52 +206,49 @@ class _Planner:
       return self.rehearse(cached=True)
     return self.rehearse(getattr(self, f'_{name}'))
 
-  def _fsdp(self, config):
+  def _fsdp(self, config: ml_collections.ConfigDict) -> None:
     if config.compiler != 'jit':
       raise ValueError("only compiler='jit' splits parameters")
     if config.mesh.fsdp != 1:
       raise ValueError('the configuration splits them already')
     config.mesh.data, config.mesh.fsdp = 1, -1
 
-  def _remat(self, config):
+  def _remat(self, config: ml_collections.ConfigDict) -> None:
     if config[self.stage].train.remat != 'none':
       raise ValueError('the configuration does so already')
     config[self.stage].train.remat = 'blocks'
 
-  def _double_batch(self, config):
+  def _double_batch(self, config: ml_collections.ConfigDict) -> None:
     config[self.stage].train.batch_size *= 2
 
-  def estimated(self, name, base, step, teacher, student) -> Program:
+  def estimated(
+    self, name: str, base: Program, step: Step, teacher: float, student: float
+  ) -> Program:
     """An alternative from the step that was compiled, by arithmetic."""
     try:
       changed = self._changed(name)
     except ValueError as e:
       return Program('impossible', why=' '.join(str(e).split()))
-    if base.flops is None:
+    flops, hbm, ici = base.flops, base.hbm_bytes, base.ici_bytes
+    if flops is None or hbm is None or ici is None:
       return Program('impossible', why='the step itself does not fit')
     memory = dict(base.memory) | held(changed, self.config.compiler)
-    work = {
-      'flops': base.flops,
-      'hbm_bytes': base.hbm_bytes,
-      'ici_bytes': base.ici_bytes,
-    }
     if name == 'cached_teacher':
-      share = teacher / base.flops if base.flops else 0.0
-      work['flops'] -= teacher
-      work['hbm_bytes'] *= 1 - share
+      hbm *= 1 - (teacher / flops if flops else 0.0)
+      flops -= teacher
       why = 'memory traffic less by the share of FLOPs'
     elif name == 'remat':
-      work['flops'] += student
+      flops += student
       why = 'temporaries as before, which is the most they can be'
     elif name == 'double_batch':
       memory['temporaries'] *= 2
-      work['flops'] *= 2
-      work['hbm_bytes'] *= 2
+      flops *= 2
+      hbm *= 2
       why = 'twice the work and temporaries, the same collectives'
     else:
       n = layout.batch_parts(changed.run.mesh)
       whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(step.state.params))
-      work['ici_bytes'] += whole * (n - 1) / n
+      ici += whole * (n - 1) / n
       why = 'parameters gathered twice, gradients scattered once'
     total = sum(memory.values())
     return Program(
@@ -248,10 +257,18 @@ class _Planner:
       memory=memory,
       bytes=total,
       fits=fits(total, self.target),
-      bounds=bounds(self.target, dtype=self.dtype, **work),
+      flops=flops,
+      hbm_bytes=hbm,
+      ici_bytes=ici,
+      bounds=bounds(
+        self.target,
+        flops=flops,
+        hbm_bytes=hbm,
+        ici_bytes=ici,
+        dtype=self.dtype,
+      ),
       batch_size=len_of(changed.batch),
       total_steps=changed.total_steps,
-      **work,
     )
 
 
@@ -277,7 +294,9 @@ def _flops(step: Step) -> tuple[float, float, float]:
   return 2 * share * (3 * macs[0] + macs[1]), counts[1], counts[0]
 
 
-def _notes(program, own, target, step) -> list[str]:
+def _notes(
+  program: Program, own: float, target: chips.Topology, step: Step
+) -> list[str]:
   notes = []
   if target.chip is None:
     notes.append(

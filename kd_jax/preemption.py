@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 # EX_TEMPFAIL, the exit code of a run that wants to be started again.
 REQUEUE = 75
@@ -129,10 +130,14 @@ def poll() -> None:
     raise _preempted(handler.received)
 
 
+# What `signal.signal` takes and returns.
+_Known = Callable[[int, FrameType | None], Any] | int | None
+
+
 class _Handler:
   """Handles the first signal; then leaves SIGINT to `again`."""
 
-  def __init__(self, act: Callable[[int], None], again):
+  def __init__(self, act: Callable[[int], None], again: _Known):
     self.act, self.again = act, again
     self.received: int | None = None
 
@@ -146,7 +151,9 @@ class _Handler:
 
 
 @contextlib.contextmanager
-def _handled(act: Callable[[int], None], again=None) -> Iterator[None]:
+def _handled(
+  act: Callable[[int], None], again: _Known = None
+) -> Iterator[None]:
   if threading.current_thread() is not threading.main_thread():
     yield
     return

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -261,7 +261,7 @@ def shard_bytes(leaf: Any, where: NamedSharding) -> int:
   return math.prod(shape) * _itemsize(leaf.dtype)
 
 
-def _itemsize(dtype) -> int:
+def _itemsize(dtype: Any) -> int:
   if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
     return 8
   return dtype.itemsize
@@ -295,7 +295,7 @@ def held(step: Step, how: str = 'jit') -> dict[str, int]:
   }
 
 
-def _memory(step, how, analysis) -> dict[str, int]:
+def _memory(step: Step, how: str, analysis: Any) -> dict[str, int]:
   memory = held(step, how)
   if analysis is None:
     return memory
@@ -307,7 +307,9 @@ def _memory(step, how, analysis) -> dict[str, int]:
   return memory
 
 
-def _rows(found) -> list[dict[str, Any]]:
+def _rows(
+  found: Iterable[tuple[hlo.Collective, Mapping[str, int]]],
+) -> list[dict[str, Any]]:
   """Collectives by kind and owner; a combined one has a row for each."""
   rows: dict[tuple[str, str], dict[str, Any]] = collections.OrderedDict()
   for collective, shares in found:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -57,7 +58,7 @@ class ProgressBar:
       self.bar.start()
     return self
 
-  def __exit__(self, *error) -> None:
+  def __exit__(self, *error: Any) -> None:
     if self.bar:
       self.bar.stop()
 

@@ -34,7 +34,7 @@ one rule for the module. What Qwix computes with it, of version 0.1.8:
 import dataclasses
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -251,7 +251,11 @@ def _both(module: str, pattern: str) -> str | None:
   return rf'(?=(?:{module})\Z)(?:{pattern})'
 
 
-def _check_reach(pattern, modules, before):
+def _check_reach(
+  pattern: str,
+  modules: Iterable[tuple[str, QuantSpec | None]],
+  before: Sequence[tuple[str, QuantSpec | None]],
+) -> None:
   """Raises if an activation rule may reach a layer with float weights."""
   for module, weight in modules:
     if weight is None and _both(module, pattern) is not None:
@@ -268,7 +272,7 @@ def _check_reach(pattern, modules, before):
   )
 
 
-def _without_end(rules):
+def _without_end(rules: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
   """Without the last rules that leave out what nothing would match."""
   while rules and rules[-1][1] is None:
     rules = rules[:-1]
@@ -278,7 +282,12 @@ def _without_end(rules):
 # --- quantizers
 
 
-def _fields(path, weight, activation, options) -> dict[str, Any]:
+def _fields(
+  path: str,
+  weight: QuantSpec,
+  activation: QuantSpec | None,
+  options: Mapping[str, Any],
+) -> dict[str, Any]:
   """The fields of a rule from what quantizes its weights and inputs."""
   per_tensor = weight.axis is None
   _check_weight(path, weight, activation)
@@ -311,7 +320,9 @@ def _fields(path, weight, activation, options) -> dict[str, Any]:
   return fields
 
 
-def _check_weight(path, weight, activation):
+def _check_weight(
+  path: str, weight: QuantSpec, activation: QuantSpec | None
+) -> None:
   axes = weight.axis if isinstance(weight.axis, tuple) else (weight.axis,)
   channels = -1 in axes and {*axes} <= {0, -2, -1}
   if not weight.symmetric:
@@ -333,7 +344,9 @@ def _check_weight(path, weight, activation):
     )
 
 
-def _check_activation(path, activation, per_tensor):
+def _check_activation(
+  path: str, activation: QuantSpec, per_tensor: bool
+) -> None:
   if activation.group_size is not None:
     raise ValueError(f'Rule {path!r}: group_size is for weights.')
   wanted = 0 if activation.dynamic and not per_tensor else None

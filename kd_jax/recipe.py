@@ -141,7 +141,7 @@ def export_files(
   return exporters.write(model, directory)
 
 
-def _parities(run: Run, directory) -> list[dict[str, Any]]:
+def _parities(run: Run, directory: Path) -> list[dict[str, Any]]:
   """Each form of the integer student against the form it came from."""
   integer = run.apply(run.integer())
   pairs: list[tuple[str, assess.Apply, str, assess.Apply]] = [

@@ -80,7 +80,7 @@ class Pruning:
     whole = recipe.structure in ('neurons', 'residual_blocks')
     self.removes = bool(whole and recipe.sparsity)
 
-  def _find(self, find):
+  def _find(self, find: Callable[..., Any]) -> Any:
     model, variables, batch, interceptors = self._network
     forward = adapters.from_linen(model, interceptors=interceptors)
     return find(forward, variables, batch, keep=self.recipe.keep)
@@ -150,7 +150,7 @@ class Pruning:
       structure=self.structure(),
     )(params, step)
 
-  def _score(self):
+  def _score(self) -> prune.Score:
     return rules_lib.choose('score', self.recipe.score, SCORES)()
 
   def wrap(self, tx: optax.GradientTransformation) -> Any:

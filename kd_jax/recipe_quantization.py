@@ -90,14 +90,18 @@ class Quantization:
       return self._signed(named)
     return named
 
-  def _signed(self, named):
+  def _signed(
+    self, named: rules_lib.Rules[quantize.QuantSpec]
+  ) -> list[tuple[str, quantize.QuantSpec | None]]:
     """Learned ranges start at 0, where a layer's input is never negative."""
     return [
       (re.escape(layer), self._spec_of(named, layer, low))
       for layer, low in self._least_inputs.items()
     ]
 
-  def _spec_of(self, named, layer, low):
+  def _spec_of(
+    self, named: rules_lib.Rules[quantize.QuantSpec], layer: str, low: float
+  ) -> quantize.QuantSpec | None:
     spec = rules_lib.first(named, layer)
     if spec is None or spec.symmetric or low >= 0:
       return spec

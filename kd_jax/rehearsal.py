@@ -43,7 +43,12 @@ _TRAIN = {
 class _Unread(data.StreamedImages):
   """Streamed images of which none is read."""
 
-  def read(self, rows, *, key=None):
+  def read(
+    self,
+    rows: Sequence[int] | np.ndarray,
+    *,
+    key: tuple[int, int] | None = None,
+  ) -> dict[str, np.ndarray]:
     del key
     shape = (len(rows), *self.image_shape)
     batch = {
@@ -72,7 +77,7 @@ class Rehearsal(Run):
     devices: Sequence[Any] | None = None,
     *,
     examples: int = 0,
-  ):
+  ) -> None:
     config = config.copy_and_resolve_references()
     self.cached = bool(config.teacher.cache)
     config.teacher.cache = ''
@@ -93,7 +98,7 @@ class Rehearsal(Run):
       return self.splits['train']
     return self._images(c.name, c.max_examples, 0.0)
 
-  def _images(self, name, limit, validation):
+  def _images(self, name: str, limit: int, validation: float) -> data.Images:
     c = self.config.data
     known = data.describe(name, data_dir=c.data_dir or None)
     total = self._examples or known.train_examples or _TRAIN.get(name)
@@ -158,7 +163,9 @@ class Rehearsal(Run):
 class _Unwritten(cache_form.Entries):
   """A cache that no file is of: the shapes alone of what it would hold."""
 
-  def __init__(self, run, teacher, reads):
+  def __init__(
+    self, run: Rehearsal, teacher: Network, reads: Sequence[str]
+  ) -> None:
     form = cached_teacher.make_form(run, features=reads)
     output = teacher.make(taps=reads)
     packed = jax.eval_shape(
@@ -168,7 +175,7 @@ class _Unwritten(cache_form.Entries):
     classes = run.splits['train'].num_classes
     super().__init__(form, cache_form.describe(packed), classes)
 
-  def check_epochs(self, epochs):
+  def check_epochs(self, epochs: int) -> None:
     """It has as many as are asked for."""
 
 
@@ -227,8 +234,7 @@ def rehearse(run: Rehearsal, stage: str, *, cached: bool = False) -> Step:
     made['reads'] = tuple(objective.taps.teacher) if teacher else ()
     made['entries'] = {}
     if cached or (run.cached and _is_cached(teacher)):
-      _check_cached(teacher)
-      cache = _Unwritten(own, teacher, made['reads'])
+      cache = _Unwritten(own, _cached(teacher), made['reads'])
       objective, student, teacher = _parts(own, stage, cache)
       made['entries'] = cache.placeholder()
     images = fit.images_for(own, teacher)
@@ -264,15 +270,17 @@ def _is_cached(teacher: Network | None) -> bool:
   return teacher is not None and teacher.name == TEACHER
 
 
-def _check_cached(teacher: Network | None) -> None:
+def _cached(teacher: Network | None) -> Network:
+  """What a cache may hold, or a ValueError that says why it may not."""
   if teacher is None:
     raise ValueError('there is no teacher')
   if not _is_cached(teacher):
     raise ValueError(f'what teaches is {teacher.name}, not the teacher')
+  return teacher
 
 
 def _parts(
-  run, stage, cache=None
+  run: Rehearsal, stage: str, cache: Any = None
 ) -> tuple[Objective, fit.Student, Network | None]:
   """What `fit.make_step` takes for a stage, with a cache for its teacher."""
   c = run.config
@@ -298,7 +306,7 @@ def _parts(
   return distillation.link(run, model, teacher, stage)
 
 
-def _compressed(run):
+def _compressed(run: Rehearsal) -> fit.Student:
   """The student of 'compress'; of values, where its recipe looks at them."""
   try:
     return recipe.student_of(run.compression)
@@ -310,7 +318,7 @@ def _compressed(run):
       return recipe.student_of(run.again().compression)
 
 
-def _networks(student, teacher):
+def _networks(student: fit.Student, teacher: Network | None) -> tuple[Any, Any]:
   """Forwards without taps, in evaluation mode, and their variables' shapes."""
 
   def shapes(variables):
@@ -318,7 +326,7 @@ def _networks(student, teacher):
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(variables)
     )
 
-  found = [(student.make(), shapes(student.variables)), None]
+  found = None
   if teacher is not None and teacher.cache is None:
-    found[1] = (teacher.make(), shapes(teacher.variables))
-  return tuple(found)
+    found = teacher.make(), shapes(teacher.variables)
+  return (student.make(), shapes(student.variables)), found

@@ -7,7 +7,7 @@ here. The stages that train and export are in `recipe`.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -212,7 +212,7 @@ class Run:
       return self._with_reused_head(options)
     return self.make_model(options)
 
-  def _with_reused_head(self, options):
+  def _with_reused_head(self, options: dict[str, Any]) -> adapters.LinenModule:
     teacher = self.model('teacher')
     width = self._channels(teacher, teacher.taps.stages[-1])
     name = options.pop('name')
@@ -222,7 +222,7 @@ class Run:
       num_classes=self.splits['train'].num_classes,
     )
 
-  def _channels(self, model, tap):
+  def _channels(self, model: adapters.LinenModule, tap: str) -> int:
     forward = adapters.from_linen(model, taps=(tap,))
     variables = jax.eval_shape(
       lambda batch: adapters.init_linen(model, jax.random.key(0), batch),
@@ -354,7 +354,9 @@ class Run:
 
     return apply
 
-  def batches(self, split: str, mesh: jax.sharding.Mesh | None = None):
+  def batches(
+    self, split: str, mesh: jax.sharding.Mesh | None = None
+  ) -> Iterator[Batch]:
     """The raw batches of a split, in order, the last one padded.
 
     Args:
@@ -409,7 +411,13 @@ class Run:
 _PRECISIONS = dict.fromkeys(('float32', 'bfloat16', 'int8'))
 
 
-def _ensemble(members, space, weights, taps=(), axis_name=None):
+def _ensemble(
+  members: Mapping[str, Network],
+  space: str,
+  weights: Mapping[str, float] | None,
+  taps: Sequence[str] = (),
+  axis_name: str | None = None,
+) -> StudentFn:
   """The ensemble's function; a tap is '<member>/<path>'."""
 
   def own(name):
@@ -427,7 +435,9 @@ def _ensemble(members, space, weights, taps=(), axis_name=None):
 
 
 @functools.cache
-def _measurement(mesh, *, with_teacher: bool):
+def _measurement(
+  mesh: jax.sharding.Mesh, *, with_teacher: bool
+) -> tuple[dict[str, metrics.Metric], Callable[..., Any]]:
   """The metrics, and the compiled step that takes outputs as its batch."""
   measured = metrics.classification(with_teacher=with_teacher)
   teacher_fn = lambda variables, batch: Forward(batch['teacher'])

@@ -211,7 +211,9 @@ def _converted(run: Run, candidate: candidates_lib.Candidate) -> Converted:
   return candidate.compression.convert(load_weights(weights))
 
 
-def _publish(run, dense, candidate) -> dict[str, Any]:
+def _publish(
+  run: Run, dense: Network, candidate: candidates_lib.Candidate
+) -> dict[str, Any]:
   """Writes the artefact, and measures it on the test split."""
   converted = _converted(run, candidate)
   directory = run.workdir.stage('artefact')

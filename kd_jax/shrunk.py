@@ -6,13 +6,13 @@ and how is in `prune`.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_jax import adapters, lock, prune, rules
 from kd_jax.run import Run
-from kd_jax.types import StudentFn
+from kd_jax.types import Batch, StudentFn
 from kd_jax.weights import load_weights, save_weights
 from kd_jax.workdir import read_json, write_json
 
@@ -92,9 +92,14 @@ def shrink_student(
   remove = rules.choose('structure', structure, ways)
   variables = run.student(stage).variables
   forward = adapters.from_linen(run.model(part))
-  options = {'scope': scope, 'multiple_of': multiple_of}
   plan, small, overrides, kept = remove(
-    forward, variables, run.example, sparsity, keep, **options
+    forward,
+    variables,
+    run.example,
+    sparsity,
+    keep,
+    scope=scope,
+    multiple_of=multiple_of,
   )
   about = {
     'format': FORMAT,
@@ -125,9 +130,25 @@ def shrink_student(
   )
 
 
+# What could leave, the smaller variables, what runs them, and the counts.
+Removed = tuple[
+  prune.Plan | prune.ResidualBlocks,
+  dict[str, Any],
+  Mapping[str, Mapping[str, int] | None],
+  dict[str, list[int]],
+]
+
+
 def _without_units(
-  forward, variables, batch, sparsity, keep, *, scope, multiple_of
-):
+  forward: adapters.LinenForward,
+  variables: Mapping[str, Any],
+  batch: Batch,
+  sparsity: float,
+  keep: Sequence[str],
+  *,
+  scope: str,
+  multiple_of: int,
+) -> Removed:
   plan = prune.find_groups(forward, variables, batch, keep=keep)
   if not plan.groups:
     raise ValueError('Nothing can leave the student.')
@@ -142,8 +163,15 @@ def _without_units(
 
 
 def _without_blocks(
-  forward, variables, batch, sparsity, keep, *, scope, multiple_of
-):
+  forward: adapters.LinenForward,
+  variables: Mapping[str, Any],
+  batch: Batch,
+  sparsity: float,
+  keep: Sequence[str],
+  *,
+  scope: str,
+  multiple_of: int,
+) -> Removed:
   if scope != 'global' or multiple_of != 1:
     raise ValueError(
       "scope and multiple_of are of structure='neurons'; residual blocks are "
@@ -160,7 +188,9 @@ def _without_blocks(
   return blocks, small, blocks.overrides(gone), counts
 
 
-def _cost(forward, variables, batch) -> Cost:
+def _cost(
+  forward: StudentFn, variables: Mapping[str, Any], batch: Batch
+) -> Cost:
   rows = prune.layer_costs(forward, variables, batch)
   return Cost(
     sum(r.macs for r in rows),

@@ -207,7 +207,7 @@ def _without_cached(batch: Batch) -> Batch:
   return {k: v for k, v in batch.items() if not k.startswith(CACHED)}
 
 
-def _mean_over(tree, axis_name):
+def _mean_over(tree: Any, axis_name: str) -> Any:
   def mean(x):
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
       return x
@@ -219,7 +219,7 @@ def _mean_over(tree, axis_name):
   return jax.tree.map(mean, tree)
 
 
-def _apply(tx, grads, opt_state, params):
+def _apply(tx: Any, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
   if not jax.tree.leaves(params):
     return params, opt_state
   updates, opt_state = tx.update(grads, opt_state, params)

@@ -345,7 +345,9 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
-def _check_same_config(path, stored, config):
+def _check_same_config(
+  path: Path, stored: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
   stored, config = flatten(stored), flatten(config)
   differ = [
     key

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from kd_jax import data, feed, objectives, profiling, sharding, train
-from kd_jax.checkpoint import Checkpoints
+from kd_jax.checkpoint import CheckpointError, Checkpoints
 from kd_jax.data.resident import ResidentImages
 from kd_jax.guard import drop_nonfinite
 from kd_jax.step import init_state, make_train_step
@@ -99,6 +99,27 @@ def _train(
     )
   traces = compiled.traces + (several.step.traces if several else [])
   return trained, evaluated, batches.read, traces
+
+
+def test_a_feed_says_what_it_lacks():
+  batches = data.train_batches(_images(), batch_size=8, seed=0)
+  with pytest.raises(ValueError, match='2 steps needs `several`'):
+    feed.Feed(batches, dict, iter([2])).take()
+  ended = feed.Feed(batches, dict, iter([1]))
+  ended.take()
+  with pytest.raises(ValueError, match='no batch to take'):
+    ended.take()
+
+
+def test_a_checkpoint_of_no_training_is_refused(tmp_path):
+  state = {'params': jnp.zeros((16, 3))}
+  objective, tx = objectives.hard_labels(), optax.adam(0.05)
+  example = next(data.train_batches(_images(), batch_size=8, seed=0))
+  state = init_state(_student, objective, tx, state, example)
+  with Checkpoints(tmp_path, fingerprint={}) as checkpoints:
+    checkpoints.save(3, {'state': state, 'rng': jax.random.key(0)})
+  with pytest.raises(CheckpointError, match='step 3 does not say where'):
+    _train(tmp_path, 'host')
 
 
 def test_images_on_the_devices_give_the_bits_of_images_from_the_host(tmp_path):

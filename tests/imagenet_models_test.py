@@ -15,7 +15,7 @@ import safetensors.flax
 import safetensors.numpy
 
 from kd_jax import adapters, models, quantize
-from kd_jax.models import mobilenet
+from kd_jax.models import convnext, mobilenet
 from kd_jax.report import measure
 
 # Parameters, and multiply-accumulates in 1e9 at 224x224 to the digits given.
@@ -340,6 +340,12 @@ def test_rates_act_in_training_only(name, rate):
 
   assert 'random_bits' in text(True)
   assert 'random_bits' not in text(False)
+
+
+def test_a_layer_scale_is_a_module_of_its_own():
+  scale, x = convnext.LayerScale(0.5), jnp.ones((2, 3))
+  variables = scale.init(jax.random.key(0), x)
+  np.testing.assert_array_equal(scale.apply(variables, x), 0.5 * x)
 
 
 @pytest.mark.parametrize('name', ['vit', 'convnext'])

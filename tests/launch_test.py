@@ -239,6 +239,10 @@ def test_every_worker_gets_the_same_library(tmp_path):
   for source in ('numpy', 'kd_jax-0.1.0', str(tmp_path), 'no.whl'):
     with pytest.raises(ValueError, match='--package='):
       gcloud.package(source)
+  (tmp_path / 'kd_jax').mkdir()
+  (tmp_path / 'kd_jax' / '__init__.py').write_text('"""Of no version."""\n')
+  with pytest.raises(ValueError, match='no __version__'):
+    gcloud.package(str(tmp_path))
 
 
 @pytest.mark.parametrize('text', ['v5e', 'v9-8', 'v6e'])

@@ -30,6 +30,23 @@ def _apply(objective, inputs):
   return loss, metrics
 
 
+@pytest.mark.parametrize(
+  'objective, needed',
+  [
+    (objectives.sobolev(), 'student_fn'),
+    (objectives.ema_teacher(objectives.soft_targets()), 'student_fn'),
+    (objectives.input_gradients(), 'teacher_fn'),
+  ],
+)
+def test_terms_that_run_a_network_say_that_they_need_it(objective, needed):
+  inputs = _inputs(batch={'label': LABEL, 'image': LOGITS})
+  if needed == 'teacher_fn':
+    inputs = inputs._replace(student_fn=lambda *_, train: Forward(LOGITS))
+  inputs = inputs._replace(student_variables={'params': {}})
+  with pytest.raises(ValueError, match=f'give Inputs its {needed}'):
+    _apply(objective, inputs)
+
+
 def test_weighted_sum_adds_the_means_of_its_terms():
   objective = objectives.weighted_sum(
     {

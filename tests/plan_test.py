@@ -146,6 +146,11 @@ def test_a_rehearsal_needs_neither_data_nor_weights(changes):
     assert 'int8' in dtypes
 
 
+def test_a_rehearsal_says_that_it_has_no_files():
+  with pytest.raises(ValueError, match='no work directory'):
+    rehearsal.Rehearsal(tiny()).workdir  # noqa: B018
+
+
 def test_a_rehearsal_is_the_real_run(tmp_path, data_dir):
   config = tiny(**{'data.data_dir': str(data_dir), 'data.max_examples': 0})
   run = Run(config, Workdir(tmp_path, config.to_dict()))

@@ -17,7 +17,7 @@ from kd_jax import (
   sharding,
   step,
 )
-from kd_jax.types import Forward
+from kd_jax.types import Forward, TrainState
 
 DEVICES = 8
 WEIGHTS = [('.*/kernel', quantize.INT8_WEIGHTS)]
@@ -284,6 +284,13 @@ def test_the_teacher_is_neither_donated_nor_moved(how):
     np.testing.assert_array_equal(held['params'], 1.0)
   # The state itself was donated, where donation is offered.
   assert state.params.is_deleted() == (how != 'pmap')
+
+
+def test_a_step_by_pmap_says_that_it_cannot_be_lowered():
+  compiled = sharding.compile_step(None, sharding.make_mesh(), 'pmap')
+  state = TrainState(jnp.int32(0), {}, {}, (), None)
+  with pytest.raises(ValueError, match="'pmap' cannot be lowered: use 'jit'"):
+    compiled.lower(state, _batch(), jax.random.key(0))
 
 
 def test_batches_are_split_over_the_devices():

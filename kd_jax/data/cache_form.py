@@ -46,7 +46,7 @@ class Form:
   temperature: float = 1.0
   features: tuple[str, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     rules.choose('dtype of a teacher cache', self.dtype, DTYPES)
     if self.top_k < 0:
       raise ValueError(f'top_k is {self.top_k}; it must not be negative.')
@@ -138,7 +138,9 @@ def pack(forward: Forward, form: Form) -> dict[str, jax.Array]:
   return packed
 
 
-def _pack_top(output, form, dtype):
+def _pack_top(
+  output: jax.Array, form: Form, dtype: Any
+) -> dict[str, jax.Array]:
   classes, k = output.shape[-1], form.top_k
   if k >= classes:
     raise ValueError(
@@ -161,7 +163,7 @@ def _pack_top(output, form, dtype):
   }
 
 
-def _scattered(x, index, values):
+def _scattered(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
   """`x` `[..., C]` with `values` `[..., k]` at `index`, row by row."""
   put = lambda row, at, new: row.at[at].set(new.astype(row.dtype))
   # As a batched scatter, which leaves rows on the devices where they are.

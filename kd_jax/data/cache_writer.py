@@ -7,7 +7,7 @@ it, so that a job that was killed goes on with the first file that is missing.
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,7 +152,13 @@ def _files(plan: Mapping[str, Any]) -> list[_File]:
 class _Teacher:
   """The teacher on the devices of this process, as far as it is stored."""
 
-  def __init__(self, forward, preprocess, form, mesh):
+  def __init__(
+    self,
+    forward: StudentFn,
+    preprocess: Callable[..., Batch],
+    form: Form,
+    mesh: Mesh,
+  ):
     def run(variables, batch):
       batch = preprocess(batch, train=True)
       return cache_form.pack(forward(variables, batch), form)
@@ -164,7 +170,7 @@ class _Teacher:
       run, in_shardings=(everywhere, split), out_shardings=split
     )
 
-  def classes(self, variables, batch) -> int:
+  def classes(self, variables: Variables, batch: Any) -> int:
     """C of the outputs."""
     fn = lambda v, b: self.forward(v, self.preprocess(b, train=True)).output
     return jax.eval_shape(fn, variables, batch).shape[-1]
@@ -190,7 +196,13 @@ class _Teacher:
     }
 
 
-def _plan(run, variables, images, fingerprint, constant):
+def _plan(
+  run: _Teacher,
+  variables: Variables,
+  images: Images,
+  fingerprint: Mapping[str, Any],
+  constant: bool,
+) -> dict[str, Any]:
   """The manifest as far as it is known before anything is run."""
   batch = images.read(np.arange(2) % len(images), key=(0, 0))
   batch = {**batch, 'epoch': np.zeros(2, np.int32)}
@@ -213,7 +225,9 @@ def _plan(run, variables, images, fingerprint, constant):
   }
 
 
-def _held(directory: Path, plan: dict[str, Any], overwrite: bool):
+def _held(
+  directory: Path, plan: dict[str, Any], overwrite: bool
+) -> dict[str, Any]:
   """The files of a finished cache that is the same but for its epochs."""
   path = directory / teacher_cache.MANIFEST
   if not path.is_file():
@@ -252,7 +266,12 @@ def _begin(directory: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
   workdir.write_json(directory / teacher_cache.PLAN, plan)
 
 
-def _check_room(directory, plan, files, say) -> None:
+def _check_room(
+  directory: Path,
+  plan: Mapping[str, Any],
+  files: Sequence[Any],
+  say: Callable[[str], None],
+) -> None:
   sizes = {f.name: f.size * plan['row_bytes'] for f in files}
   kept = ', '.join(
     f'{name} {about["dtype"]}{about["shape"]}'
@@ -315,7 +334,12 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray], form: Form) -> int:
   return len(data)
 
 
-def _seal(directory, plan, files, held) -> None:
+def _seal(
+  directory: Path,
+  plan: Mapping[str, Any],
+  files: Sequence[Any],
+  held: Mapping[str, Any],
+) -> None:
   """Writes the manifest, once every file is there."""
   shards = {}
   for file in files:
@@ -335,7 +359,9 @@ def _seal(directory, plan, files, held) -> None:
     beside.unlink(missing_ok=True)
 
 
-def _write_manifest(directory, plan, shards) -> None:
+def _write_manifest(
+  directory: Path, plan: Mapping[str, Any], shards: Mapping[str, Any]
+) -> None:
   versions = {name: checkpoint_format.version(name) for name in _PACKAGES}
   made_with = {**versions, 'device': jax.devices()[0].device_kind}
   manifest = {**plan, 'shards': shards, 'made_with': made_with}

@@ -7,8 +7,12 @@ id, epoch) like the augmentation on the devices, which is `augment`.
 
 import io
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+  import PIL.Image
 
 _SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
@@ -102,19 +106,22 @@ def decode_central_crop(encoded: bytes, size: int) -> np.ndarray:
   """
   image = _decode(encoded)
   short, shortest = round(size * _SHORT_SIDE), min(image.size)
-  image = _resize(image, tuple(short * n // shortest for n in image.size))
+  width, height = (short * n // shortest for n in image.size)
+  image = _resize(image, (width, height))
   left, top = ((n - size) // 2 for n in image.size)
   return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 # Pillow is imported when an image is decoded, to keep `import kd_jax` light.
-def _decode(encoded: bytes):
+def _decode(encoded: bytes) -> 'PIL.Image.Image':
   import PIL.Image  # noqa: PLC0415
 
   return PIL.Image.open(io.BytesIO(encoded)).convert('RGB')
 
 
-def _resize(image, size: tuple[int, int]):
+def _resize(
+  image: 'PIL.Image.Image', size: tuple[int, int]
+) -> 'PIL.Image.Image':
   import PIL.Image  # noqa: PLC0415
 
   return image.resize(size, PIL.Image.Resampling.BILINEAR)

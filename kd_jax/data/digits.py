@@ -5,6 +5,8 @@ so nothing but `sources` does, and only when the digits are asked for.
 """
 
 import io
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -42,7 +44,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       homepage='https://archive.ics.uci.edu/dataset/80',
     )
 
-  def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+  def _split_generators(
+    self, dl_manager: tfds.download.DownloadManager
+  ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
     del dl_manager
     digits = sklearn.datasets.load_digits()
     images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
@@ -57,7 +61,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       'test': self._generate_examples(images, labels, np.flatnonzero(test)),
     }
 
-  def _generate_examples(self, images, labels, positions):
+  def _generate_examples(
+    self, images: np.ndarray, labels: np.ndarray, positions: np.ndarray
+  ) -> Iterator[tuple[int, dict[str, Any]]]:
     for i in positions:
       # TFDS itself would encode an array with TensorFlow.
       png = io.BytesIO()

@@ -61,7 +61,7 @@ class ImageData:
   # How many batches to read ahead: threads would cost more than they hide.
   prefetch: ClassVar[int] = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     n = len(self.id if self.label is None else self.label)
     _check_array('image', self.image, np.uint8, (n, -1, -1, -1))
     _check_array('id', self.id, np.int32, (n,))
@@ -341,7 +341,7 @@ def describe(
 
 def _builder(
   name: str, data_dir: str | os.PathLike[str] | None, labelled: bool
-):
+) -> Any:
   """The TFDS builder of a data set of images, prepared or not."""
   # TFDS costs seconds to import, hence only here and where it is needed.
   import tensorflow_datasets as tfds  # noqa: PLC0415
@@ -383,7 +383,7 @@ def _builder(
 
 def _prepared_builder(
   name: str, data_dir: str | os.PathLike[str] | None, labelled: bool
-):
+) -> Any:
   """The same, ready to be read."""
   builder = _builder(name, data_dir, labelled)
   if not builder.data_path.exists():

@@ -62,7 +62,7 @@ class StreamedImages:
   # How many batches to read ahead of the one in use.
   prefetch: ClassVar[int] = 2
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.image_size < 1:
       raise ValueError(f'image_size is {self.image_size}; it must be positive.')
     if self.num_threads is not None and self.num_threads < 1:

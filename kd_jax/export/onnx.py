@@ -155,7 +155,7 @@ def _require(package: str) -> Any:
     ) from error
 
 
-def _session(path, optimized: str | None = None) -> Any:
+def _session(path: str | os.PathLike, optimized: str | None = None) -> Any:
   onnx, runtime = _require('onnx'), _require('onnxruntime')
   content = pathlib.Path(path).read_bytes()
   model = onnx.ModelProto.FromString(content)

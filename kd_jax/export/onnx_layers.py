@@ -33,7 +33,9 @@ def reduce(operator: str) -> Callable[..., Tensor]:
   return handler
 
 
-def _reduced(graph, operator, x, axes):
+def _reduced(
+  graph: Graph, operator: str, x: Tensor, axes: tuple[int, ...]
+) -> Tensor:
   if not axes:
     return x
   places = sorted(x.perm.index(a) for a in axes)
@@ -42,7 +44,7 @@ def _reduced(graph, operator, x, axes):
   return Tensor(name, *x.without(axes))
 
 
-def reduce_sum(graph, eqn, x):
+def reduce_sum(graph: Graph, eqn: Any, x: Value) -> Tensor | Deferred:
   """A sum, or the mean if a division by the number of summands follows."""
   axes = tuple(eqn.params['axes'])
   sizes = [eqn.invars[0].aval.shape[a] for a in axes]
@@ -64,7 +66,7 @@ def reduce_sum(graph, eqn, x):
   return Deferred('total', emit, shape, math.prod(sizes))
 
 
-def _window(graph, eqn, x):
+def _window(graph: Graph, eqn: Any, x: Value) -> tuple[Tensor, dict[str, Any]]:
   """Input and attributes of a pooling over windows of the spatial axes."""
   p = eqn.params
   x = graph.full(graph.real(x), eqn.invars[0].aval.shape)
@@ -93,14 +95,14 @@ def _window(graph, eqn, x):
   }
 
 
-def max_pool(graph, eqn, x):
+def max_pool(graph: Graph, eqn: Any, x: Value) -> Tensor:
   """The maximum over windows."""
   x, attributes = _window(graph, eqn, x)
   name = graph.node('MaxPool', x.name, **attributes)
   return Tensor(name, tuple(eqn.outvars[0].aval.shape), x.perm)
 
 
-def sum_pool(graph, eqn, x):
+def sum_pool(graph: Graph, eqn: Any, x: Value) -> Deferred:
   """The sum over windows, or the mean as in `reduce_sum`."""
   shape = tuple(eqn.outvars[0].aval.shape)
   count = math.prod(eqn.params['window_dimensions'])
@@ -117,7 +119,7 @@ def sum_pool(graph, eqn, x):
   return Deferred('total', emit, shape, count)
 
 
-def pad(graph, eqn, x, value):
+def pad(graph: Graph, eqn: Any, x: Value, value: Value) -> Tensor | Deferred:
   """Padding; with zeros it may become that of a convolution."""
   edges = eqn.params['padding_config']
   shape = tuple(eqn.outvars[0].aval.shape)
@@ -138,7 +140,7 @@ def pad(graph, eqn, x, value):
   return Deferred('padded', emit, shape, detail)
 
 
-def conv(graph, eqn, x, w):
+def conv(graph: Graph, eqn: Any, x: Value, w: Value) -> Deferred:
   """A convolution of any rank and grouping, with a bias that follows it."""
   p = eqn.params
   numbers = p['dimension_numbers']
@@ -178,7 +180,7 @@ def conv(graph, eqn, x, w):
   return Deferred('linear', emit, shape, detail)
 
 
-def dot(graph, eqn, x, w):
+def dot(graph: Graph, eqn: Any, x: Value, w: Value) -> Tensor | Deferred:
   """A product: Gemm with a bias that follows it, MatMul with batch axes."""
   (sum_x, sum_w), (batch_x, batch_w) = eqn.params['dimension_numbers']
   shapes = [tuple(v.aval.shape) for v in eqn.invars]

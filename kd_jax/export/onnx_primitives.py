@@ -75,9 +75,9 @@ def _pointwise(*operators: str) -> Callable[..., Tensor]:
   return handler
 
 
-def _bias(linear: Value, value: Value) -> Const | Codes | None:
+def _bias(linear: Deferred, value: Value) -> Const | Codes | None:
   """A constant `[O]` that a layer can add to its channels, or None."""
-  if not (isinstance(linear, Deferred) and linear.kind == 'linear'):
+  if linear.kind != 'linear':
     return None
   if not isinstance(value, (Const, Codes)):
     return None
@@ -98,41 +98,40 @@ def _bias(linear: Value, value: Value) -> Const | Codes | None:
   return Codes(value.code.reshape(-1), scale.reshape(-1))
 
 
-def _add(graph, eqn, x, y):
+def _add(graph: Graph, eqn: Any, x: Value, y: Value) -> Value:
   for layer, other in ((x, y), (y, x)):
-    bias = _bias(layer, other)
-    if bias is not None:
-      return layer.emit(bias)
+    if isinstance(layer, Deferred):
+      bias = _bias(layer, other)
+      if bias is not None:
+        return layer.emit(bias)
   return _pointwise('Add')(graph, eqn, x, y)
 
 
-def _sub(graph, eqn, x, y):
-  bias = _bias(x, y)
-  if bias is not None:
-    return x.emit(Const(-bias.array))
+def _sub(graph: Graph, eqn: Any, x: Value, y: Value) -> Value:
+  if isinstance(x, Deferred):
+    bias = _bias(x, y)
+    if bias is not None:
+      return x.emit(Const(-bias.array))
   return _pointwise('Sub')(graph, eqn, x, y)
 
 
-def _is_total(value: Value) -> bool:
-  return isinstance(value, Deferred) and value.kind == 'total'
-
-
-def _mul(graph, eqn, x, y):
+def _mul(graph: Graph, eqn: Any, x: Value, y: Value) -> Value:
   for total, other in ((x, y), (y, x)):
     factor = scalar(other)
-    if _is_total(total) and factor is not None:
-      if factor == np.float32(1 / total.detail):
-        return total.emit(True)
+    if not isinstance(total, Deferred) or total.kind != 'total':
+      continue
+    if factor is not None and factor == np.float32(1 / total.detail):
+      return total.emit(True)
   return _pointwise('Mul')(graph, eqn, x, y)
 
 
-def _div(graph, eqn, x, y):
-  if _is_total(x) and scalar(y) == x.detail:
+def _div(graph: Graph, eqn: Any, x: Value, y: Value) -> Value:
+  if isinstance(x, Deferred) and x.kind == 'total' and scalar(y) == x.detail:
     return x.emit(True)
   return _pointwise('Div')(graph, eqn, x, y)
 
 
-def _max(graph, eqn, x, y):
+def _max(graph: Graph, eqn: Any, x: Value, y: Value) -> Value:
   for value, other in ((x, y), (y, x)):
     low = scalar(other)
     if low is not None and np.isneginf(low):
@@ -144,7 +143,7 @@ def _max(graph, eqn, x, y):
   return _pointwise('Max')(graph, eqn, x, y)
 
 
-def _min(graph, eqn, x, y):
+def _min(graph: Graph, eqn: Any, x: Value, y: Value) -> Value:
   for value, other in ((x, y), (y, x)):
     high = scalar(other)
     if high is not None:
@@ -152,47 +151,48 @@ def _min(graph, eqn, x, y):
   return _pointwise('Min')(graph, eqn, x, y)
 
 
-def _clip(graph, value, low, high):
+def _clip(graph: Graph, value: Value, low: Any, high: Any) -> Value:
+  """A value within two numbers, each of which may be None."""
   (name,), shape, perm = _operands(graph, [value])
   limits = ['' if v is None else graph.constant(v) for v in (low, high)]
   return Tensor(graph.node('Clip', name, *limits), shape, perm)
 
 
-def _clamp(graph, eqn, low, x, high):
+def _clamp(graph: Graph, eqn: Any, low: Value, x: Value, high: Value) -> Value:
   limits = [scalar(low), scalar(high)]
   if None in limits or isinstance(x, (Const, Codes)):
     raise unsupported(eqn, 'limits that are computed')
   return _clip(graph, x, *limits)
 
 
-def _select(graph, eqn, which, *cases):
+def _select(graph: Graph, eqn: Any, which: Value, *cases: Value) -> Value:
   if eqn.invars[0].aval.dtype != np.bool_ or len(cases) != 2:
     raise unsupported(eqn, 'an integer selector')
   return _pointwise('Where')(graph, eqn, which, cases[1], cases[0])
 
 
-def _integer_pow(graph, eqn, x):
+def _integer_pow(graph: Graph, eqn: Any, x: Value) -> Value:
   exponent = Const(np.asarray(eqn.params['y'], eqn.invars[0].aval.dtype))
   return _pointwise('Pow')(graph, eqn, x, exponent)
 
 
-def _square(graph, eqn, x):
+def _square(graph: Graph, eqn: Any, x: Value) -> Value:
   return _pointwise('Mul')(graph, eqn, x, x)
 
 
-def _erfc(graph, eqn, x):
+def _erfc(graph: Graph, eqn: Any, x: Value) -> Value:
   (name,), shape, perm = _operands(graph, [x])
   one = graph.constant(np.ones((), eqn.invars[0].aval.dtype))
   return Tensor(graph.node('Sub', one, graph.node('Erf', name)), shape, perm)
 
 
-def _round(graph, eqn, x):
+def _round(graph: Graph, eqn: Any, x: Value) -> Value:
   if eqn.params['rounding_method'] != jax.lax.RoundingMethod.TO_NEAREST_EVEN:
     raise unsupported(eqn, 'rounding away from zero')
   return _pointwise('Round')(graph, eqn, x)
 
 
-def _convert(graph, eqn, x):
+def _convert(graph: Graph, eqn: Any, x: Value) -> Value:
   new = np.dtype(eqn.params['new_dtype'])
   if new == eqn.invars[0].aval.dtype:
     return x
@@ -201,14 +201,14 @@ def _convert(graph, eqn, x):
   return Tensor(graph.node('Cast', name, to=to), shape, perm)
 
 
-def _same(graph, eqn, x):
+def _same(graph: Graph, eqn: Any, x: Value) -> Value:
   return x
 
 
 # --- Views ------------------------------------------------------------------
 
 
-def _reshape(graph, eqn, x):
+def _reshape(graph: Graph, eqn: Any, x: Value) -> Value:
   if eqn.params.get('dimensions') is not None:
     raise unsupported(eqn, 'a dimension order')
   old, new = eqn.invars[0].aval.shape, eqn.params['new_sizes']
@@ -245,7 +245,7 @@ def _transpose(graph: Graph, eqn: Any, value: Value) -> Value:
   return Tensor(x.name, shape, tuple(order.index(p) for p in x.perm), x.grid)
 
 
-def _broadcast(graph, eqn, x):
+def _broadcast(graph: Graph, eqn: Any, x: Value) -> Value:
   axes = tuple(eqn.params['broadcast_dimensions'])
   rank = len(eqn.params['shape'])
   new = [i for i in range(rank) if i not in axes]
@@ -266,7 +266,7 @@ def _broadcast(graph, eqn, x):
   return Tensor(name, tuple(shape), perm, x.grid)
 
 
-def _concatenate(graph, eqn, *values):
+def _concatenate(graph: Graph, eqn: Any, *values: Value) -> Value:
   axis = eqn.params['dimension']
   parts = [
     graph.full(graph.real(v), atom.aval.shape)
@@ -283,13 +283,14 @@ def _concatenate(graph, eqn, *values):
   return Tensor(name, tuple(eqn.outvars[0].aval.shape), perm)
 
 
-def _split(graph, eqn, x):
+def _split(graph: Graph, eqn: Any, x: Value) -> list[Value]:
   """A slice for each part, of which those that nobody reads are dropped."""
   sizes, axis = eqn.params['sizes'], eqn.params['axis']
   if not all(isinstance(size, (int, np.integer)) for size in sizes):
     raise unsupported(eqn, 'sizes that depend on the batch size')
   x = graph.full(graph.tensor(x), eqn.invars[0].aval.shape)
-  parts, start = [], 0
+  parts: list[Value] = []
+  start = 0
   for size in map(int, sizes):
     where = (start, start + size, x.perm.index(axis))
     limits = (graph.constant(np.array([v])) for v in where)
@@ -300,7 +301,7 @@ def _split(graph, eqn, x):
   return parts
 
 
-def _gather(graph, eqn, x, index):
+def _gather(graph: Graph, eqn: Any, x: Value, index: Value) -> Value:
   """Entries along one axis; an index out of range is the runtime's error."""
   numbers = eqn.params['dimension_numbers']
   shape, places = (tuple(v.aval.shape) for v in eqn.invars)
@@ -330,7 +331,9 @@ def _gather(graph, eqn, x, index):
 # --- Quantization -----------------------------------------------------------
 
 
-def _quantize(graph, eqn, x, scale, zero_point):
+def _quantize(
+  graph: Graph, eqn: Any, x: Value, scale: Value, zero_point: Value
+) -> Value | None:
   grid = scalar(scale), scalar(zero_point)
   if None in grid or isinstance(x, (Const, Codes)):
     return None
@@ -338,13 +341,15 @@ def _quantize(graph, eqn, x, scale, zero_point):
   return graph.quantize(graph.real(x), float(grid[0]), int(grid[1]) + 128)
 
 
-def _dequantize(graph, eqn, code, scale, zero_point):
+def _dequantize(
+  graph: Graph, eqn: Any, code: Value, scale: Value, zero_point: Value
+) -> Value | None:
   if isinstance(code, Const):
     if not isinstance(scale, Const) or scalar(zero_point) != 0:
       return None
     missing = code.array.ndim - scale.array.ndim
-    scale = scale.array.reshape((1,) * missing + scale.shape)
-    return Codes(code.array, scale)
+    steps = scale.array.reshape((1,) * missing + scale.shape)
+    return Codes(code.array, steps)
   grid = scalar(scale), scalar(zero_point)
   code = graph.tensor(code)
   if None in grid or code.grid is None:

@@ -6,8 +6,9 @@ file must have its place. Weights that kd_jax wrote itself are read by
 `kd_jax.weights`.
 """
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -287,7 +288,8 @@ def load_pretrained(
   """
   namings = _namings(model)
   has_head = bool(getattr(model, 'num_classes', 0))
-  if not head and has_head and key is None:
+  fresh = not head and has_head
+  if fresh and key is None:
     raise ValueError(
       'load_pretrained: head=False needs a key for a fresh head.'
     )
@@ -307,12 +309,12 @@ def load_pretrained(
     k: _convert(path, arrays[places[k].name], k, v.shape, places[k])
     for k, v in ours.items()
   }
-  if not head and has_head:
+  if fresh and key is not None:
     flat |= _fresh_head(model, key, images)
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
-def _read(path) -> dict[str, jax.Array]:
+def _read(path: str | os.PathLike) -> dict[str, jax.Array]:
   try:
     arrays = safetensors.flax.load_file(path)
   except (OSError, safetensors.SafetensorError) as e:
@@ -321,7 +323,11 @@ def _read(path) -> dict[str, jax.Array]:
   return {k: v for k, v in arrays.items() if k.split('.')[-1] != ignored}
 
 
-def _detect(namings, ours, arrays) -> tuple[str, Naming]:
+def _detect(
+  namings: Mapping[str, Naming],
+  ours: Iterable[str],
+  arrays: Mapping[str, jax.Array],
+) -> tuple[str, Naming]:
   """The naming of which the file has most, and its origin."""
 
   def known(item):
@@ -346,7 +352,9 @@ def _place(naming: Naming, path: str) -> _Place:
   raise ValueError(f'load_pretrained has no name for {path!r}.')
 
 
-def _without_end(naming, arrays, places) -> dict[str, jax.Array]:
+def _without_end(
+  naming: Naming, arrays: Mapping[str, jax.Array], places: Mapping[str, _Place]
+) -> dict[str, jax.Array]:
   """The file's arrays without those of its head."""
   prefixes = tuple(
     f'{name}.' for pattern, name, *_ in naming if pattern in _ENDS
@@ -357,7 +365,12 @@ def _without_end(naming, arrays, places) -> dict[str, jax.Array]:
   }
 
 
-def _check_names(path, reader, arrays, places: Mapping[str, _Place]) -> None:
+def _check_names(
+  path: str | os.PathLike,
+  reader: str,
+  arrays: Mapping[str, jax.Array],
+  places: Mapping[str, _Place],
+) -> None:
   expected = {place.name for place in places.values()}
   missing, unexpected = expected - set(arrays), set(arrays) - expected
   if missing:
@@ -376,7 +389,9 @@ def _check_names(path, reader, arrays, places: Mapping[str, _Place]) -> None:
     )
 
 
-def _fresh_head(model, key, images) -> dict[str, jax.Array]:
+def _fresh_head(
+  model: nn.Module, key: jax.Array, images: jax.Array
+) -> dict[str, jax.Array]:
   """What `model.init` draws for the heads, and nothing else."""
 
   def draw(key):
@@ -386,7 +401,13 @@ def _fresh_head(model, key, images) -> dict[str, jax.Array]:
   return jax.jit(draw)(key)
 
 
-def _convert(path, x, ours, shape, place) -> jax.Array:
+def _convert(
+  path: str | os.PathLike,
+  x: jax.Array,
+  ours: str,
+  shape: Sequence[int],
+  place: _Place,
+) -> jax.Array:
   """One array in our layout, checked."""
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f'{path}: {place.name!r} is {x.dtype}, not a float.')
@@ -400,15 +421,17 @@ def _convert(path, x, ours, shape, place) -> jax.Array:
       f'{theirs} for {ours!r}.{hint}'
     )
   # On the host, where nothing is compiled for each shape.
-  x = np.asarray(x, np.float32)
+  values = np.asarray(x, np.float32)
   if place.third is not None:
-    x = np.split(x, 3)[place.third]
+    values = np.split(values, 3)[place.third]
   if ours.endswith('/kernel'):
-    x = x.transpose((2, 3, 1, 0) if x.ndim == 4 else (1, 0))
-  return jnp.asarray(x.reshape(shape))
+    values = values.transpose((2, 3, 1, 0) if values.ndim == 4 else (1, 0))
+  return jnp.asarray(values.reshape(shape))
 
 
-def _their_shape(ours, shape, place) -> tuple[int, ...]:
+def _their_shape(
+  ours: str, shape: Sequence[int], place: _Place
+) -> tuple[int, ...]:
   if ours.endswith('/kernel'):
     shape = (*shape[:-3:-1], *shape[:-2])
   if place.name.endswith('.layer_scale'):

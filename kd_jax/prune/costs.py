@@ -4,7 +4,7 @@ Owns the attribution of the products in a traced forward to the parameters in
 them. Latency is measured, not counted: see `report.measure`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +100,13 @@ def _examples(batch: Batch) -> int:
   return sizes.pop()
 
 
-def _count(jaxpr, sources, sizes, times, macs) -> list[str | None]:
+def _count(
+  jaxpr: Any,
+  sources: Sequence[str | None],
+  sizes: Mapping[str, int],
+  times: int,
+  macs: dict[str, int],
+) -> list[str | None]:
   """Adds up the products of a jaxpr; the sources of its outputs.
 
   A source is the parameter that a value is computed from, `ACTIVATIONS` for
@@ -117,7 +123,9 @@ def _count(jaxpr, sources, sizes, times, macs) -> list[str | None]:
     products = _products(eqn)
     if products:
       parameters = [s for s in inputs[:2] if s in sizes]
-      name = max(parameters, key=sizes.get) if parameters else ACTIVATIONS
+      name = (
+        max(parameters, key=sizes.__getitem__) if parameters else ACTIVATIONS
+      )
       macs[name] = macs.get(name, 0) + products * times
     outputs = [source] * len(eqn.outvars)
     repeats = times * eqn.params.get('length', 1)
@@ -129,10 +137,10 @@ def _count(jaxpr, sources, sizes, times, macs) -> list[str | None]:
   return [read(v) for v in jaxpr.outvars]
 
 
-def _main(inputs, sizes) -> str | None:
+def _main(inputs: Sequence[str | None], sizes: Mapping[str, int]) -> str | None:
   if ACTIVATIONS in inputs:
     return ACTIVATIONS
-  return max((s for s in inputs if s), key=sizes.get, default=None)
+  return max((s for s in inputs if s), key=sizes.__getitem__, default=None)
 
 
 def _products(eqn: Any) -> int:
@@ -150,7 +158,7 @@ def _products(eqn: Any) -> int:
   return 0
 
 
-def _inner(eqn: Any):
+def _inner(eqn: Any) -> Iterator[tuple[Any, int]]:
   """The jaxprs that an equation runs, and where their inputs begin."""
   name, p = eqn.primitive.name, eqn.params
   if name == 'cond':

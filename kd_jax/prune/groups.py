@@ -6,7 +6,7 @@ abstractly, before the plan offers it. What the plan is used for is in `shrink`
 and `selection`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +24,11 @@ from kd_jax.prune.plan import (
 from kd_jax.prune.primitives import RULES
 from kd_jax.prune.shrink import shrink, shrunk_forward
 from kd_jax.prune.tags import Tags
-from kd_jax.prune.trace import MARK, Value, Walk
+from kd_jax.prune.trace import MARK, Step, Value, Walk
 from kd_jax.types import Batch, Variables
+
+# atom -> (path, axis) -> its positions
+Places = dict[int, dict[tuple[str, int], list[int]]]
 
 
 def find_groups(
@@ -135,7 +138,12 @@ def check_shrunk(
     raise ValueError(f'The shrunk model {reason}.')
 
 
-def _frozen(fixed, groups, accepted, refused) -> dict[str, str]:
+def _frozen(
+  fixed: Mapping[str, str],
+  groups: Sequence[Group],
+  accepted: list[Group],
+  refused: dict[str, str],
+) -> dict[str, str]:
   """Why each axis of a parameter stays, or a part of it."""
   offered = {_axis_name(m) for g in accepted for m in g.members}
   found = {
@@ -156,7 +164,9 @@ def _axis_name(member: Member) -> str:
   return f'{member.path}[{member.axis}]'
 
 
-def _output(forward, variables, batch):
+def _output(
+  forward: Callable[..., Any], variables: Variables, batch: Batch
+) -> Any:
   out = forward(variables, batch)
   return getattr(out, 'output', out)
 
@@ -182,7 +192,9 @@ def _recorder(modules: dict[str, dict[str, int]]) -> Callable[..., Any]:
 class _Analysis:
   """One traced forward, its tags, and the groups found in them."""
 
-  def __init__(self, forward, variables, batch):
+  def __init__(
+    self, forward: Callable[..., Any], variables: Variables, batch: Batch
+  ) -> None:
     self.forward = forward
     self.variables = dict(variables)
     self.batch = dict(batch)
@@ -209,7 +221,7 @@ class _Analysis:
         self.walk.fix(axis, 'the output')
     self.units: dict[str, list[int]] = {}
 
-  def _order(self, closed) -> dict[str, int]:
+  def _order(self, closed: Any) -> dict[str, int]:
     """path -> which equation reads it first."""
     variables = dict(zip(closed.jaxpr.invars, self.names))
     order: dict[str, int] = {}
@@ -222,7 +234,7 @@ class _Analysis:
 
   def groups(self) -> tuple[list[Group], dict[str, str]]:
     """The groups, and 'path[axis]' -> why of what is fixed."""
-    places: dict[int, dict[tuple[str, int], list[int]]] = {}
+    places: Places = {}
     frozen: dict[str, str] = {}
     for path, axes in self.axes.items():
       for i, axis in enumerate(axes):
@@ -242,10 +254,14 @@ class _Analysis:
       for m in found.pop(name).members:
         if m.size > 1:
           frozen.setdefault(_axis_name(m), 'all of it would leave together')
-    ordered = sorted(found.values(), key=lambda g: self._first(g.members))
+    ordered = sorted(
+      found.values(), key=lambda g: self._first([m.path for m in g.members])
+    )
     return ordered, frozen
 
-  def _place(self, path, i, axis, places) -> str | None:
+  def _place(
+    self, path: str, i: int, axis: Iterable[int], places: Places
+  ) -> str | None:
     """Notes where an axis's atoms are; a reason if positions are fixed."""
     reason = None
     for position, tag in enumerate(axis):
@@ -256,16 +272,22 @@ class _Analysis:
         reason = next(self.tags.fixed[a] for a in self.tags.atoms(tag))
     return reason
 
-  def _first(self, members) -> tuple[int, str]:
-    """Of members, those of matrices first: where they are read first."""
-    matrices = [m for m in members if len(self.shapes[m[0]]) > 1] or members
-    return min((self.order.get(m[0], len(self.order)), m[0]) for m in matrices)
+  def _first(self, paths: Sequence[str]) -> tuple[int, str]:
+    """Where the matrices among parameters are read first, or all of them."""
+    matrices = [p for p in paths if len(self.shapes[p]) > 1] or paths
+    return min((self.order.get(p, len(self.order)), p) for p in matrices)
 
-  def _name(self, members) -> str:
-    path = self._first(members)[1].split('/')[1:]
+  def _name(self, members: Sequence[tuple[str, int]]) -> str:
+    path = self._first([path for path, _ in members])[1].split('/')[1:]
     return '/'.join(path[:-1] or path)
 
-  def _group(self, name, members, atoms, places) -> Group:
+  def _group(
+    self,
+    name: str,
+    members: Sequence[tuple[str, int]],
+    atoms: Sequence[int],
+    places: Places,
+  ) -> Group:
     made = tuple(
       Member(
         path,
@@ -278,7 +300,7 @@ class _Analysis:
     reason = next(
       (self.tags.inexact[a] for a in atoms if a in self.tags.inexact), ''
     )
-    first = min(made, key=lambda m: self._first([m]))
+    first = min(made, key=lambda m: self._first([m.path]))
     return Group(
       name,
       len(atoms),
@@ -289,7 +311,7 @@ class _Analysis:
       reason,
     )
 
-  def _attributes(self, atoms) -> tuple[Attribute, ...]:
+  def _attributes(self, atoms: Sequence[int]) -> tuple[Attribute, ...]:
     made = []
     for count in self.walk.counts.values():
       held = [self.tags.free_atoms(tag) for tag in count.tags]
@@ -301,7 +323,12 @@ class _Analysis:
         made.append(Attribute(count.module, count.name, len(held), positions))
     return tuple(made)
 
-  def sift(self, accepted, candidates, refused) -> list[Group]:
+  def sift(
+    self,
+    accepted: list[Group],
+    candidates: list[Group],
+    refused: dict[str, str],
+  ) -> list[Group]:
     """The candidates without which the model runs; the others are refused."""
     if not candidates:
       return accepted
@@ -375,7 +402,7 @@ class _Analysis:
     }
     return self._difference(walk.trail, gone)
 
-  def _difference(self, trail, gone: set[int]) -> str | None:
+  def _difference(self, trail: Sequence[Step], gone: set[int]) -> str | None:
     sizes: dict[int, int] = {}
 
     def size(axis):
@@ -400,7 +427,9 @@ class _Analysis:
     return None
 
 
-def _traced(forward, variables, batch):
+def _traced(
+  forward: Callable[..., Any], variables: dict[str, Any], batch: dict[str, Any]
+) -> Any:
   return jax.make_jaxpr(lambda v, b: _output(forward, v, b))(variables, batch)
 
 

@@ -129,7 +129,9 @@ def _largest(
   ]
 
 
-def _bisect(holds, size: int, bits: int) -> jax.Array:
+def _bisect(
+  holds: Callable[[jax.Array], jax.Array], size: int, bits: int
+) -> jax.Array:
   """The `[size]` largest uint32 below 2**bits for which falling tests hold."""
 
   def body(i, value):

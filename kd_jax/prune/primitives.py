@@ -7,15 +7,16 @@ positions an operation picks fixes them too.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from kd_jax.prune import views
-from kd_jax.prune.trace import Axis, Rule, Value, shape_of
+from kd_jax.prune.trace import Axis, Rule, Value, Walk, shape_of
 from kd_jax.prune.views import fix_axis, without
 
 
-def _unknown(walk, eqn, values):
+def _unknown(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   reason = f'{walk.at(eqn)} is not understood'
   for value in values:
     for axis in value.axes:
@@ -23,15 +24,15 @@ def _unknown(walk, eqn, values):
   return [_fixed(v, reason) for v in eqn.outvars]
 
 
-def _fixed(atom, reason) -> Value:
+def _fixed(atom: Any, reason: str) -> Value:
   return Value((reason,) * len(shape_of(atom)), None)
 
 
-def _identity(walk, eqn, values):
+def _identity(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   return list(values)
 
 
-def _elementwise(walk, eqn, values):
+def _elementwise(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   shape = shape_of(eqn.outvars[0])
   axes = []
   for i, size in enumerate(shape):
@@ -82,7 +83,7 @@ def _is_zero(name: str, values: Sequence[Value], axis: int) -> bool:
   return False
 
 
-def _reduce(walk, eqn, values):
+def _reduce(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   name, gone = eqn.primitive.name, eqn.params['axes']
   for value in values:
     for i in gone:
@@ -102,7 +103,7 @@ def _reduce(walk, eqn, values):
   return [Value(out.axes, zero)] * len(eqn.outvars)
 
 
-def _window(walk, eqn, values):
+def _window(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """Pooling: axes with a window of 1 and stride 1 pass."""
   p, shape = eqn.params, shape_of(eqn.outvars[0])
   ones = (1,) * len(shape)
@@ -134,7 +135,9 @@ def _along(parameter: str) -> Callable:
   return rule
 
 
-def _contract(walk, eqn, left, right):
+def _contract(
+  walk: Walk, eqn: Any, left: tuple[Value, int], right: tuple[Value, int]
+) -> None:
   """Two axes that are multiplied and summed; values and axis numbers."""
   (x, i), (w, j) = left, right
   axis = walk.tie([x.axes[i], w.axes[j]], walk.at(eqn))
@@ -147,7 +150,7 @@ def _contract(walk, eqn, left, right):
     )
 
 
-def _dot(walk, eqn, values):
+def _dot(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   (contracted, batch), (x, w) = eqn.params['dimension_numbers'], values
   for i, j in zip(*contracted):
     _contract(walk, eqn, (x, i), (w, j))
@@ -163,7 +166,7 @@ def _dot(walk, eqn, values):
   return [Value(tuple(axes), tuple(zero) if static else None)]
 
 
-def _conv(walk, eqn, values):
+def _conv(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   (x, w), numbers = values, eqn.params['dimension_numbers']
   groups = eqn.params['feature_group_count']
   if eqn.params['batch_group_count'] != 1:
@@ -196,14 +199,21 @@ def _conv(walk, eqn, values):
 # --- primitives that call jaxprs
 
 
-def _call(walk, eqn, values):
+def _call(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   inner = eqn.params.get('jaxpr', eqn.params.get('call_jaxpr'))
   return walk.run(
     getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ()), values
   )
 
 
-def _loop(walk, eqn, body, consts, carry, sequences):
+def _loop(
+  walk: Walk,
+  eqn: Any,
+  body: Any,
+  consts: Sequence[Value],
+  carry: Sequence[Value],
+  sequences: Sequence[Value],
+) -> list[Value]:
   """The outputs of a loop's body; its carry is what it becomes."""
   # What changes from step to step is no zero that could be relied on.
   carry = [
@@ -225,13 +235,13 @@ def _loop(walk, eqn, body, consts, carry, sequences):
     carry = known
 
 
-def _same(walk, eqn, x: Value, y: Value) -> Value:
+def _same(walk: Walk, eqn: Any, x: Value, y: Value) -> Value:
   axes = [walk.tie(pair, walk.at(eqn)) for pair in zip(x.axes, y.axes)]
   static = x.zero is not None and y.zero is not None
   return Value(tuple(axes), (False,) * len(axes) if static else None)
 
 
-def _scan(walk, eqn, values):
+def _scan(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   body = eqn.params['jaxpr']
   # What is stacked has one axis more outside than inside; versions of JAX
   # write the numbers down in different ways.
@@ -254,13 +264,13 @@ def _scan(walk, eqn, values):
   return outputs[: len(carry)] + steps
 
 
-def _longer(outside, inside) -> int:
+def _longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
   return sum(
     len(shape_of(a)) > len(shape_of(b)) for a, b in zip(outside, inside)
   )
 
 
-def _while(walk, eqn, values):
+def _while(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   p = eqn.params
   first, second = p['cond_nconsts'], p['body_nconsts']
   carry = values[first + second :]
@@ -272,7 +282,7 @@ def _while(walk, eqn, values):
   return carry
 
 
-def _cond(walk, eqn, values):
+def _cond(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   outputs = [
     walk.run(branch.jaxpr, branch.consts, values[1:])
     for branch in eqn.params['branches']

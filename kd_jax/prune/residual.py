@@ -153,7 +153,12 @@ def _innermost_of_several(names: Sequence[str]) -> list[str]:
 class _Search:
   """The modules of one model, and what it computes without each."""
 
-  def __init__(self, intercepted, variables, batch):
+  def __init__(
+    self,
+    intercepted: Callable[..., Any],
+    variables: dict[str, Any],
+    batch: dict[str, Any],
+  ) -> None:
     self.intercepted = intercepted
     self.variables, self.batch = variables, batch
     self.shapes = _shapes(variables)
@@ -163,7 +168,13 @@ class _Search:
     run = intercepted(self._look)
     jax.eval_shape(lambda v, b: _output(run, v, b), variables, batch)
 
-  def _look(self, next_fun, args, kwargs, context):
+  def _look(
+    self,
+    next_fun: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    context: Any,
+  ) -> Any:
     module = context.module
     if context.method_name != '__call__' or not module.path:
       return next_fun(*args, **kwargs)
@@ -199,7 +210,7 @@ class _Search:
       return 'the output does not depend on it'
     return ''
 
-  def _filled(self, name, value):
+  def _filled(self, name: str, value: float) -> np.ndarray:
     """The output with one value in all parameters of a module."""
 
     def fill(path, leaf):
@@ -210,18 +221,22 @@ class _Search:
     params = jax.tree_util.tree_map_with_path(fill, params)
     return self._run({**self.variables, 'params': params})
 
-  def _run(self, variables, *interceptors):
+  def _run(
+    self, variables: dict[str, Any], *interceptors: Callable[..., Any]
+  ) -> np.ndarray:
     # Not compiled as a whole: what differs between two calls is one module.
     forward = self.intercepted(*interceptors)
     return np.asarray(_output(forward, variables, self.batch), np.float32)
 
 
-def _shapes(tree) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   leaves = jax.tree.leaves(tree)
   return {n: tuple(x.shape) for n, x in zip(rules_lib.leaf_names(tree), leaves)}
 
 
-def _output(forward, variables, batch):
+def _output(
+  forward: Callable[..., Any], variables: dict[str, Any], batch: dict[str, Any]
+) -> Any:
   out = forward(variables, batch)
   return getattr(out, 'output', out)
 

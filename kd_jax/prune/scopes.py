@@ -121,7 +121,9 @@ def _rounded_product(size: int, share: jax.Array) -> jax.Array:
   return jnp.where(is_decimal, by_decimal, by_bits)
 
 
-def _round_half_even(whole, rest, half):
+def _round_half_even(
+  whole: jax.Array, rest: jax.Array, half: jax.Array | int
+) -> jax.Array:
   odd = whole % 2 == 1
   return whole + ((rest > half) | ((rest == half) & odd)).astype(jnp.uint32)
 

@@ -83,7 +83,11 @@ class AverageState(flax.struct.PyTreeNode):
   mean: Arrays
 
 
-def _averaged(decay, contribution, value) -> Score:
+def _averaged(
+  decay: float,
+  contribution: Callable[[jax.Array, jax.Array], jax.Array],
+  value: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Score:
   """A score whose memory is a moving average of a contribution per step."""
   if not 0 <= decay <= 1:
     raise ValueError(f'The decay of a score is in [0, 1], not {decay}.')

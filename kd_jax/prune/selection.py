@@ -96,7 +96,7 @@ def unit_scores(
   return made
 
 
-def _check_shape(plan, path, score):
+def _check_shape(plan: Plan, path: str, score: jax.Array) -> None:
   if tuple(score.shape) != tuple(plan.shapes[path]):
     raise ValueError(
       f'The scores of {path.removeprefix(_PARAMS)!r} have shape {score.shape}, '
@@ -104,7 +104,9 @@ def _check_shape(plan, path, score):
     )
 
 
-def _pool(member: Member, score: jax.Array, pooled) -> jax.Array:
+def _pool(
+  member: Member, score: jax.Array, pooled: Callable[..., jax.Array]
+) -> jax.Array:
   """`[units]` of one member."""
   others = tuple(i for i in range(score.ndim) if i != member.axis)
   vector = _replicated(pooled(score.astype(jnp.float32), axis=others))
@@ -161,7 +163,9 @@ def neurons(
   )
 
 
-def _spread(plan, scores, units) -> dict[str, jax.Array]:
+def _spread(
+  plan: Plan, scores: Mapping[str, jax.Array], units: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
   """Masks of parameters from those of units."""
   masks = {name: jnp.ones_like(s, jnp.bool_) for name, s in scores.items()}
   for group in plan.groups:

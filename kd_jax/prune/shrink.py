@@ -63,15 +63,19 @@ def shrink(plan: Plan, tree: Any, kept: Kept) -> Any:
   return _shrink(plan, tree, masks)
 
 
-def _shrink(plan, tree, masks):
+def _shrink(
+  plan: Plan, tree: Any, masks: Mapping[str, Mapping[int, np.ndarray]]
+) -> Any:
   mirrored = mirrored_paths(plan.shapes)
 
   def one(path, leaf):
     name = rules_lib.path_name(path)
-    axes = masks.get(mirrors(mirrored, name) or '', {})
-    if not axes or not hasattr(leaf, 'shape'):
+    whose = mirrors(mirrored, name)
+    if whose is None or not hasattr(leaf, 'shape'):
       return leaf
-    shape = plan.shapes[mirrors(mirrored, name)]
+    axes, shape = masks.get(whose, {}), plan.shapes[whose]
+    if not axes:
+      return leaf
     if leaf.shape != shape:
       if leaf.size <= 1:
         return leaf

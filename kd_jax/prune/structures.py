@@ -81,7 +81,10 @@ def units(
   return structure
 
 
-def _per_parameter(pool, expand) -> Structure:
+def _per_parameter(
+  pool: Callable[[str, jax.Array], jax.Array],
+  expand: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Structure:
   """`units` from functions of one parameter: its path and an array."""
   return units(
     lambda scores: {n: pool(n, s) for n, s in scores.items()},

@@ -9,7 +9,7 @@ equal and do not fit each other, more is tied or fixed than mathematics asks
 for: the analysis may keep too much and never removes too much.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -107,7 +107,9 @@ class Tags:
     """Remembers that removing these positions changes numbers."""
     self._mark(self.inexact, tags, reason)
 
-  def _mark(self, marks, tags, reason):
+  def _mark(
+    self, marks: dict[int, str], tags: Iterable[int], reason: str
+  ) -> None:
     for tag in tags:
       for atom in self.atoms(int(tag)):
         marks.setdefault(atom, reason)
@@ -127,7 +129,9 @@ class Tags:
     else:
       self._join_products(a, b, reason)
 
-  def _join_products(self, a, b, reason):
+  def _join_products(
+    self, a: Sequence[int], b: Sequence[int], reason: str
+  ) -> None:
     left = [t for t in a if t not in b]
     right = [t for t in b if t not in a]
     if not left or not right:
@@ -187,7 +191,9 @@ class Tags:
       self.tie(grid[0], row, reason)
     return reason, grid[0]
 
-  def _all_of(self, sets, reason):
+  def _all_of(
+    self, sets: Sequence[Iterable[int]], reason: str
+  ) -> np.ndarray | str:
     """One tag for each set of atoms; a reason if all sets are empty."""
     if not any(sets):
       return reason

@@ -209,7 +209,12 @@ def preserve(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _masked_params(params, weights, structure, scope):
+def _masked_params(
+  params: Any,
+  weights: Mapping[str, jax.Array],
+  structure: Structure,
+  scope: scopes.Scope,
+) -> dict[str, jax.Array]:
   """The parameters that the structure masks: those chosen, or more."""
   shapes = jax.eval_shape(
     lambda w: structure(
@@ -244,13 +249,20 @@ def _map(fn: Callable[..., jax.Array], tree: Any, *others: Any) -> Any:
   return jax.tree.unflatten(structure, new)
 
 
-def _unmasked(params, masks, dense):
+def _unmasked(
+  params: Any, masks: Mapping[str, jax.Array], dense: Mapping[str, jax.Array]
+) -> Any:
   return _map(
     lambda n, p: jnp.where(masks[n], p, dense[n]) if n in masks else p, params
   )
 
 
-def _revived(updates, params, masks, dense):
+def _revived(
+  updates: Any,
+  params: Any,
+  masks: Mapping[str, jax.Array],
+  dense: Mapping[str, jax.Array],
+) -> Any:
   """Updates that bring back a weight, now 0, with the value it grew to."""
   return _map(
     lambda n, u, p: jnp.where(masks[n], u, dense[n] - p) if n in masks else u,

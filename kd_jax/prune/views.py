@@ -107,7 +107,7 @@ def _blocks(
     yield a, b
 
 
-def _merge(walk, axes, sizes) -> Axis:
+def _merge(walk: Any, axes: Sequence[Axis], sizes: Sequence[int]) -> Axis:
   if len(axes) == 1:
     return axes[0]
   real = [a for a, n in zip(axes, sizes) if n > 1]
@@ -163,7 +163,7 @@ def pad(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   return [Value(tuple(axes), value.zero and (False,) * len(axes))]
 
 
-def fix_axis(walk, eqn, axis: Axis) -> Axis:
+def fix_axis(walk: Any, eqn: Any, axis: Axis) -> Axis:
   """Fixes an axis of which an operation picks positions; its new self."""
   if not isinstance(axis, np.ndarray):
     return axis or f'written in the code ({walk.at(eqn)})'

@@ -196,7 +196,7 @@ def correct_biases(
   return {**rounded, 'params': params}
 
 
-def _channel_mean(module, y):
+def _channel_mean(module: Any, y: jax.Array) -> jax.Array:
   """The mean of a layer's output over all axes but those of its bias."""
   features = 1
   if module.has_variable('params', 'bias'):

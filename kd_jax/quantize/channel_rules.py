@@ -8,6 +8,7 @@ its scale), 0 (a zero of any shape) or None (does not depend on the scales).
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class Scaled:
   axis: int
   index: np.ndarray
 
-  def same(self, other):
+  def same(self, other: Any) -> bool:
     """Whether another value is scaled in just the same way."""
     return (
       isinstance(other, Scaled)
@@ -64,11 +65,11 @@ class Scaled:
     )
 
 
-def _shape(atom):
+def _shape(atom: Any) -> tuple[int, ...]:
   return atom.aval.shape
 
 
-def _along(index, axis, rank):
+def _along(index: np.ndarray, axis: int, rank: int) -> np.ndarray:
   """An index vector as an array that broadcasts along one axis."""
   return np.asarray(index).reshape(
     [-1 if i == axis else 1 for i in range(rank)]
@@ -129,7 +130,9 @@ def _reshape(walk, eqn, values):
   return _moved(value, axis) if len(index) == max(before) else NotImplemented
 
 
-def reshaped_index(before, after, axis, index):
+def reshaped_index(
+  before: Sequence[int], after: Sequence[int], axis: int, index: np.ndarray
+) -> tuple[int, np.ndarray] | None:
   """Where an axis went in a reshape.
 
   Args:
@@ -423,7 +426,7 @@ def _dot(walk, eqn, values):
   return Scaled(source, x_rank - len(x_axes), np.arange(width))
 
 
-def _is_kernel(value):
+def _is_kernel(value: Any) -> bool:
   return isinstance(value, Leaf) and value.axis is None
 
 

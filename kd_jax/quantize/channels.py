@@ -140,10 +140,12 @@ class _Walk:
       elif isinstance(value, Scaled):
         value.source.free = False
 
-  def use(self, leaf):
+  def use(self, leaf: Leaf) -> None:
     self.uses[leaf.name] += 1
 
-  def add_source(self, kind, size, leaf, channels):
+  def add_source(
+    self, kind: str, size: int, leaf: Leaf, channels: np.ndarray
+  ) -> Source:
     source = Source(kind, size, leaf.stacked, {leaf.name: channels})
     self.sources.append(source)
     return source

@@ -141,12 +141,20 @@ def convert(
   }
 
 
-def _scale(path, w, spec, observer):
+def _scale(
+  path: str, w: jax.Array, spec: QuantSpec, observer: observers.Observer | None
+) -> tuple[jax.Array, jax.Array]:
   specs.check(spec, w.shape, path)
   return _weight_scale(w, spec, observer)
 
 
-def _rounded(path, w, spec, steps, observer):
+def _rounded(
+  path: str,
+  w: jax.Array,
+  spec: QuantSpec,
+  steps: Any,
+  observer: observers.Observer | None,
+) -> jax.Array:
   """A weight that stays float, on its grid."""
   scale, zero_point = learned.step_of(steps, path), jnp.float32(0)
   if scale is None:
@@ -245,14 +253,21 @@ def _weight(
   return entry
 
 
-def _varies_along_input(w, spec, lead):
+def _varies_along_input(w: jax.Array, spec: QuantSpec, lead: int) -> bool:
   """Of matrices; the scales of others show when they are multiplied."""
   own = [axis - lead for axis in spec.kept_axes(w.ndim) if axis >= lead]
   return w.ndim - lead == 2 and 0 in own
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'is_kernel'))
-def _codes(w, scale, bias, input_scale, spec, is_kernel):
+def _codes(
+  w: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array | None,
+  input_scale: jax.Array | None,
+  spec: QuantSpec,
+  is_kernel: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Codes, scale and the steps of the bias, or None where it stays float."""
   lead = 0 if input_scale is None else input_scale.ndim
   if lead:
@@ -273,7 +288,9 @@ def _codes(w, scale, bias, input_scale, spec, is_kernel):
   return code, scale, steps
 
 
-def _wide_enough(w, scale, bias, input_scale):
+def _wide_enough(
+  w: jax.Array, scale: jax.Array, bias: jax.Array, input_scale: jax.Array
+) -> jax.Array:
   """Scales per channel at which the bias fits into int32.
 
   A channel of tiny weights gets a scale at which its bias fits; one that was

@@ -109,7 +109,7 @@ def of_layer(module: Any, x: jax.Array, w: jax.Array) -> jax.Array:
   )
 
 
-def _tiled(x, w, strides):
+def _tiled(x: jax.Array, w: jax.Array, strides: Sequence[int]) -> jax.Array:
   counts = [size // stride for size, stride in zip(x.shape[1:-1], strides)]
   both = [n for pair in zip(counts, strides) for n in pair]
   x = x.reshape(x.shape[0], *both, x.shape[-1])
@@ -159,11 +159,18 @@ def convolve(
   )
 
 
-def _direct(x, w, **geometry):
+def _direct(x: jax.Array, w: jax.Array, **geometry: Any) -> jax.Array:
   return convolve(x, w, preferred_element_type=jnp.int32, **geometry)
 
 
-def _im2col(x, w, *, strides, dilation, groups):
+def _im2col(
+  x: jax.Array,
+  w: jax.Array,
+  *,
+  strides: Sequence[int],
+  dilation: Sequence[int],
+  groups: int,
+) -> jax.Array:
   """One matrix product of all windows side by side, in which XLA:GPU is fast.
 
   Depthwise convolutions are sums of products instead: their matrices would
@@ -187,7 +194,8 @@ def _im2col(x, w, *, strides, dilation, groups):
     taps = w.reshape(-1, features).astype(jnp.int32)
     each = features // groups
     wide = [jnp.repeat(v, each, axis=-1) for v in wide]
-    return sum(v * per_channel(taps[i], v) for i, v in enumerate(wide))
+    products = [v * per_channel(taps[i], v) for i, v in enumerate(wide)]
+    return sum(products[1:], start=products[0])
   kernel = w.reshape(-1, groups, features // groups)
   split = [v.reshape(*v.shape[:-1], groups, channels) for v in windows]
   columns = jnp.concatenate(split, axis=-1)
@@ -199,7 +207,7 @@ def _im2col(x, w, *, strides, dilation, groups):
   return out.reshape(*out.shape[: rank + 1], features)
 
 
-def _float32(x, w, **geometry):
+def _float32(x: jax.Array, w: jax.Array, **geometry: Any) -> jax.Array:
   """The float convolution of exact integers, where they stay exact."""
   if math.prod(w.shape[:-1]) * _LARGEST_PRODUCT >= _EXACT:
     return _im2col(x, w, **geometry)

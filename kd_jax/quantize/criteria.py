@@ -20,7 +20,7 @@ from kd_jax.quantize.specs import QuantSpec, scale_and_zero_point
 Range = tuple[jax.Array, jax.Array]
 
 
-def _exact_ends(stats) -> Range:
+def _exact_ends(stats: histograms.Stats) -> Range:
   """The extremes with 0 between them, in units of the histogram."""
   low, high = (
     histograms.scaled(stats[k], stats['exponent']) for k in ('low', 'high')
@@ -28,7 +28,7 @@ def _exact_ends(stats) -> Range:
   return jnp.minimum(low, 0), jnp.maximum(high, 0)
 
 
-def _result(stats, low, high) -> Range:
+def _result(stats: histograms.Stats, low: jax.Array, high: jax.Array) -> Range:
   lowest, highest = _exact_ends(stats)
   low, high = jnp.clip(low, lowest, 0), jnp.clip(high, 0, highest)
   low, high = (histograms.unscaled(v, stats['exponent']) for v in (low, high))

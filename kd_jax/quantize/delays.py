@@ -6,7 +6,7 @@ before activations are rounded is the `begin` of
 `activations.quantize_activations`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -159,7 +159,13 @@ def freeze_batch_norm(after: int) -> Callable[..., Any]:
   return interceptor
 
 
-def _freeze(after, next_fun, args, kwargs, module):
+def _freeze(
+  after: int,
+  next_fun: Callable[..., Any],
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+  module: Any,
+) -> jax.Array:
   scope = module.scope
   steps = scope.get_variable(_STATS, _COUNT)
   frozen = jnp.max(steps) >= after
@@ -174,7 +180,9 @@ def _freeze(after, next_fun, args, kwargs, module):
   return jnp.where(frozen, running.astype(out.dtype), out)
 
 
-def _normalise(module, scope, x, mean, var):
+def _normalise(
+  module: Any, scope: Any, x: jax.Array, mean: jax.Array, var: jax.Array
+) -> jax.Array:
   axes = module.axis if isinstance(module.axis, tuple) else (module.axis,)
   features = {axis % x.ndim for axis in axes}
   shape = [n if i in features else 1 for i, n in enumerate(x.shape)]

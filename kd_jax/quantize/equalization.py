@@ -5,7 +5,7 @@ there are such scales is found by `channels`. Do this before calibration: the
 ranges of activations change.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,7 +87,7 @@ def equalize(
   return _replace(variables, run(_leaves(variables, pairs)))
 
 
-def _equalising(leaves, pair):
+def _equalising(leaves: Mapping[str, jax.Array], pair: FreeScale) -> jax.Array:
   kernel, channels = next(iter(pair.multiplied.items()))
   first = channel_maxima(leaves[kernel], channels, pair)
   second = _read_maxima(leaves, pair)
@@ -189,7 +189,7 @@ def smooth(
   return _replace(variables, run(_leaves(variables, found), seen))
 
 
-def _layer(kernel):
+def _layer(kernel: str) -> str:
   return kernel.removeprefix('params/').rpartition('/')[0]
 
 
@@ -214,14 +214,14 @@ def rescale(
   return new
 
 
-def _replicated(x):
+def _replicated(x: jax.Array) -> jax.Array:
   """Whole on every device: what it scales keeps a sharding of its own."""
   if any(axis is not None for axis in jax.typeof(x).sharding.spec):
     return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
   return x
 
 
-def _expand(factor, channels, rank):
+def _expand(factor: jax.Array, channels: np.ndarray, rank: int) -> jax.Array:
   stack = factor.shape[:-1]
   chosen = factor
   if not np.array_equal(channels.reshape(-1), np.arange(factor.shape[-1])):
@@ -248,7 +248,9 @@ def channel_maxima(
   )
 
 
-def _by_channel(values, channels, scale):
+def _by_channel(
+  values: jax.Array, channels: np.ndarray, scale: FreeScale
+) -> jax.Array:
   """`[..., n]` values >= 0 -> the largest of each channel, `[..., C]`."""
   index = channels.reshape(-1)
   if np.array_equal(index, np.arange(scale.size)):
@@ -257,7 +259,9 @@ def _by_channel(values, channels, scale):
   return empty.at[..., index].max(values)
 
 
-def _read_maxima(leaves, scale):
+def _read_maxima(
+  leaves: Mapping[str, jax.Array], scale: FreeScale
+) -> jax.Array:
   maxima = [
     channel_maxima(leaves[name], reader.channels, scale)
     for name, reader in scale.divided.items()
@@ -265,7 +269,9 @@ def _read_maxima(leaves, scale):
   return jnp.max(jnp.stack(maxima), axis=0)
 
 
-def _leaves(variables, scales):
+def _leaves(
+  variables: Variables, scales: Sequence[FreeScale]
+) -> dict[str, jax.Array]:
   named = dict(
     zip(rules_lib.leaf_names(variables), jax.tree.leaves(dict(variables)))
   )
@@ -273,7 +279,9 @@ def _leaves(variables, scales):
   return {name: named[name] for name in named if name in used}
 
 
-def _replace(variables, new):
+def _replace(
+  variables: Variables, new: Mapping[str, jax.Array]
+) -> dict[str, Any]:
   leaves, structure = jax.tree.flatten(dict(variables))
   names = rules_lib.leaf_names(dict(variables))
   return jax.tree.unflatten(

@@ -210,7 +210,7 @@ def execute_integers(
   return interceptor
 
 
-def _stored(module, name):
+def _stored(module: Any, name: str) -> Any:
   scope = module.scope
   if scope is None or not scope.has_variable(COLLECTION, name):
     return None
@@ -282,15 +282,25 @@ def _grids(
   return grids
 
 
-def _product(module, values, grid, kernel, *, simulate, convolution):
+def _product(
+  module: Any,
+  values: Sequence[Any],
+  grid: _Grid,
+  kernel: Codes,
+  *,
+  simulate: bool,
+  convolution: str,
+) -> jax.Array:
   """The layer on codes, or on the values that they stand for."""
   x, bias = values[0], _stored(module, 'bias')
   dtype = module.dtype or jnp.promote_types(x.dtype, jnp.float32)
   if bias is None and module.use_bias:
     bias = module.scope.get_variable('params', 'bias').astype(jnp.float32)
   step = None
-  if bias is not None and bias.dtype == jnp.int32:
-    step = bias_scale(grid.scale, kernel.scale, bias)
+  # `convert` rounds a bias beside a stored grid only.
+  if isinstance(grid, _StoredGrid) and bias is not None:
+    if bias.dtype == jnp.int32:
+      step = bias_scale(grid.scale, kernel.scale, bias)
   if products.is_convolution(module):
     run = _convolution if not simulate else _simulated_convolution
     y = run(module, x, grid, kernel, bias, step, convolution)
@@ -307,14 +317,22 @@ def _product(module, values, grid, kernel, *, simulate, convolution):
   return y.astype(dtype)
 
 
-def _contract(path, eq, *operands):
+def _contract(path: str, eq: products.Equation, *operands: Any) -> jax.Array:
   try:
     return products.contract(eq, *operands)
   except ValueError as e:
     raise ValueError(f'{path}: {e}') from e
 
 
-def _convolution(module, x, grid, kernel, bias, step, way):
+def _convolution(
+  module: Any,
+  x: jax.Array,
+  grid: _Grid,
+  kernel: Codes,
+  bias: jax.Array | None,
+  step: jax.Array | None,
+  way: str,
+) -> jax.Array:
   del step
   convolutions.check(module)
   batch, x = convolutions.one_batch(module, x)
@@ -329,7 +347,15 @@ def _convolution(module, x, grid, kernel, bias, step, way):
   return y.reshape(*batch, *y.shape[1:])
 
 
-def _simulated_convolution(module, x, grid, kernel, bias, step, way):
+def _simulated_convolution(
+  module: Any,
+  x: jax.Array,
+  grid: _Grid,
+  kernel: Codes,
+  bias: jax.Array | None,
+  step: jax.Array | None,
+  way: str,
+) -> jax.Array:
   del way
   convolutions.check(module)
   batch, x = convolutions.one_batch(module, x)
@@ -342,7 +368,9 @@ def _simulated_convolution(module, x, grid, kernel, bias, step, way):
   return y.reshape(*batch, *y.shape[1:])
 
 
-def _attention(module, values, grids, simulate):
+def _attention(
+  module: Any, values: Sequence[Any], grids: Mapping[int, _Grid], simulate: bool
+) -> jax.Array:
   if simulate:
     y = products.simulated_attention(
       module, *(grids[i].round(values[i]) for i in (0, 1))
@@ -353,7 +381,9 @@ def _attention(module, values, grids, simulate):
   return y.astype(values[0].dtype)
 
 
-def _inner_product(module, dynamic, simulate):
+def _inner_product(
+  module: Any, dynamic: rules_lib.Rules[QuantSpec], simulate: bool
+) -> Callable[..., Any]:
   """Computes the products inside of linen's attention, see `inputs`."""
 
   def compute(product, einsum, text, *operands):
@@ -373,7 +403,9 @@ def _inner_product(module, dynamic, simulate):
   return compute
 
 
-def _weight_only(module, values, options, kernel):
+def _weight_only(
+  module: Any, values: Sequence[Any], options: Mapping[str, Any], kernel: Codes
+) -> jax.Array:
   """The layer on its own, with its kernel dequantized."""
   params = dict(module.variables.get('params', {}))
   if not getattr(module, 'use_bias', True):

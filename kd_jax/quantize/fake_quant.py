@@ -67,11 +67,13 @@ def fake_quant(
   return ((code - zero_point) * scale).astype(x.dtype)
 
 
-def _code(x, scale, zero_point):
+def _code(x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
   return jnp.round(x.astype(jnp.float32) / scale) + zero_point
 
 
-def _fake_quant_fwd(x, scale, zero_point, qmin, qmax):
+def _fake_quant_fwd(
+  x: jax.Array, scale: jax.Array, zero_point: jax.Array, qmin: int, qmax: int
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   code = _code(x, scale, zero_point)
   # The barrier makes XLA keep the mask, a byte a value. Left alone it moves the
   # comparison into the backward pass and keeps the codes, four bytes a value.
@@ -83,7 +85,9 @@ def _fake_quant_fwd(x, scale, zero_point, qmin, qmax):
   )
 
 
-def _fake_quant_bwd(qmin, qmax, residuals, g):
+def _fake_quant_bwd(
+  qmin: int, qmax: int, residuals: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array, ...]:
   inside, scale, zero_point = residuals
   return (
     jnp.where(inside, g, 0).astype(g.dtype),

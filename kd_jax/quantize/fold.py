@@ -153,7 +153,9 @@ def fold_batch_norm(
   }
 
 
-def _fold_step(params, layer, kernel, gain):
+def _fold_step(
+  params: dict[str, Any], layer: str, kernel: jax.Array, gain: jax.Array
+) -> None:
   """A step that LSQ learned is scaled as its kernel is."""
   path = f'{learned.STEPS}/{layer}/kernel_step'
   step = params.get(path)

@@ -165,7 +165,7 @@ def merge(a: Stats, b: Stats) -> Stats:
   }
 
 
-def _coarsen(counts, doublings):
+def _coarsen(counts: jax.Array, doublings: jax.Array) -> jax.Array:
   """The counts in bins that are 2**doublings times as wide."""
   shift = jnp.minimum(doublings, 31)
   index = ((jnp.arange(BINS, dtype=jnp.int32) - _HALF) >> shift) + _HALF
@@ -193,9 +193,9 @@ def bins(stats: Stats, *, ignore_zeros: bool = False) -> Bins:
   )
 
 
-def _insert(values, middle):
-  middle = jnp.full(1, middle, jnp.float32)
-  return jnp.concatenate([values[:_HALF], middle, values[_HALF:]])
+def _insert(values: jax.Array, middle: float | jax.Array) -> jax.Array:
+  one = jnp.full(1, middle, jnp.float32)
+  return jnp.concatenate([values[:_HALF], one, values[_HALF:]])
 
 
 def amplitudes(stats: Stats, *, ignore_zeros: bool = False) -> Bins:

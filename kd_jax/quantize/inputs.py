@@ -86,7 +86,7 @@ def map_inputs(
   return args, kwargs
 
 
-def _is_float(x):
+def _is_float(x: Any) -> bool:
   is_array = isinstance(x, (jax.Array, np.ndarray))
   return is_array and jnp.issubdtype(x.dtype, jnp.floating)
 

@@ -8,7 +8,7 @@ Owns the two maps and the steps of weights. They are trainable parameters, in
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,14 +65,22 @@ def lsq(
   return _lsq_fwd(x, step, first, last, gradient_factor)[0]
 
 
-def _lsq_fwd(x, step, first, last, gradient_factor):
+def _lsq_fwd(
+  x: jax.Array, step: jax.Array, first: int, last: int, gradient_factor: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   size = jnp.maximum(step, LEAST)
   code = jnp.round(x.astype(jnp.float32) / size)
   y = (jnp.clip(code, first, last) * size).astype(x.dtype)
   return y, (x, step)
 
 
-def _lsq_bwd(first, last, gradient_factor, residuals, g):
+def _lsq_bwd(
+  first: int,
+  last: int,
+  gradient_factor: float,
+  residuals: tuple[jax.Array, jax.Array],
+  g: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
   x, step = residuals
   t = x.astype(jnp.float32) / jnp.maximum(step, LEAST)
   code = jnp.round(t)
@@ -88,7 +96,7 @@ def _lsq_bwd(first, last, gradient_factor, residuals, g):
 lsq.defvjp(_lsq_fwd, _lsq_bwd)
 
 
-def _sum_to(values, shape):
+def _sum_to(values: jax.Array, shape: Sequence[int]) -> jax.Array:
   """Sums over the axes along which an array of `shape` was broadcast."""
   values = jnp.sum(values, axis=tuple(range(values.ndim - len(shape))))
   axes = tuple(i for i, n in enumerate(shape) if n == 1)
@@ -125,14 +133,18 @@ def pact(x: jax.Array, alpha: jax.Array, bits: int = 8) -> jax.Array:
   return _pact_fwd(x, alpha, bits)[0]
 
 
-def _pact_fwd(x, alpha, bits):
+def _pact_fwd(
+  x: jax.Array, alpha: jax.Array, bits: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   limit = jnp.maximum(alpha, LEAST)
   scale = limit / (2**bits - 1)
   y = jnp.round(jnp.clip(x.astype(jnp.float32), 0, limit) / scale) * scale
   return y.astype(x.dtype), (x, alpha)
 
 
-def _pact_bwd(bits, residuals, g):
+def _pact_bwd(
+  bits: int, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   x, alpha = residuals
   limit = jnp.maximum(alpha, LEAST)
   above = x >= limit
@@ -218,7 +230,9 @@ def step_of(steps: Mapping[str, jax.Array], path: str) -> jax.Array | None:
   return None if step is None else jnp.maximum(step, LEAST)
 
 
-def _weight_specs(params, rules):
+def _weight_specs(
+  params: Any, rules: rules_lib.Rules[QuantSpec]
+) -> dict[str, QuantSpec]:
   names = rules_lib.leaf_names(params)
   chosen = rules_lib.match(rules, names, kind='weight rule')
   for name, spec in chosen.items():

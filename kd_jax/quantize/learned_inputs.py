@@ -81,16 +81,18 @@ def learned_activations(
   )
 
 
-def _initial_step(x, spec):
+def _initial_step(x: jax.Array, spec: QuantSpec) -> jax.Array:
   return learned.initial_step(x, spec, name='activation')
 
 
-def _initial_alpha(x, spec):
+def _initial_alpha(x: jax.Array, spec: QuantSpec) -> jax.Array:
   high = specs.extremes(x, spec, 'activation')[1].astype(jnp.float32)
   return jnp.where(high > 0, high, 1.0)
 
 
-def _round_learned(x, parameter, spec, method):
+def _round_learned(
+  x: jax.Array, parameter: jax.Array, spec: QuantSpec, method: str
+) -> jax.Array:
   if method == 'pact':
     return learned.pact(x, parameter, spec.bits)
   first, last = learned.codes_from_zero(spec)

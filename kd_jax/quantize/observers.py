@@ -120,7 +120,7 @@ def _of_histogram(criterion: criteria.Criterion) -> Observer:
   def update(stats: Stats, x: jax.Array, axis_name: Any) -> Stats:
     return histograms.merge(stats, histograms.of(x, axis_name))
 
-  def find(stats: Stats, spec: QuantSpec = INT8_ACTIVATIONS):
+  def find(stats: Stats, spec: QuantSpec = INT8_ACTIVATIONS) -> criteria.Range:
     return criterion(stats, spec)
 
   return Observer(histograms.empty, update, histograms.merge, find)
@@ -292,7 +292,7 @@ def observed_range(
   return low.reshape(shape), high.reshape(shape)
 
 
-def _block_shape(x, spec):
+def _block_shape(x: jax.Array, spec: QuantSpec) -> tuple[int, ...]:
   shapes = jax.eval_shape(lambda x: specs.extremes(x, spec), x)
   return shapes[0].shape
 

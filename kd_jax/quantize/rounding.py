@@ -5,7 +5,7 @@ kernel rounded here is on the grid that training, conversion and exports use.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -180,7 +180,9 @@ class _Layer(NamedTuple):
   rank: int
 
 
-def _layers(make_forward, variables, batch):
+def _layers(
+  make_forward: record.MakeForward, variables: Variables, batch: Batch
+) -> dict[str, _Layer]:
   """The layers of a model by path, in the order in which they are called."""
   found = {}
 
@@ -196,7 +198,12 @@ def _layers(make_forward, variables, batch):
   return found
 
 
-def _captured(make_forward, layers, choose, *outer):
+def _captured(
+  make_forward: record.MakeForward,
+  layers: Mapping[str, Any],
+  choose: Callable[..., Any],
+  *outer: Callable[..., Any],
+) -> Callable[..., Any]:
   """A compiled `(variables, batch) -> {layer: what was chosen}`."""
 
   def value(module, path, x, y):
@@ -209,7 +216,7 @@ def _captured(make_forward, layers, choose, *outer):
   return jax.jit(lambda v, b: record.measure(forward, v, b, 'captured'))
 
 
-def _joined(arrays, axis):
+def _joined(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
   return jnp.concatenate(arrays, axis=axis)
 
 
@@ -250,7 +257,13 @@ class _Problem(NamedTuple):
   unit: jax.Array | None = None
 
 
-def _round_layer(how, problem, rng, learning_rate, regularization):
+def _round_layer(
+  how: _Rounding,
+  problem: _Problem,
+  rng: jax.Array,
+  learning_rate: float,
+  regularization: float,
+) -> jax.Array:
   """The kernel on its grid.
 
   Each step is one call of a compiled function: on CPUs, convolutions inside of
@@ -262,14 +275,14 @@ def _round_layer(how, problem, rng, learning_rate, regularization):
   return _finish(how, problem, state[0])
 
 
-def _stacked(fn, how, *args):
+def _stacked(fn: Callable[..., Any], how: _Rounding, *args: Any) -> Any:
   for _ in range(how.stack):
     fn = jax.vmap(fn)
   return fn(*args)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _start(how, problem):
+def _start(how: _Rounding, problem: _Problem) -> tuple[_Problem, Any]:
   """The problem without None, and `(V, state of Adam)`."""
 
   def one(p):
@@ -284,7 +297,15 @@ def _start(how, problem):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(how, problem, state, i, rng, learning_rate, regularization):
+def _step(
+  how: _Rounding,
+  problem: _Problem,
+  state: Any,
+  i: int,
+  rng: jax.Array,
+  learning_rate: float,
+  regularization: float,
+) -> Any:
   """`(V, state of Adam)` after the next step."""
   rows = jax.random.randint(
     jax.random.fold_in(rng, i),
@@ -312,7 +333,7 @@ def _step(how, problem, state, i, rng, learning_rate, regularization):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _finish(how, problem, v):
+def _finish(how: _Rounding, problem: _Problem, v: jax.Array) -> jax.Array:
   """The learned kernel, or the one rounded to nearest if that is as good."""
 
   def one(p, v):
@@ -325,40 +346,44 @@ def _finish(how, problem, v):
   return _stacked(one, how, problem, v)
 
 
-def _ratios(p):
+def _ratios(p: _Problem) -> jax.Array:
   return p.params['kernel'].astype(jnp.float32) / p.scale
 
 
-def _nearest(how, p):
+def _nearest(how: _Rounding, p: _Problem) -> jax.Array:
   return jnp.clip(jnp.round(_ratios(p)), how.spec.qmin, how.spec.qmax)
 
 
-def _fixed(how, p):
+def _fixed(how: _Rounding, p: _Problem) -> jax.Array:
   # Without the weights that set it the scale would be another.
   return jnp.abs(_nearest(how, p)) >= how.spec.qmax
 
 
-def _codes(how, p, h):
+def _codes(how: _Rounding, p: _Problem, h: jax.Array) -> jax.Array:
   """Codes between those below and above every weight."""
   learned = jnp.floor(_ratios(p)) + h
   learned = jnp.clip(learned, how.spec.qmin, how.spec.qmax)
   return jnp.where(_fixed(how, p), _nearest(how, p), learned)
 
 
-def _run(how, p, code, x):
+def _run(
+  how: _Rounding, p: _Problem, code: jax.Array, x: jax.Array
+) -> jax.Array:
   kernel = (code * p.scale).astype(p.params['kernel'].dtype)
   out = how.module.apply({'params': {**p.params, 'kernel': kernel}}, x)
   return out.astype(jnp.float32)
 
 
-def _error(how, p, code, x, y):
+def _error(
+  how: _Rounding, p: _Problem, code: jax.Array, x: jax.Array, y: jax.Array
+) -> jax.Array:
   return jnp.sum(jnp.square(_run(how, p, code, x) - y)) / x.shape[0]
 
 
-def _soft(v):
+def _soft(v: jax.Array) -> jax.Array:
   return jnp.clip(jax.nn.sigmoid(v) * (_HIGH - _LOW) + _LOW, 0.0, 1.0)
 
 
-def _soft_inverse(h):
+def _soft_inverse(h: jax.Array) -> jax.Array:
   p = (h - _LOW) / (_HIGH - _LOW)
   return jnp.log(p) - jnp.log1p(-p)

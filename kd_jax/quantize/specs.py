@@ -54,7 +54,7 @@ class QuantSpec:
   group_size: int | None = None
   dynamic: bool = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.bits not in (4, 8):
       raise ValueError(f'QuantSpec: bits={self.bits} is not 4 or 8.')
     if self.group_size is not None and self.group_size < 1:
@@ -163,7 +163,9 @@ def check(spec: QuantSpec, shape: tuple[int, ...], name: str) -> None:
     )
 
 
-def _blocks(x, spec):
+def _blocks(
+  x: jax.Array, spec: QuantSpec
+) -> tuple[jax.Array, set[int], tuple[int, ...]]:
   """`x` with axis -2 split into groups, its kept axes, and the new axis."""
   kept = {*spec.kept_axes(x.ndim)}
   if spec.group_size is None:
@@ -175,7 +177,7 @@ def _blocks(x, spec):
   return x, {i + (i > at) for i in kept} | {at}, (at + 1,)
 
 
-def _whole_groups(x, groups):
+def _whole_groups(x: jax.Array, groups: int) -> jax.Array:
   """On a mesh with explicit axes: no group lies on several devices."""
   sharding = jax.typeof(x).sharding
   parts = [*sharding.spec]
@@ -187,7 +189,7 @@ def _whole_groups(x, groups):
   return x
 
 
-def _gathered(x):
+def _gathered(x: jax.Array) -> jax.Array:
   """On a mesh with explicit axes: the array on every device."""
   if any(part is not None for part in jax.typeof(x).sharding.spec):
     return jax.sharding.reshard(x, PartitionSpec())

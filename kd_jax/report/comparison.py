@@ -72,7 +72,7 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
   return header, rows
 
 
-def _percent(values):
+def _percent(values: Sequence[float]) -> str:
   mean, deviation = spread([100 * v for v in values])
   return f'{mean:.2f} ± {deviation:.2f}'
 
@@ -105,7 +105,7 @@ def notes(comparison: Comparison) -> list[str]:
   ]
 
 
-def _words(options):
+def _words(options: Mapping[str, Any]) -> str:
   inside = ', '.join(f'{k}={v}' for k, v in options.items() if k != 'name')
   return f'{options["name"]}({inside})' if inside else options['name']
 

@@ -230,7 +230,9 @@ def _made_by(report: Report) -> str:
   return f'<dl>{"".join(items)}</dl>'
 
 
-def _figure(name: str, report: Report, draw: Any, caption: str, **size: float):
+def _figure(
+  name: str, report: Report, draw: Any, caption: str, **size: float
+) -> str:
   """One plot with its caption, or nothing when there is nothing to draw."""
   drawn = []
 

@@ -132,7 +132,7 @@ def verdict(plan: Mapping[str, Any]) -> str:
   return ' '.join(said)
 
 
-def _memory_of(plan):
+def _memory_of(plan: Mapping[str, Any]) -> int:
   return plan['chip']['hbm_bytes'] // plan['devices_per_chip']
 
 

@@ -95,7 +95,7 @@ def draw_sensitivity(ax: Any, report: Any) -> bool:
   return True
 
 
-def _label(option):
+def _label(option: Any) -> str:
   bits = getattr(option, 'bits', None)
   if bits is not None:
     return f'{bits} bits'

@@ -4,7 +4,7 @@ Owns how the numbers of `search.compress` are shown; measures nothing.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ def markdown(result: Mapping[str, Any]) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def _table(header, rows) -> list[str]:
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
   return [
     '| ' + ' | '.join(header) + ' |',
     '| --- ' + '| ---: ' * (len(header) - 1) + '|',
