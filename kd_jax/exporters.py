@@ -141,7 +141,7 @@ def write(model: Model, directory: Path) -> dict[str, dict[str, int | str]]:
   Returns:
     name -> its `bytes` and `note`, of those that were written.
   """
-  found = {}
+  found: dict[str, dict[str, int | str]] = {}
   for name, exporter in EXPORTERS.items():
     if exporter.installed:
       path = directory / exporter.file
