@@ -5,6 +5,7 @@ made here serves as a student, `(variables, batch, rng, *, train)`, and as a
 teacher, `(variables, batch)`.
 """
 
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
@@ -36,6 +37,8 @@ class LinenForward:
   def __init__(
     self, forward: StudentFn, intercepted: Callable[..., 'LinenForward']
   ):
+    # Its name is what profiles and compiled programs show.
+    functools.update_wrapper(self, forward)
     self._forward = forward
     self.intercepted = intercepted
 

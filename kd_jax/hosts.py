@@ -77,7 +77,6 @@ def initialize(
       cluster cannot be joined, or JAX runs on the CPU beside an accelerator.
   """
   explicit = _explicit(coordinator, num_processes, process_id)
-
   platforms = jax.config.values['jax_platforms']
   cluster = None if explicit else clusters.detect(platforms=platforms)
   if (explicit or cluster) and not jax.distributed.is_initialized():

@@ -171,17 +171,12 @@ def compile_program(
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     return _too_large(str(e), size, step.total_steps)
-  text = compiled.as_text()
-  if text is None:
-    raise ValueError(
-      f'{jax.default_backend()} gives no text of a compiled program, from '
-      'which its collectives are read.'
-    )
+
   entries = [
     (math.prod(where.shard_shape(leaf.shape)), math.prod(leaf.shape))
     for leaf, where in _placed(step, how, 'params')
   ]
-  found = hlo.owned(hlo.collectives(text), entries)
+  found = hlo.owned(hlo.collectives(_text(compiled)), entries)
   cost = compiled.cost_analysis() or {}
   flops = float(cost.get('flops', 0))
   hbm_bytes = float(cost.get('bytes accessed', 0))
@@ -207,6 +202,16 @@ def compile_program(
     batch_size=size,
     total_steps=step.total_steps,
   )
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+  text = compiled.as_text()
+  if text is None:
+    raise ValueError(
+      f'{jax.default_backend()} gives no text of a compiled program, from '
+      'which its collectives are read.'
+    )
+  return text
 
 
 def len_of(batch: Mapping[str, Any]) -> int:

@@ -7,8 +7,9 @@ its scale), 0 (a zero of any shape) or None (does not depend on the scales).
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import NotImplementedType
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -65,6 +66,28 @@ class Scaled:
     )
 
 
+Value = Leaf | Scaled | int | None
+Result = Value | NotImplementedType
+
+
+class Walk(Protocol):
+  """What rules tell of the values that they read; `channels` walks."""
+
+  def stop(self, values: Iterable[Value]) -> None:
+    """Something reads these values that does not commute with scales."""
+
+  def use(self, leaf: Leaf) -> None:
+    """A parameter is read."""
+
+  def add_source(
+    self, kind: str, size: int, leaf: Leaf, channels: np.ndarray
+  ) -> Source:
+    """Channels that may be rescaled begin."""
+
+
+Rule = Callable[[Walk, Any, Sequence[Value]], Result]
+
+
 def _shape(atom: Any) -> tuple[int, ...]:
   return atom.aval.shape
 
@@ -76,19 +99,21 @@ def _along(index: np.ndarray, axis: int, rank: int) -> np.ndarray:
   )
 
 
-def _moved(value, axis):
+def _moved(value: Leaf | Scaled, axis: int) -> Leaf | Scaled:
+  if isinstance(value, Leaf):
+    return dataclasses.replace(value, axis=axis)
   return dataclasses.replace(value, axis=axis)
 
 
-def _keep(walk, eqn, values):
+def _keep(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
   return values[0]
 
 
-def _keep_scaled(walk, eqn, values):
+def _keep_scaled(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
   return values[0] if isinstance(values[0], Scaled) else NotImplemented
 
 
-def _broadcast(walk, eqn, values):
+def _broadcast(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
   [value] = values
   if not isinstance(value, Leaf | Scaled):
     return value
@@ -102,14 +127,14 @@ def _broadcast(walk, eqn, values):
   return _moved(value, moved)
 
 
-def _axis(value, shape):
+def _axis(value: Leaf | Scaled, shape: Sequence[int]) -> int | None:
   """The axis of the channels, or None for a parameter that is no vector."""
   if value.axis is None and len(shape) == 1:
     return 0
   return value.axis
 
 
-def _reshape(walk, eqn, values):
+def _reshape(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
   value, before, after = (
     values[0],
     _shape(eqn.invars[0]),
@@ -199,18 +224,18 @@ def _blocks(
     yield old, new
 
 
-def _transpose(walk, eqn, values):
-  axis = _axis(values[0], _shape(eqn.invars[0]))
+def _transpose(eqn: Any, value: Leaf | Scaled) -> Result:
+  axis = _axis(value, _shape(eqn.invars[0]))
   if axis is None:
     return NotImplemented
-  return _moved(values[0], eqn.params['permutation'].index(axis))
+  return _moved(value, eqn.params['permutation'].index(axis))
 
 
-def _without(removed):
+def _without(removed: str) -> Callable[[Any, Leaf | Scaled], Result]:
   """The rule of an operation that removes the axes `params[removed]`."""
 
-  def rule(walk, eqn, values):
-    [value], axes = values, eqn.params[removed]
+  def rule(eqn, value):
+    axes = eqn.params[removed]
     axis = _axis(value, _shape(eqn.invars[0]))
     if axis is None or axis in axes:
       return NotImplemented
@@ -219,23 +244,28 @@ def _without(removed):
   return rule
 
 
-def _zero_or(rule):
+def _zero_or(rule: Callable[[Any, Leaf | Scaled], Result]) -> Rule:
   """A unary rule that maps zeros to zeros."""
-  return lambda walk, eqn, values: (
-    rule(walk, eqn, values)
-    if isinstance(values[0], Leaf | Scaled)
-    else values[0]
-  )
+
+  def whole(walk, eqn, values):
+    [value] = values
+    return rule(eqn, value) if isinstance(value, Leaf | Scaled) else value
+
+  return whole
 
 
-def _scaled_only(rule):
-  return lambda walk, eqn, values: (
-    rule(walk, eqn, values) if isinstance(values[0], Scaled) else NotImplemented
-  )
+def _scaled_only(rule: Callable[[Any, Scaled], Result]) -> Rule:
+  """A rule of its first operand, where that is scaled."""
+
+  def whole(walk, eqn, values):
+    value = values[0]
+    return rule(eqn, value) if isinstance(value, Scaled) else NotImplemented
+
+  return whole
 
 
-def _window(walk, eqn, values):
-  value, p = values[0], eqn.params
+def _window(eqn: Any, value: Scaled) -> Result:
+  p = eqn.params
   same = (
     p['window_dimensions'][value.axis] == 1
     and p['window_strides'][value.axis] == 1
@@ -245,15 +275,15 @@ def _window(walk, eqn, values):
   return value if same else NotImplemented
 
 
-def _pad(walk, eqn, values):
+def _pad(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
   value, filling = values
   edges = eqn.params['padding_config']
   same = isinstance(value, Scaled) and tuple(edges[value.axis]) == (0, 0, 0)
   return value if same and filling == 0 else NotImplemented
 
 
-def _slice(walk, eqn, values):
-  value, p = values[0], eqn.params
+def _slice(eqn: Any, value: Scaled) -> Result:
+  p = eqn.params
   strides = p['strides'] or (1,) * len(p['start_indices'])
   chosen = slice(
     p['start_indices'][value.axis],
@@ -263,7 +293,7 @@ def _slice(walk, eqn, values):
   return Scaled(value.source, value.axis, value.index[chosen])
 
 
-def _dynamic_slice(walk, eqn, values):
+def _dynamic_slice(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
   value = values[0]
   if not isinstance(value, Scaled):
     return NotImplemented
@@ -273,14 +303,14 @@ def _dynamic_slice(walk, eqn, values):
   return value if whole else NotImplemented
 
 
-def _compare(walk, eqn, values):
+def _compare(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
   """The sign of a value does not depend on positive scales."""
   scaled = [v for v in values if isinstance(v, Scaled)]
   zeros = [v for v in values if isinstance(v, int)]
   return None if len(scaled) == 1 and len(zeros) == 1 else NotImplemented
 
 
-def _maximum(walk, eqn, values):
+def _maximum(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
   x, y = values
   if isinstance(y, Scaled):
     x, y = y, x
@@ -289,7 +319,7 @@ def _maximum(walk, eqn, values):
   return NotImplemented
 
 
-def _select(walk, eqn, values):
+def _select(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
   which, *cases = values
   scaled = [v for v in cases if isinstance(v, Scaled)]
   if which is not None or not scaled:
@@ -299,13 +329,13 @@ def _select(walk, eqn, values):
   return first if passes else NotImplemented
 
 
-def _fills(value, eqn):
+def _fills(value: Scaled, eqn: Any) -> bool:
   """Whether the axis of a value is not stretched by the operation."""
   shape = _shape(eqn.outvars[0])
   return value.axis < len(shape) and shape[value.axis] == len(value.index)
 
 
-def _add(walk, eqn, values):
+def _add(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
   x, y = values
   if isinstance(y, Scaled) and not isinstance(x, Scaled):
     x, y = y, x
@@ -333,7 +363,7 @@ def _add(walk, eqn, values):
   return NotImplemented
 
 
-def _multiply(walk, eqn, values):
+def _multiply(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
   x, y = values
   if isinstance(y, Scaled) and not isinstance(x, Scaled):
     x, y = y, x
@@ -357,7 +387,7 @@ def _multiply(walk, eqn, values):
   return NotImplemented
 
 
-def _gain(walk, eqn, leaf, atom):
+def _gain(walk: Walk, eqn: Any, leaf: Leaf, atom: Any) -> Result:
   """Multiplied by a vector of parameters: the scale of a norm."""
   shape = _shape(atom)
   axis = _axis(leaf, shape)
@@ -369,18 +399,18 @@ def _gain(walk, eqn, leaf, atom):
   return Scaled(source, axis, index)
 
 
-def _divide(walk, eqn, values):
+def _divide(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
   x, y = values
   if isinstance(x, Scaled) and y is None and _fills(x, eqn):
     return x
   return NotImplemented
 
 
-def _convolution(walk, eqn, values):
-  x, kernel = values
+def _convolution(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
+  x, kernel = values[0], _kernel(values[1])
   p = eqn.params
   numbers, groups = p['dimension_numbers'], p['feature_group_count']
-  if not _is_kernel(kernel) or p['batch_group_count'] != 1:
+  if kernel is None or p['batch_group_count'] != 1:
     return NotImplemented
   out, into = numbers.rhs_spec[:2]
   shape = _shape(eqn.invars[1])
@@ -403,10 +433,10 @@ def _convolution(walk, eqn, values):
   return Scaled(source, numbers.out_spec[1], np.arange(width))
 
 
-def _dot(walk, eqn, values):
-  x, kernel = values
+def _dot(walk: Walk, eqn: Any, values: Sequence[Value]) -> Result:
+  x, kernel = values[0], _kernel(values[1])
   (x_axes, kernel_axes), batch_axes = eqn.params['dimension_numbers']
-  if not _is_kernel(kernel) or any(batch_axes):
+  if kernel is None or any(batch_axes):
     return NotImplemented
   shape = _shape(eqn.invars[1])
   rank, x_rank = len(shape), len(_shape(eqn.invars[0]))
@@ -426,18 +456,21 @@ def _dot(walk, eqn, values):
   return Scaled(source, x_rank - len(x_axes), np.arange(width))
 
 
-def _is_kernel(value: Any) -> bool:
-  return isinstance(value, Leaf) and value.axis is None
+def _kernel(value: Value) -> Leaf | None:
+  """A parameter as it is stored."""
+  return value if isinstance(value, Leaf) and value.axis is None else None
 
 
-def _read(walk, x, kernel, channels, axis):
+def _read(
+  walk: Walk, x: Scaled, kernel: Leaf, channels: np.ndarray, axis: int
+) -> None:
   if kernel.stacked != x.source.stacked:
     walk.stop([x])
   else:
     x.source.divided[kernel.name] = (channels, x.index, axis)
 
 
-RULES = (
+RULES: dict[str, Rule] = (
   dict.fromkeys(
     (
       'convert_element_type',

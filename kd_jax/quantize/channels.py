@@ -13,14 +13,14 @@ A cap, as in ReLU6, is such an end.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from kd_jax import rules as rules_lib
-from kd_jax.quantize.channel_rules import RULES, Leaf, Scaled, Source
+from kd_jax.quantize.channel_rules import RULES, Leaf, Scaled, Source, Value
 from kd_jax.types import Batch, Variables
 
 _CALLS = frozenset(
@@ -132,7 +132,7 @@ class _Walk:
   uses: dict[str, int]
   sources: list[Source] = dataclasses.field(default_factory=list)
 
-  def stop(self, values):
+  def stop(self, values: Iterable[Value]) -> None:
     """Something reads these values that does not commute with scales."""
     for value in values:
       if isinstance(value, Leaf):
@@ -150,7 +150,7 @@ class _Walk:
     self.sources.append(source)
     return source
 
-  def run(self, jaxpr, inputs):
+  def run(self, jaxpr: Any, inputs: Sequence[Value]) -> list[Value]:
     known = dict(zip(jaxpr.invars, inputs))
 
     def read(atom):
@@ -164,7 +164,7 @@ class _Walk:
       known |= dict(zip(eqn.outvars, outputs))
     return [read(atom) for atom in jaxpr.outvars]
 
-  def _equation(self, eqn, values):
+  def _equation(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
     name = eqn.primitive.name
     inside = _inside(eqn)
     if name == 'scan':
@@ -180,8 +180,8 @@ class _Walk:
       output = None
     return [output] * len(eqn.outvars)
 
-  def _scan(self, eqn, values, body):
-    inputs: list[Leaf | None] = []
+  def _scan(self, eqn: Any, values: Sequence[Value], body: Any) -> list[Value]:
+    inputs: list[Value] = []
     for value, outer, inner in zip(values, eqn.invars, body.invars):
       # Constants and carries keep their shape; what is scanned loses an axis.
       scanned = outer.aval.ndim == inner.aval.ndim + 1
@@ -194,7 +194,7 @@ class _Walk:
     return [None] * len(eqn.outvars)
 
 
-def _inside(eqn):
+def _inside(eqn: Any) -> Any:
   for key in ('jaxpr', 'call_jaxpr', 'fun_jaxpr'):
     if key in eqn.params:
       return getattr(eqn.params[key], 'jaxpr', eqn.params[key])
