@@ -170,7 +170,7 @@ def with_method(run: Run, name: str, scale: float = 1.0) -> Run:
   config = ml_collections.ConfigDict(run.config.to_dict())
   config.distill.terms = _terms(config, name, scale)
   config.distill.scheme.update(methods.METHODS[name].scheme)
-  return Run(config, run.workdir, like=run)
+  return run.with_config(config)
 
 
 def _terms(

@@ -97,6 +97,10 @@ class Run:
       raise ValueError('A rehearsal has no work directory.')
     return self._workdir
 
+  def with_config(self, config: ml_collections.ConfigDict) -> 'Run':
+    """The same files and images, with another configuration."""
+    return Run(config, self._workdir, like=self)
+
   @functools.cached_property
   def layout(self) -> layout.Layout:
     """How parameters are split over the mesh, the teacher's too."""
