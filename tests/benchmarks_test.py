@@ -1,6 +1,8 @@
 """The benchmarks run, on networks of no use."""
 
+import functools
 import importlib.util
+import json
 import pathlib
 import re
 import subprocess
@@ -25,8 +27,14 @@ COLUMNS = (
 )
 pytestmark = [
   pytest.mark.once,
-  pytest.mark.usefixtures('quick_compilation'),
+  pytest.mark.usefixtures('quick_compilation', 'beside_each_other'),
 ]
+
+
+@pytest.fixture
+def beside_each_other(monkeypatch):
+  """Files of the benchmarks import each other, as when one is run."""
+  monkeypatch.syspath_prepend(BENCHMARKS)
 
 
 def _load(name):
@@ -36,6 +44,118 @@ def _load(name):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+def test_a_page_says_what_made_it(tmp_path, monkeypatch, capsys):
+  page = _load('page')
+  out = tmp_path / 'made' / 'page.md'
+  monkeypatch.setattr(sys, 'argv', ['x', '--rows', '2:4 pruned', '--seeds=1'])
+  monkeypatch.chdir(BENCHMARKS)
+  parts = {
+    'machine': page.machine(['jax', 'numpy']),
+    'command': page.command('int8.py'),
+  }
+  page.publish(str(out), ['| a |', '| b |'], ['One.', 'Two.'], **parts)
+  text = out.read_text()
+  tables, (one, two, machine, made) = (
+    text.split('- ')[0],
+    text.split('\n- ')[-4:],
+  )
+  assert tables == '| a |\n\n| b |\n\n' and [one[-4:], two] == ['One.', 'Two.']
+  versions = f'jax {jax.__version__}, numpy {np.__version__}; '
+  assert 'python 3' in machine and versions in machine
+  words = "python benchmarks/int8.py --rows '2:4 pruned' --seeds=1"
+  assert made == f'Made by `{words}`.\n'
+  assert capsys.readouterr().out == text
+  # Without a file it is printed; given words stand for those of the process.
+  command = page.command(str(BENCHMARKS / 'soak.py'), ['--cycles', '3'])
+  assert command == 'python benchmarks/soak.py --cycles 3'
+  page.publish(None, ['| a |'], [], machine='here', command=command)
+  assert capsys.readouterr().out == (
+    '| a |\n\n- here\n- Made by `python benchmarks/soak.py --cycles 3`.\n'
+  )
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+  tmp_path, monkeypatch, capsys
+):
+  page, out = _load('page'), tmp_path / 'page.md'
+  parts = {'machine': 'here', 'command': 'python x.py'}
+  page.publish(str(out), ['old'], [], **parts)
+  before = out.read_text()
+
+  def full(descriptor):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr('os.fsync', full)
+  with pytest.raises(OSError, match='page.md cannot be written'):
+    page.publish(str(out), ['new'], [], **parts)
+  assert out.read_text() == before and [*tmp_path.iterdir()] == [out]
+  # What was measured is on the screen.
+  assert 'new' in capsys.readouterr().out
+
+
+def test_rounds_are_kept_by_a_clock_of_choice():
+  turns, now, called = _load('turns'), 0.0, []
+
+  def call(name, seconds):
+    left = iter(seconds)
+
+    def once():
+      nonlocal now
+      now += next(left)
+      called.append(name)
+      return np.zeros(1)
+
+    return once
+
+  # Three rounds warm up; what they take is not counted.
+  calls = {'a': call('a', [9, 9, 9, 1, 2]), 'b': call('b', [9, 9, 9, 4, 3])}
+  times, spent = turns.in_turns(calls, runs=2, clock=lambda: now)
+  assert {n: s.tolist() for n, s in spent.items()} == {'a': [1, 2], 'b': [4, 3]}
+  assert [sorted(called[i : i + 2]) for i in (0, 2, 4, 6, 8)] == [
+    ['a', 'b']
+  ] * 5
+  assert times['a']['runs'] == 2 and times['b']['median_ms'] > 0
+
+
+def test_seeds_are_tabulated_and_the_rest_passed_on(tmp_path, monkeypatch):
+  seeds, ran = _load('seeds'), []
+
+  def run(command, *, check):
+    options = dict(w[2:].split('=') for w in command if w.startswith('--'))
+    seed = int(options['config.seed'])
+    path = pathlib.Path(options['workdir']) / 'report'
+    path.mkdir(parents=True)
+    model = dict.fromkeys(('agreement', 'calibration_error'), 0.5)
+    model |= dict.fromkeys(('parameters', 'nonzero_parameters', 'bytes'), 1234)
+    model |= {'name': 'teacher', 'accuracy': 0.9 + 0.02 * seed}
+    model['latency'] = {b: {'median_ms': 2.0} for b in ('1', '32')}
+    model['train_seconds'] = None
+    report = {
+      'models': [model],
+      'aims': [{'text': 'above 91', 'met': seed > 0, 'value': '90'}],
+      'dataset': {'test_examples': 359},
+      'versions': {'jax': '0.10'},
+      'hardware': '1 x elsewhere',
+      'created': '2020-02-02T02:02',
+    }
+    (path / 'report.json').write_text(json.dumps(report))
+    ran.append(options)
+
+  monkeypatch.setattr(subprocess, 'run', run)
+  out = tmp_path / 'results' / 'seeds.md'
+  words = ['--config', 'c.py', '--seeds', '2', '--workdir', str(tmp_path)]
+  seeds.main([*words, '--out', str(out), '--config.data.data_dir=DIR'])
+  assert [o['config.data.data_dir'] for o in ran] == ['DIR', 'DIR']
+  table, notes = out.read_text().split('\n\n')
+  assert '| teacher | 91.00 ± 1.41 | 50.00 ± 0.00 |' in table
+  aim, protocol, machine, made = notes.splitlines()
+  assert aim == '- above 91: met by 1 of 2 seeds (seed 0: 90)'
+  assert protocol.startswith('- 2 seeds, ') and '359 images' in protocol
+  # Of the runs, not of the process that tabulates them.
+  assert machine == '- 1 x elsewhere; jax 0.10; 2020-02-02.'
+  assert made.endswith('--config.data.data_dir=DIR`.')
 
 
 def test_methods_against_their_flops(tmp_path, monkeypatch):
@@ -83,13 +203,14 @@ def test_methods_against_their_flops(tmp_path, monkeypatch):
   assert at['ratio'] == pytest.approx(1.3 / at['expected'], abs=0.01)
   assert (at['low'], at['high']) == (259, 261)
   assert 'Not measured: fsp: ' in text and f'jax {jax.__version__}' in text
+  assert 'Made by `python benchmarks/methods.py --config ' in text
 
 
 def test_methods_are_steps_of_their_own(capsys):
   methods = _load('methods')
   run = methods.open_run(methods.load_config(TINY))
   step = methods.compile_step(run, 'kd')
-  losses = [float(step.once(None)[1]['loss/total']) for _ in range(3)]
+  losses = [float(step.once()[1]['loss/total']) for _ in range(3)]
   # Each starts where the one before ended; the first has a learning rate of 0.
   assert losses[2] < losses[1] == losses[0]
   assert step.flops > step.teacher_flops[0] > step.teacher_flops[1] >= 0
@@ -126,28 +247,18 @@ def test_overhead_of_a_step(tmp_path, monkeypatch):
   overhead = _load('step_overhead')
   seconds = {'plain': [1.0, 2.0, 4.0], overhead.QAT: [1.05, 3.0, 4.2]}
 
-  def clock(name):
-    left = iter(seconds[name])
+  def in_turns(steps, *, runs):
+    for _ in range(runs):
+      assert [step() for step in steps.values()] == [0, 0]
+    return {n: {} for n in steps}, {n: np.array(seconds[n]) for n in steps}
 
-    def recorded(step, spent):
-      def once(x):
-        out = jax.block_until_ready(step(x))
-        spent.append(next(left, 9.0))
-        return out
-
-      return once
-
-    return recorded
-
-  clocks = iter([clock(name) for name in seconds])
-  monkeypatch.setattr(overhead, '_recorded', lambda *a: next(clocks)(*a))
-  steps = {name: lambda x: 0 for name in seconds}
-  # Three rounds warm up; what they say is not counted.
-  for times in seconds.values():
-    times[:0] = [100.0, 1.0, 1.0]
+  monkeypatch.setattr(overhead.turns, 'in_turns', in_turns)
+  steps = {name: lambda: 0 for name in seconds}
   plain, qat = overhead.benchmark(steps, runs=3)
   assert qat['ratio'].tolist() == pytest.approx([1.05, 1.05, 1.275])
   assert plain['ratio'].tolist() == [1, 1, 1]
+  for row in (plain, qat):
+    row |= dict.fromkeys(('median_ms', 'low_ms', 'high_ms'), 1.0)
   text = overhead.table([plain, qat])
   assert '| 1.050 (1.050 to 1.275) | <= 1.10 | yes |' in text
   qat['ratio'] = np.float32([1.0, 1.11, 1.2])
@@ -181,11 +292,20 @@ def test_ways_to_distil_lose_alike_and_are_timed(tmp_path):
 
 def test_ways_that_lose_otherwise_are_found(monkeypatch):
   step_time = _load('step_time')
-  monkeypatch.setattr(step_time, '_kernels', lambda params: True)
-  monkeypatch.setattr(step_time, 'DECAY', 0.5)
-  batch = step_time.random_batch(4, 8)
+  distil_step = step_time.distil_step
+  batch = distil_step.random_batch(4, 8)
+  ways = functools.partial(
+    step_time.ways,
+    'tiny',
+    batch,
+    'float32',
+    torch_compile=False,
+    recipe=distil_step.Recipe(decay=0.5),
+  )
+  ways()
+  monkeypatch.setattr(distil_step, '_kernels', lambda params: True)
   with pytest.raises(AssertionError, match='kd_jax'):
-    step_time.ways('tiny', batch, 'float32', torch_compile=False)
+    ways()
 
 
 def test_steps_do_what_their_names_say():
@@ -200,7 +320,7 @@ def test_steps_do_what_their_names_say():
   sparsities = {}
   for name in (held, renewed):
     step = overhead.compiled(found[name], batch)
-    made = [float(step(None)[0].opt_state.sparsity) for _ in range(3)]
+    made = [float(step()[0].opt_state.sparsity) for _ in range(3)]
     sparsities[name] = made[1:]
   # A step between two prunings makes no masks; the other makes them each time.
   assert len(set(sparsities[held])) == 1 and sparsities[held][0] == 0.5
@@ -312,3 +432,4 @@ def test_soak_counts_and_compares(tmp_path):
   text = out.read_text()
   assert '| processes ended by a signal | 3 |' in text
   assert '| results with other bits, or other faults | 0 |' in text
+  assert '`python benchmarks/soak.py --cycles=3 ' in text
