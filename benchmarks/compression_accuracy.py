@@ -13,59 +13,28 @@ integers. The test split is read for the table alone.
 """
 
 import argparse
-import dataclasses
-import datetime
 import functools
 import pathlib
-import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata, util
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from importlib import util
+from typing import Any
 
+import compression_task
 import jax
 import jax.numpy as jnp
 import numpy as np
+import page
+from compression_rows import CHANNELS, DENSE, IN_TURN, TOGETHER, recipes
+from compression_task import Task, Trained, Variables
 
 import kd_jax
-from kd_jax import adapters, data, deploy, models, optim, prune, quantize
+from kd_jax import adapters, prune, quantize
 from kd_jax.export import onnx
 from kd_jax.report import measure
 
-# By data set, so that a run takes minutes on two CPU cores.
-DATASETS = {
-  'digits': {'resnet': {'width': 16}, 'vit': {'patch_size': 2}},
-  'fashion_mnist': {'resnet': {'width': 8}, 'vit': {'patch_size': 4}},
-}
-MODELS = {
-  'resnet': {'name': 'resnet', 'depth': 8},
-  'vit': {'name': 'vit', 'width': 48, 'depth': 3, 'heads': 4},
-  'tiny': {'name': 'cnn', 'widths': (4, 4)},
-}
-# Peaks of the learning rate: of what is new or loses weights, and of the rest.
-RATES = {'resnet': (5e-3, 2e-3), 'vit': (2e-3, 1e-3), 'tiny': (5e-3, 2e-3)}
-BATCH = 64
-CALIBRATION = 8
 LATENCY_BATCHES = (1, 32)
-
-Variables = dict[str, Any]
-INT8 = deploy.WEIGHT_RULES
-INT4 = tuple((p, dataclasses.replace(s, bits=4)) for p, s in INT8)
-ACTIVATIONS = deploy.ACTIVATION_RULES
-DYNAMIC = tuple(
-  (p, dataclasses.replace(s, dynamic=True)) for p, s in ACTIVATIONS
-)
-KERNELS = (('.*/kernel', True),)
-# Groups of four inputs; images have one to three channels.
-GROUPED = (('(stem|patch|conv1)/kernel', None), *KERNELS)
-
-# Small layers stay denser than large ones.
-SCOPE = 'erk'
-
-DENSE, CONTROL = 'dense', 'dense, trained longer'
-TOGETHER, IN_TURN = '80 % pruned and int8, in one run', '80 % pruned, then int8'
-CHANNELS = '50 % of channels removed'
 # Points of accuracy that a row may lose against the dense network.
 GOALS = {
   'int8 static, PTQ': 0.5,
@@ -76,301 +45,6 @@ GOALS = {
   CHANNELS: 1.0,
 }
 SPEED_GOAL = 1.7
-
-
-class Task(NamedTuple):
-  """Images and a network for them.
-
-  Attributes:
-    model: a linen model.
-    train: uint8 `image`, `label` and `id`, on the device.
-    test: pre-processed images and their labels.
-    preprocess: see `data.make_preprocess`.
-    rates: the peaks of `RATES`.
-  """
-
-  model: adapters.LinenModule
-  train: dict[str, jax.Array]
-  test: tuple[jax.Array, np.ndarray]
-  preprocess: Callable[..., dict[str, jax.Array]]
-  rates: tuple[float, float]
-
-  @property
-  def steps(self) -> int:
-    """Steps of an epoch; the remainder is dropped."""
-    return len(self.train['id']) // BATCH
-
-  @property
-  def example(self) -> dict[str, jax.Array]:
-    """A pre-processed batch of one image, for shapes."""
-    return {'image': self.test[0][:1]}
-
-  def calibration(self) -> Iterator[dict[str, jax.Array]]:
-    """The first batches of the train split, without augmentation."""
-    for i in range(0, min(CALIBRATION, self.steps) * BATCH, BATCH):
-      rows = {k: v[i : i + BATCH] for k, v in self.train.items()}
-      yield self.preprocess(rows, train=False)
-
-
-def make_task(
-  dataset: str,
-  model: str,
-  *,
-  data_dir: str | None = None,
-  train_examples: int | None = None,
-  width: int | None = None,
-) -> Task:
-  """Reads a data set and builds the network for it.
-
-  Args:
-    dataset: a name of `DATASETS`.
-    model: a name of `MODELS`.
-    data_dir: see `data.load_images`.
-    train_examples: how many images of the train split; all when None.
-    width: of the network, in place of its own.
-  """
-  read = functools.partial(
-    data.load_images, dataset, data_dir=data_dir, validation=0.0
-  )
-  train, test = read('train', max_examples=train_examples), read('test')
-  mean, std = data.channel_statistics(train)
-  preprocess = data.make_preprocess(
-    mean=mean,
-    std=std,
-    crop_padding=1,
-    flip=dataset == 'fashion_mnist',
-  )
-  options = network_options(dataset, model, width)
-  images = preprocess({'image': jnp.asarray(test.image)}, train=False)['image']
-  return Task(
-    models.make_model(**options, num_classes=train.num_classes),
-    {k: jnp.asarray(getattr(train, k)) for k in ('image', 'label', 'id')},
-    (images, test.label),
-    preprocess,
-    RATES[model],
-  )
-
-
-def network_options(
-  dataset: str, model: str, width: int | None = None
-) -> dict[str, Any]:
-  """What `models.make_model` takes; see `make_task`."""
-  options = MODELS[model] | DATASETS[dataset].get(model, {})
-  return options if width is None else options | {'width': width}
-
-
-class Trained(NamedTuple):
-  """A network that can be measured.
-
-  Attributes:
-    forward: of pre-processed batches.
-    variables: what it runs with, and all that is stored of it.
-  """
-
-  forward: Callable[..., Any]
-  variables: Variables
-
-
-def trainer(
-  task: Task,
-  student_fn: Callable[..., Any],
-  *,
-  epochs: int,
-  taught: bool = True,
-  rewound: bool = False,
-  wrap: Callable[..., Any] = lambda tx, total: tx,
-  params_fn: Callable[..., Any] = lambda params: params,
-) -> Callable[..., Variables]:
-  """Training of one kind, compiled once for all seeds.
-
-  Args:
-    task: the images.
-    student_fn: what is trained.
-    epochs: over the train split.
-    taught: whether by the dense network, or by labels alone.
-    rewound: whether with the first of the task's learning rates.
-    wrap: `(optimizer, number of steps) -> optimizer`.
-    params_fn: see `kd_jax.make_train_step`.
-
-  Returns:
-    `(variables, teacher's variables, seed) -> trained variables`, and
-    `params_fn` is not applied to them.
-  """
-  total = epochs * task.steps
-  rate = optim.make_schedule(
-    'cosine',
-    peak=task.rates[0 if rewound else 1],
-    total_steps=total,
-    warmup_steps=total // 10,
-  )
-  tx = wrap(optim.make_optimizer('adamw', learning_rate=rate, l2=1e-2), total)
-  terms = {'ce': (1.0, kd_jax.hard_labels())}
-  if taught:
-    terms = {
-      'kd': (0.9, kd_jax.soft_targets(temperature=4.0)),
-      'ce': (0.1, kd_jax.hard_labels()),
-    }
-  objective = kd_jax.weighted_sum(terms)
-  teacher_fn = adapters.from_linen(task.model) if taught else None
-  step = kd_jax.make_train_step(
-    student_fn, objective, tx, teacher_fn=teacher_fn, params_fn=params_fn
-  )
-
-  # One step, not a scan of them: XLA's loops on CPUs run convolutions slower.
-  @functools.partial(jax.jit, donate_argnums=0)
-  def one(state, train, rows, number, rng):
-    batch = {k: v[rows] for k, v in train.items()}
-    batch['epoch'] = jnp.full(BATCH, number)
-    return step(state, task.preprocess(batch, train=True), rng)[0]
-
-  def train(variables, teacher, seed):
-    batch = next(task.calibration())
-    teacher = {'teacher_fn': teacher_fn, 'teacher': teacher} if taught else {}
-    state = kd_jax.init_state(
-      student_fn, objective, tx, variables, batch, **teacher
-    )
-    rng, host = jax.random.key(seed), np.random.default_rng(seed)
-    for number in range(epochs):
-      order = host.permutation(len(task.train['id']))
-      for i in range(0, task.steps * BATCH, BATCH):
-        rows = order[i : i + BATCH]
-        state = one(state, task.train, rows, np.int32(number), rng)
-    return {'params': state.params, **state.model_state}
-
-  return train
-
-
-def recipes(
-  task: Task, epochs: int, adaround_steps: int
-) -> dict[str, Callable[[Variables, int], Trained]]:
-  """The rows by name: `(variables of the dense network, seed) -> Trained`."""
-  model = task.model
-  plain = adapters.from_linen(model)
-  observed = plain.intercepted(quantize.quantize_activations(ACTIVATIONS))
-  train = functools.partial(trainer, task, epochs=epochs)
-
-  def after_training(rules=INT8, activations=ACTIVATIONS, **options):
-    forward = deploy.integer_forward(
-      model, dynamic=activations if activations == DYNAMIC else ()
-    )
-
-    def recipe(dense, seed):
-      return Trained(
-        forward,
-        deploy.post_training_quantize(
-          model,
-          dense,
-          task.calibration(),
-          weight_rules=rules,
-          activation_rules=activations,
-          **options,
-        ),
-      )
-
-    return recipe
-
-  def floats(**options):
-    run = train(plain, **options)
-    return lambda dense, seed: Trained(plain, run(dense, dense, seed))
-
-  integer = deploy.integer_forward(model)
-
-  def integers(*, rules=INT8, before=lambda v, dense, seed: v, **options):
-    rounded = functools.partial(quantize.fake_quant_params, rules=rules)
-    run = train(observed, params_fn=rounded, **options)
-
-    def recipe(dense, seed):
-      start = before(dense, dense, seed)
-      stats = quantize.init_quant_stats(observed, start, task.example)
-      trained = run({**start, 'quant_stats': stats}, dense, seed)
-      folded = deploy.fold(model, trained, task.example)
-      return Trained(integer, quantize.convert(folded, rules, ACTIVATIONS))
-
-    return recipe
-
-  def in_turn():
-    thirds = [epochs // 3 + (i < epochs % 3) for i in range(3)]
-    parts = [
-      train(plain, epochs=n, wrap=wrap, rewound=True)
-      for n, wrap in zip(thirds, (pruning(0.8, end=1.0), held(0.8)))
-    ]
-
-    def before(variables, dense, seed):
-      for i, part in enumerate(parts, start=1):
-        variables = part(variables, dense, seed + 1000 * i)
-      return variables
-
-    return integers(before=before, wrap=held(0.8), epochs=thirds[2])
-
-  def adaround(dense, seed):
-    evaluation, batches = deploy.evaluation(model), [*task.calibration()]
-    folded = deploy.fold(model, dense, task.example)
-    stats = quantize.calibrate(evaluation, folded, batches, ACTIVATIONS)
-    learned = quantize.adaround(
-      evaluation,
-      {**folded, 'quant_stats': stats},
-      batches,
-      INT4,
-      ACTIVATIONS,
-      steps=adaround_steps,
-    )
-    return Trained(integer, quantize.convert(learned, INT4, ACTIVATIONS))
-
-  weights = functools.partial(after_training, activations=())
-  return {
-    CONTROL: floats(),
-    'int8 static, PTQ': after_training(),
-    'int8 dynamic, PTQ': after_training(activations=DYNAMIC),
-    'int8 weights alone, PTQ': weights(),
-    'int4 weights alone, PTQ': weights(INT4),
-    'int4 weights, PTQ': after_training(INT4),
-    'int4 weights, PTQ, AdaRound': adaround,
-    'int8, QAT': integers(),
-    'int4 weights, QAT': integers(rules=INT4),
-    '80 % pruned': floats(wrap=pruning(0.8), rewound=True),
-    '90 % pruned': floats(wrap=pruning(0.9), rewound=True),
-    '2:4 pruned': floats(
-      wrap=pruning(0.5, rules=GROUPED, structure=prune.n_m(2, 4)),
-      rewound=True,
-    ),
-    CHANNELS: smaller(task, train, 0.5),
-    TOGETHER: integers(wrap=pruning(0.8), rewound=True),
-    # Three trainings of whole epochs, together as long as the others.
-    **({IN_TURN: in_turn()} if epochs >= 3 else {}),
-  }
-
-
-def pruning(sparsity: float, *, end: float = 0.5, rules=KERNELS, **options):
-  """A `wrap` that prunes along a cubic, up to a share of the steps."""
-
-  def wrap(tx, total):
-    last = max(1, round(end * total))
-    every = max(1, last // 50)
-    schedule = prune.cubic(sparsity, begin=0, end=last, every=every)
-    return prune.prune(tx, schedule, rules, scope=SCOPE, **options)
-
-  return wrap
-
-
-def held(sparsity: float):
-  """A `wrap` for weights that are as sparse already, which stay so."""
-  constant = prune.constant(sparsity)
-  return lambda tx, total: prune.prune(tx, constant, KERNELS, scope=SCOPE)
-
-
-def smaller(task: Task, train: Callable[..., Any], share: float):
-  """The recipe that removes a share of the units of every group, and trains."""
-  plain = adapters.from_linen(task.model)
-
-  def recipe(dense, seed):
-    plan = prune.find_groups(plain, dense, task.example)
-    scores = prune.magnitudes(dense['params'])
-    kept = prune.choose_units(plan, scores, share, scope='layer')
-    forward = prune.shrunk_forward(plain, plan, kept)
-    small = prune.shrink(plan, dense, kept)
-    return Trained(forward, train(forward, rewound=True)(small, dense, seed))
-
-  return recipe
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -478,7 +152,9 @@ def benchmark(
     `macs` of an image and `speed` (of `speeds`).
   """
   plain = adapters.from_linen(task.model)
-  first = trainer(task, plain, epochs=dense_epochs, taught=False, rewound=True)
+  first = compression_task.trainer(
+    task, plain, epochs=dense_epochs, taught=False, rewound=True
+  )
 
   def train_dense(_, seed):
     start = adapters.init_linen(task.model, jax.random.key(seed), task.example)
@@ -568,14 +244,51 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  """Measures, prints, and writes the tables."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def notes(
+  args: argparse.Namespace, task: Task, dense_epochs: int, minutes: float
+) -> list[str]:
+  """How the numbers were made."""
+  images, labels = task.test
+  shape = 'x'.join(map(str, images.shape[1:]))
+  options = compression_task.network_options(
+    args.dataset, args.model, args.width
   )
-  parser.add_argument('--dataset', choices=[*DATASETS], default='digits')
+  words = ', '.join(f'{k} {v}' for k, v in options.items())
+  batches = min(compression_task.CALIBRATION, task.steps)
+  return [
+    f'{args.dataset}, {shape}: {len(task.train["id"]):,} images to train '
+    f'on, {len(labels):,} to test; one of them is '
+    f'{100 / len(labels):.2f} points. Network: {words}.',
+    f'Seeds: {args.seeds}; mean and standard deviation; differences are '
+    'taken seed by seed. Goals are compared with means.',
+    f'Epochs: {dense_epochs} of the dense network with labels; in all rows '
+    f'but PTQ {args.epochs} more, taught by it. Batch '
+    f'{compression_task.BATCH}, AdamW, peak of the learning rate '
+    f'{task.rates[0]:g} for the dense network and for what loses weights, '
+    f'{task.rates[1]:g} for the rest. Pruned by magnitude, layer by layer to '
+    f'Erdos-Renyi-Kernel densities. "{IN_TURN}" prunes, recovers and '
+    f'quantizes in a third of them each. PTQ: {batches} batches without '
+    f'labels, AdaRound {args.adaround_steps} steps a layer.',
+    'Rows of integers are measured on integers, BatchNorm folded; their '
+    'activations are int8, or float32 where weights alone are quantized. '
+    'All layers are quantized, the first and the last too.',
+    'Bytes: of all arrays; a pruned kernel as one bit a weight and its '
+    'nonzero values. MACs: of one image, with zeros. Seconds: of one seed, '
+    'compilation and the test included, mean over seeds.',
+    f'{minutes:.0f} minutes in all.',
+  ]
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The arguments."""
+  parser = page.make_parser(__doc__)
+  parser.add_argument(
+    '--dataset', choices=[*compression_task.DATASETS], default='digits'
+  )
   parser.add_argument('--data_dir', help="TFDS's directory")
-  parser.add_argument('--model', choices=[*MODELS], default='resnet')
+  parser.add_argument(
+    '--model', choices=[*compression_task.MODELS], default='resnet'
+  )
   parser.add_argument('--width', type=int, help="the network's own if left")
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--epochs', type=int, default=30, help='of every row')
@@ -583,19 +296,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     '--dense_epochs', type=int, help='of the dense network; --epochs if left'
   )
   parser.add_argument(
-    '--adaround_steps',
-    type=int,
-    default=1000,
-    help='of every layer',
+    '--adaround_steps', type=int, default=1000, help='of every layer'
   )
   parser.add_argument(
     '--rows', nargs='+', default=(), metavar='NAME', help='all if left'
   )
   parser.add_argument('--train_examples', type=int, help='all if left')
-  parser.add_argument('--out', help='Markdown file to write')
-  args = parser.parse_args(argv)
+  return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Measures, prints, and writes the tables."""
+  args = make_parser().parse_args(argv)
   started = time.perf_counter()
-  task = make_task(
+  task = compression_task.make_task(
     args.dataset,
     args.model,
     data_dir=args.data_dir,
@@ -612,46 +326,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     names=args.rows,
   )
   minutes = (time.perf_counter() - started) / 60
-  versions = ', '.join(f'{p} {metadata.version(p)}' for p in ('jax', 'flax'))
-  images, labels = task.test
-  shape = 'x'.join(map(str, images.shape[1:]))
-  options = network_options(args.dataset, args.model, args.width)
-  words = ', '.join(f'{k} {v}' for k, v in options.items())
-  text = '\n'.join(
-    [
-      table(rows),
-      '',
-      verdicts(rows),
-      '',
-      f'- {args.dataset}, {shape}: {len(task.train["id"]):,} images to train '
-      f'on, {len(labels):,} to test; one of them is '
-      f'{100 / len(labels):.2f} points. Network: {words}.',
-      f'- Seeds: {args.seeds}; mean and standard deviation; differences are '
-      'taken seed by seed. Goals are compared with means.',
-      f'- Epochs: {dense_epochs} of the dense network with labels; in all rows '
-      f'but PTQ {args.epochs} more, taught by it. Batch {BATCH}, AdamW, peak '
-      f'of the learning rate {task.rates[0]:g} for the dense network and for '
-      f'what loses weights, {task.rates[1]:g} for the rest. Pruned by '
-      'magnitude, layer by layer to Erdos-Renyi-Kernel densities. '
-      f'"{IN_TURN}" prunes, recovers and quantizes in a third of them each. '
-      f'PTQ: {min(CALIBRATION, task.steps)} batches without labels, AdaRound '
-      f'{args.adaround_steps} steps a layer.',
-      '- Rows of integers are measured on integers, BatchNorm folded; their '
-      'activations are int8, or float32 where weights alone are quantized. '
-      'All layers are quantized, the first and the last too.',
-      '- Bytes: of all arrays; a pruned kernel as one bit a weight and its '
-      'nonzero values. MACs: of one image, with zeros. Seconds: of one seed, '
-      'compilation and the test included, mean over seeds.',
-      f'- {minutes:.0f} minutes in all. {measure.hardware()}; python '
-      f'{platform.python_version()}, {versions}; '
-      f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.',
-    ]
+  page.publish(
+    args.out,
+    [table(rows), verdicts(rows)],
+    notes(args, task, dense_epochs, minutes),
+    machine=page.machine(),
+    command=page.command(__file__, argv),
   )
-  print(text)
-  if args.out:
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + '\n')
 
 
 if __name__ == '__main__':

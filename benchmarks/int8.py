@@ -10,18 +10,18 @@ is installed. A second table has the ways to run single convolutions.
 """
 
 import argparse
-import datetime
 import functools
 import pathlib
-import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata, util
+from importlib import util
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import page
+import turns
 from flax import linen as nn
 
 from kd_jax import adapters, deploy, models, parity, quantize
@@ -142,11 +142,7 @@ def convolutions(*, runs: int) -> str:
     calls['float32'] = functools.partial(
       jax.jit(lambda x, w, layer=layer: integer.of_layer(layer, x, w)), *floats
     )
-    times = measure.latencies(
-      {way: lambda _, call=call: call() for way, call in calls.items()},
-      np.zeros(0),
-      runs=runs,
-    )
+    times, _ = turns.in_turns(calls, runs=runs)
     best = ' | '.join(f'{times[way]["low_ms"]:.2f}' for way in calls)
     lines.append(f'| {name} | {best} | {integer.fastest(w, groups)} |')
   return '\n'.join(lines)
@@ -205,58 +201,56 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
+def notes(
+  args: argparse.Namespace,
+  images: np.ndarray,
+  rows: Sequence[Mapping[str, Any]],
+) -> list[str]:
+  """How the numbers were made, and whether the goal is met."""
+  shape = 'x'.join(map(str, images.shape))
+  widths = '-'.join(map(str, args.widths))
+  auto = next(r for r in rows if r['name'] == 'integer, auto')
+  return [
+    f'Goal: "integer, auto" at least {GOAL} times as fast as float32, for '
+    'batch 16 on a CPU with VNNI and JAX 0.12 or newer: here, '
+    f'{auto["speedup"]:.2f} times in turns, {auto["row_speedup"]:.2f} in a '
+    'row.',
+    'The three ways to run convolutions on codes give the same integers. '
+    '`float32` convolves codes in float32 where that is exact, and is im2col '
+    'where a sum has 1033 products or more. `auto`, the default, chooses '
+    'for each layer. SQNR: of the logits, against float32.',
+    f'3x3 convolutions of {widths} channels, the first at full resolution, '
+    f'the others with stride 2, then pooling and 10 classes; {shape} float32 '
+    'images.',
+    'Single convolutions: milliseconds, the lower quartile; their inputs '
+    'are padded already. float32 is the convolution of real numbers; the '
+    'last column is what `auto` chooses here.',
+    f'In turns: {args.runs} rounds after three that warm up; one round '
+    'runs every form once, in an order of its own, in one process, so that '
+    "a form finds the caches full of another's arrays. In a row: as often, "
+    'one form after the other. Read the ratios where other jobs run.',
+  ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures, prints, and writes the table."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = page.make_parser(__doc__)
   parser.add_argument('--widths', type=int, nargs='+', default=(64, 128, 256))
   parser.add_argument('--size', type=int, default=32, help='of the images')
   parser.add_argument('--batch', type=int, default=16)
   parser.add_argument('--runs', type=int, default=50, help='rounds of timing')
-  parser.add_argument('--out', help='Markdown file to write')
   args = parser.parse_args(argv)
   found, images = forms(args.widths, args.size, args.batch)
   rows = benchmark(found, images, runs=args.runs)
   packages = ['jax', 'flax']
   packages += ['onnxruntime'] if 'onnxruntime int8' in found else []
-  versions = ', '.join(f'{p} {metadata.version(p)}' for p in packages)
-  shape = 'x'.join(map(str, images.shape))
-  widths = '-'.join(map(str, args.widths))
-  auto = next(r for r in rows if r['name'] == 'integer, auto')
-  text = '\n'.join(
-    [
-      table(rows),
-      '',
-      convolutions(runs=args.runs),
-      '',
-      f'- Goal: "integer, auto" at least {GOAL} times as fast as float32, for '
-      'batch 16 on a CPU with VNNI and JAX 0.12 or newer: here, '
-      f'{auto["speedup"]:.2f} times in turns, {auto["row_speedup"]:.2f} in a '
-      'row.',
-      '- The three ways to run convolutions on codes give the same integers. '
-      '`float32` convolves codes in float32 where that is exact, and is im2col '
-      'where a sum has 1033 products or more. `auto`, the default, chooses '
-      'for each layer. SQNR: of the logits, against float32.',
-      f'- 3x3 convolutions of {widths} channels, the first at full resolution, '
-      f'the others with stride 2, then pooling and 10 classes; {shape} float32 '
-      'images.',
-      '- Single convolutions: milliseconds, the lower quartile; their inputs '
-      'are padded already. float32 is the convolution of real numbers; the '
-      'last column is what `auto` chooses here.',
-      f'- In turns: {args.runs} rounds after three that warm up; one round '
-      'runs every form once, in an order of its own, in one process, so that '
-      "a form finds the caches full of another's arrays. In a row: as often, "
-      'one form after the other. Read the ratios where other jobs run.',
-      f'- {measure.hardware()}; python {platform.python_version()}, '
-      f'{versions}; {datetime.datetime.now(datetime.UTC):%Y-%m-%d}.',
-    ]
+  page.publish(
+    args.out,
+    [table(rows), convolutions(runs=args.runs)],
+    notes(args, images, rows),
+    machine=page.machine(packages),
+    command=page.command(__file__, argv),
   )
-  print(text)
-  if args.out:
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + '\n')
 
 
 if __name__ == '__main__':

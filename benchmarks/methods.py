@@ -11,26 +11,23 @@ default a ResNet-20 teaches a ResNet-8 on random 32x32 images; `--config` takes
 other networks and data, as `kd-jax compare` does.
 """
 
-import argparse
-import datetime
 import importlib.util
 import json
 import math
 import pathlib
-import platform
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import page
+import turns
 
 from kd_jax import adapters, compare, data, distillation, fit, methods, rules
-from kd_jax.report import measure
 from kd_jax.run import Run
 
 HERE = pathlib.Path(__file__).resolve()
@@ -97,14 +94,13 @@ class Step(NamedTuple):
   """A compiled step of a method.
 
   Attributes:
-    once: a function of one argument, which it ignores, that makes one step
-      from where the last one ended.
+    once: makes one step from where the last one ended.
     flops: of the step.
     teacher_flops: of the teacher's forward pass with the method's taps, and of
       the part of it that ends at the taps; zeros without a teacher.
   """
 
-  once: Callable[[Any], Any]
+  once: Callable[[], Any]
   flops: float
   teacher_flops: tuple[float, float]
 
@@ -131,7 +127,7 @@ def compile_step(run: Run, name: str) -> Step:
   step = jax.jit(made.step, donate_argnums=0)
   compiled = step.lower(state, batch, rng).compile()
 
-  def once(_):
+  def once():
     nonlocal state
     state, metrics = compiled(state, batch, rng)
     return state, metrics
@@ -194,11 +190,13 @@ def benchmark(
     except ValueError as e:
       left_out[name] = str(e)
       print(f'{name}: not measured, {e}', flush=True)
-  spent = {name: [] for name in steps}
-  timed = {n: _recorded(s.once, spent[n]) for n, s in steps.items()}
-  times = measure.latencies(timed, np.zeros(0), runs=runs)
+  times, spent = turns.in_turns(
+    {name: step.once for name, step in steps.items()},
+    runs=runs,
+    clock=time.process_time,
+  )
   elapsed = {name: times[name]['median_ms'] for name in steps}
-  processor = {name: float(np.median(s[-runs:])) for name, s in spent.items()}
+  processor = {name: float(np.median(s)) for name, s in spent.items()}
   alone = steps['alone'].flops
   forward = {name: teacher_flops(s, alone) for name, s in steps.items()}
 
@@ -217,20 +215,6 @@ def benchmark(
       row['processor_ratio'] = processor[name] / expected(name, processor)
     rows.append(row)
   return rows, left_out
-
-
-def _recorded(
-  step: Callable[[Any], Any], spent: list[float]
-) -> Callable[[Any], Any]:
-  """The step, which also notes the seconds that it kept processors busy."""
-
-  def once(x):
-    before = time.process_time()
-    out = jax.block_until_ready(step(x))
-    spent.append(time.process_time() - before)
-    return out
-
-  return once
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -257,17 +241,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def notes(
   run: Run, rows: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]
-) -> str:
+) -> list[str]:
   """How the numbers were made."""
   c = run.config
   word = lambda part: json.dumps(part.model.to_dict())
   shape = 'x'.join(map(str, run.transfer.image_shape))
-  packages = ', '.join(f'{p} {metadata.version(p)}' for p in ('jax', 'flax'))
   above = {
     key: ', '.join(r['name'] for r in rows if (r[key] or 0) > 1.1) or 'none'
     for key in ('ratio', 'processor_ratio')
   }
-  lines = [
+  return [
     'Above 1.10 times what is expected of their FLOPs, in time: '
     f'{above["ratio"]}; in processor time: {above["processor_ratio"]}.',
     f'Teacher {word(c.teacher)}, student {word(c.student)}, {shape} images of '
@@ -283,25 +266,19 @@ def notes(
     'alone, all others at the rate of the student alone. FLOPs on the '
     "teacher's gradients count as training.",
     'Of a chain of students the first one is measured.',
-    f'{measure.hardware()}; python {platform.python_version()}, {packages}; '
-    f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.',
+    *(f'Not measured: {n}: {reason}' for n, reason in left_out.items()),
   ]
-  lines += [f'Not measured: {n}: {reason}' for n, reason in left_out.items()]
-  return '\n'.join(f'- {line}' for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures, prints, and writes the table."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = page.make_parser(__doc__)
   parser.add_argument(
     '--config',
     default=str(HERE),
     help='FILE or FILE:VARIANT with a get_config, for other networks and data',
   )
   parser.add_argument('--runs', type=int, default=30, help='rounds of timing')
-  parser.add_argument('--out', help='Markdown file to write')
   parser.add_argument(
     '--methods', nargs='+', default=list(methods.METHODS), metavar='NAME'
   )
@@ -314,12 +291,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   run = open_run(load_config(args.config))
   rows, left_out = benchmark(run, args.methods, runs=args.runs)
   assert all(math.isfinite(row['ratio']) for row in rows)
-  text = table(rows) + '\n\n' + notes(run, rows, left_out)
-  print(text)
-  if args.out:
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + '\n')
+  page.publish(
+    args.out,
+    [table(rows)],
+    notes(run, rows, left_out),
+    machine=page.machine(),
+    command=page.command(__file__, argv),
+  )
 
 
 if __name__ == '__main__':

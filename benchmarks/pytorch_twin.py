@@ -11,26 +11,23 @@ the same weights and see the same batches. It needs torch, the extra [parity].
 """
 
 import argparse
-import datetime
 import functools
-import pathlib
-import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import page
 import torch
+import turns
 from torch import nn
 from torch.ao import quantization
 from torch.nn.utils import prune as torch_prune
 
 import kd_jax
 from kd_jax import adapters, data, deploy, models, optim, prune, quantize
-from kd_jax.report import measure
 
 WIDTHS = (16, 32, 64)
 BATCH = 64
@@ -316,9 +313,9 @@ def benchmark(
       row['seconds'].append(time.perf_counter() - started)
       row['accuracy'].append(made.accuracy)
       row['sparsity'].append(made.sparsity)
-    steps[name] = lambda _, step=made.step: step()
+    steps[name] = made.step
     rows.append(row)
-  times = measure.latencies(steps, np.zeros(0), runs=runs)
+  times, _ = turns.in_turns(steps, runs=runs)
   return [row | times[row['name']] for row in rows]
 
 
@@ -341,49 +338,43 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
+def notes(args: argparse.Namespace, digits: Digits) -> list[str]:
+  """How the numbers were made."""
+  return [
+    f'CNN of {"-".join(map(str, WIDTHS))} channels, digits, '
+    f'{len(digits.train[1])} images to train on, {len(digits.test[1])} to '
+    f'test, batch {BATCH}, {args.epochs} epochs with labels, AdamW, '
+    f'{args.seeds} seeds, mean ± standard deviation. The same initial '
+    'weights and batches in both.',
+    f'{SPARSITY:.0%} of all kernels by global magnitude, renewed every '
+    f'{EVERY} steps of the first half. int8: weights per output channel, '
+    'inputs by an exponential average of extremes. Accuracy is that of the '
+    'fake-quantized network.',
+    f'Steps: {args.runs} rounds in turns after three that warm up, masks '
+    'held. kd_jax compiles its step; PyTorch runs eagerly, with '
+    f'{torch.get_num_threads()} threads, as its modules for fake-quant and '
+    'pruning come. Seconds of kd_jax have the compilation in them.',
+  ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures, prints, and writes the table."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = page.make_parser(__doc__)
   parser.add_argument('--data_dir', help="TFDS's directory")
   parser.add_argument('--seeds', type=int, default=5)
   parser.add_argument('--epochs', type=int, default=20)
   parser.add_argument('--runs', type=int, default=200, help='rounds of timing')
   parser.add_argument('--train_examples', type=int, help='all if left')
-  parser.add_argument('--out', help='Markdown file to write')
   args = parser.parse_args(argv)
   digits = load(args.data_dir, args.train_examples)
   rows = benchmark(digits, seeds=args.seeds, epochs=args.epochs, runs=args.runs)
-  packages = ('jax', 'flax', 'torch')
-  versions = ', '.join(f'{p} {metadata.version(p)}' for p in packages)
-  text = '\n'.join(
-    [
-      table(rows),
-      '',
-      f'- CNN of {"-".join(map(str, WIDTHS))} channels, digits, '
-      f'{len(digits.train[1])} images to train on, {len(digits.test[1])} to '
-      f'test, batch {BATCH}, {args.epochs} epochs with labels, AdamW, '
-      f'{args.seeds} seeds, mean ± standard deviation. The same initial '
-      'weights and batches in both.',
-      f'- {SPARSITY:.0%} of all kernels by global magnitude, renewed every '
-      f'{EVERY} steps of the first half. int8: weights per output channel, '
-      'inputs by an exponential average of extremes. Accuracy is that of the '
-      'fake-quantized network.',
-      f'- Steps: {args.runs} rounds in turns after three that warm up, masks '
-      'held. kd_jax compiles its step; PyTorch runs eagerly, as its modules '
-      'for fake-quant and pruning come. Seconds of kd_jax have the compilation '
-      'in them.',
-      f'- {measure.hardware()}, {torch.get_num_threads()} threads in PyTorch; '
-      f'python {platform.python_version()}, {versions}; '
-      f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.',
-    ]
+  page.publish(
+    args.out,
+    [table(rows)],
+    notes(args, digits),
+    machine=page.machine(('jax', 'flax', 'torch')),
+    command=page.command(__file__, argv),
   )
-  print(text)
-  if args.out:
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + '\n')
 
 
 if __name__ == '__main__':

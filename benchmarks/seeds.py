@@ -13,6 +13,9 @@ import pathlib
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
+
+import page
 
 
 def run_seeds(args: argparse.Namespace, rest: list[str]) -> list[dict]:
@@ -72,35 +75,32 @@ def _spread(values: list[float], digits: int) -> str:
   return f'{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}'
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
   """Runs the seeds and writes the table."""
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = page.make_parser(__doc__)
   parser.add_argument('--config', required=True)
   parser.add_argument('--seeds', type=int, default=5)
   parser.add_argument('--workdir', required=True)
-  parser.add_argument('--out')
-  args, rest = parser.parse_known_args()
+  args, rest = parser.parse_known_args(argv)
   reports = run_seeds(args, rest)
-  met = [
-    f'- {aim["text"]}: met by {sum(r["aims"][i]["met"] for r in reports)} of '
-    f'{len(reports)} seeds (seed 0: {aim["value"]})'
-    for i, aim in enumerate(reports[0]['aims'])
-  ]
-  versions = ', '.join(f'{k} {v}' for k, v in reports[0]['versions'].items())
-  text = '\n\n'.join(
+  first = reports[0]
+  versions = ', '.join(f'{k} {v}' for k, v in first['versions'].items())
+  page.publish(
+    args.out,
+    [table(reports)],
     [
-      table(reports),
-      '\n'.join(met),
+      *(
+        f'{aim["text"]}: met by {sum(r["aims"][i]["met"] for r in reports)} of '
+        f'{len(reports)} seeds (seed 0: {aim["value"]})'
+        for i, aim in enumerate(first['aims'])
+      ),
       f'{len(reports)} seeds, mean ± standard deviation, test split of '
-      f'{reports[0]["dataset"]["test_examples"]} images, last step. '
-      f'{reports[0]["hardware"]}; {versions}; {reports[0]["created"][:10]}.',
-    ]
+      f'{first["dataset"]["test_examples"]} images, last step.',
+    ],
+    # Of the runs, which may be older than this process.
+    machine=f'{first["hardware"]}; {versions}; {first["created"][:10]}.',
+    command=page.command(__file__, argv),
   )
-  print(text)
-  if args.out:
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + '\n')
 
 
 if __name__ == '__main__':

@@ -10,14 +10,11 @@ and history must be the same bits. Then the next one begins. The exit code is 1
 if any differs, or if a process ended otherwise than it was told to.
 """
 
-import argparse
-import datetime
 import faulthandler
 import hashlib
 import json
 import os
 import pathlib
-import platform
 import random
 import shutil
 import signal
@@ -27,12 +24,12 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from importlib import metadata
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
+import page
 from flax import linen as nn
 
 from kd_jax import (
@@ -47,7 +44,6 @@ from kd_jax import (
   sharding,
 )
 from kd_jax.checkpoint import Checkpoints
-from kd_jax.report import measure
 from kd_jax.step import init_state, make_eval_step, make_train_step
 from kd_jax.train import train
 
@@ -270,12 +266,9 @@ def table(found: Soaked) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Soaks, prints, and writes the page; 1 if anything was wrong."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = page.make_parser(__doc__)
   parser.add_argument('--cycles', type=int, default=2000)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--out', help='Markdown file to write')
   args = parser.parse_args(argv)
   with tempfile.TemporaryDirectory() as directory:
     # Read by every process, written by the first.
@@ -285,28 +278,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
     found = soak(args.cycles, args.seed, pathlib.Path(directory))
-  versions = ', '.join(
-    f'{p} {metadata.version(p)}' for p in ('jax', 'flax', 'orbax-checkpoint')
-  )
-  text = '\n'.join(
+  page.publish(
+    args.out,
+    [table(found)],
     [
-      table(found),
-      '',
-      *(f'- Wrong: {sentence}' for sentence in found.wrong),
-      f'- {STEPS} steps with an evaluation and a save every {EVALUATE_EVERY}, '
+      *(f'Wrong: {sentence}' for sentence in found.wrong),
+      f'{STEPS} steps with an evaluation and a save every {EVALUATE_EVERY}, '
       f'in {found.alone:.2f} s when never stopped; ended after a random time '
       f'of up to 1.2 of that, by SIGKILL in 70 % of the cycles; seed '
       f'{args.seed}; {found.seconds:.0f} s in all.',
-      f'- {measure.hardware()}; python '
-      f'{platform.python_version()}, {versions}; '
-      f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.',
-    ]
+    ],
+    machine=page.machine(('jax', 'flax', 'orbax-checkpoint')),
+    command=page.command(__file__, argv),
   )
-  print(text)
-  if args.out:
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + '\n')
   return FAILED if found.wrong else 0
 
 

@@ -10,24 +10,20 @@ would make every ratio smaller. By default a ResNet-20 on random 32x32 images;
 """
 
 import argparse
-import datetime
 import functools
 import importlib.util
-import pathlib
-import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import page
+import turns
 
 import kd_jax
 from kd_jax import adapters, deploy, models, optim, prune, quantize, qwix
-from kd_jax.report import measure
 
 MODELS = {
   'resnet': {'name': 'resnet', 'depth': 20},
@@ -127,10 +123,8 @@ def forms(
   return found
 
 
-def compiled(
-  form: Form, batch: Mapping[str, jax.Array]
-) -> Callable[[Any], Any]:
-  """A function of one argument, which it ignores, that makes the next step."""
+def compiled(form: Form, batch: Mapping[str, jax.Array]) -> Callable[[], Any]:
+  """A function that makes the next step."""
   objective = kd_jax.weighted_sum({'ce': (1.0, kd_jax.hard_labels())})
   train_step = kd_jax.make_train_step(
     form.student_fn, objective, form.tx, params_fn=form.params_fn
@@ -141,7 +135,7 @@ def compiled(
   rng = jax.random.key(0)
   run = jax.jit(train_step, donate_argnums=0).lower(state, batch, rng).compile()
 
-  def once(_):
+  def once():
     nonlocal state
     state, metrics = run(state, batch, rng)
     return state, metrics
@@ -150,7 +144,7 @@ def compiled(
 
 
 def benchmark(
-  steps: Mapping[str, Callable[[Any], Any]], *, runs: int
+  steps: Mapping[str, Callable[[], Any]], *, runs: int
 ) -> list[dict[str, Any]]:
   """Times of every step.
 
@@ -162,10 +156,7 @@ def benchmark(
     One dict per step: `name`, `median_ms`, `low_ms`, `high_ms`, and `ratio`:
     the quartiles of its time over that of the plain step in the same round.
   """
-  spent = {name: [] for name in steps}
-  timed = {name: _recorded(step, spent[name]) for name, step in steps.items()}
-  times = measure.latencies(timed, np.zeros(0), runs=runs)
-  spent = {name: np.array(seconds[-runs:]) for name, seconds in spent.items()}
+  times, spent = turns.in_turns(steps, runs=runs)
   return [
     {
       'name': name,
@@ -174,20 +165,6 @@ def benchmark(
     }
     for name in steps
   ]
-
-
-def _recorded(
-  step: Callable[[Any], Any], spent: list[float]
-) -> Callable[[Any], Any]:
-  """The step, which also notes its seconds."""
-
-  def once(x):
-    before = time.perf_counter()
-    out = jax.block_until_ready(step(x))
-    spent.append(time.perf_counter() - before)
-    return out
-
-  return once
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -208,19 +185,33 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
+def notes(args: argparse.Namespace) -> list[str]:
+  """How the numbers were made."""
+  words = ', '.join(f'{k} {v}' for k, v in MODELS[args.model].items())
+  return [
+    f'Network: {words}; batch {args.batch} of {args.size}x{args.size}x3 '
+    'random images; AdamW, cross-entropy, no teacher.',
+    'QAT int8: weights per output channel, the inputs of every layer by '
+    'an exponential average of their extremes. LSQ: the steps of weights '
+    'and inputs are learned. Simulated folding: weights per tensor; it needs '
+    'a BatchNorm behind a layer.',
+    f'Pruning: global magnitude to {SPARSITY:.0%} along a cubic. Masks are '
+    'renewed at some steps only, in practice every tenth or hundredth.',
+    f'{args.runs} rounds after three that warm up; one round makes one '
+    'step of every form in turn, in one process. Ratios are taken in each '
+    'round; goals are compared with their median.',
+  ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures, prints, and writes the table."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = page.make_parser(__doc__)
   parser.add_argument('--model', choices=[*MODELS], default='resnet')
   parser.add_argument('--size', type=int, default=32, help='of the images')
   parser.add_argument('--batch', type=int, default=64)
   parser.add_argument('--runs', type=int, default=50, help='rounds of timing')
-  parser.add_argument('--out', help='Markdown file to write')
   args = parser.parse_args(argv)
-  options = MODELS[args.model]
-  model = models.make_model(**options, num_classes=CLASSES)
+  model = models.make_model(**MODELS[args.model], num_classes=CLASSES)
   rng = np.random.default_rng(0)
   shape = (args.batch, args.size, args.size, 3)
   batch = {
@@ -229,33 +220,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   }
   found = forms(model, batch)
   steps = {name: compiled(form, batch) for name, form in found.items()}
-  rows = benchmark(steps, runs=args.runs)
-  versions = ', '.join(f'{p} {metadata.version(p)}' for p in ('jax', 'flax'))
-  words = ', '.join(f'{k} {v}' for k, v in options.items())
-  text = '\n'.join(
-    [
-      table(rows),
-      '',
-      f'- Network: {words}; batch {args.batch} of {args.size}x{args.size}x3 '
-      'random images; AdamW, cross-entropy, no teacher.',
-      '- QAT int8: weights per output channel, the inputs of every layer by '
-      'an exponential average of their extremes. LSQ: the steps of weights '
-      'and inputs are learned. Simulated folding: weights per tensor; it needs '
-      'a BatchNorm behind a layer.',
-      f'- Pruning: global magnitude to {SPARSITY:.0%} along a cubic. Masks are '
-      'renewed at some steps only, in practice every tenth or hundredth.',
-      f'- {args.runs} rounds after three that warm up; one round makes one '
-      'step of every form in turn, in one process. Ratios are taken in each '
-      'round; goals are compared with their median.',
-      f'- {measure.hardware()}; python {platform.python_version()}, '
-      f'{versions}; {datetime.datetime.now(datetime.UTC):%Y-%m-%d}.',
-    ]
+  page.publish(
+    args.out,
+    [table(benchmark(steps, runs=args.runs))],
+    notes(args),
+    machine=page.machine(),
+    command=page.command(__file__, argv),
   )
-  print(text)
-  if args.out:
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + '\n')
 
 
 if __name__ == '__main__':

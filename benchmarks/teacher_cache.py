@@ -13,19 +13,15 @@ random 32x32 images in batches of 64.
 """
 
 import argparse
-import datetime
 import functools
-import pathlib
-import platform
-import random
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import page
+import turns
 
 import kd_jax
 from kd_jax import adapters, data, models, optim
@@ -195,22 +191,6 @@ def counted_bound(pair: str, size: int) -> float:
   return (3 * student + teacher) / (3 * student)
 
 
-def time_steps(
-  steps: Mapping[str, Step], *, runs: int
-) -> dict[str, np.ndarray]:
-  """Seconds of every step in every round; each round draws its order."""
-  seconds = {name: [] for name in steps}
-  order, rng = list(steps), random.Random(0)
-  for i in range(runs + 3):
-    rng.shuffle(order)
-    for name in order:
-      started = time.perf_counter()
-      jax.block_until_ready(steps[name].once())
-      if i >= 3:
-        seconds[name].append(time.perf_counter() - started)
-  return {name: np.array(x) for name, x in seconds.items()}
-
-
 def rows_of(
   pair: str, steps: Mapping[str, Step], *, runs: int, size: int
 ) -> list[dict[str, Any]]:
@@ -221,7 +201,8 @@ def rows_of(
     the live step's time over it in the same round; `bound` and `counted`, the
     bounds by the compiler's FLOPs and by multiply-accumulates; `row_bytes`.
   """
-  seconds = time_steps(steps, runs=runs)
+  calls = {name: step.once for name, step in steps.items()}
+  _, seconds = turns.in_turns(calls, runs=runs)
   counted = counted_bound(pair, size)
   return [
     {
@@ -256,49 +237,45 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
+def notes(args: argparse.Namespace) -> list[str]:
+  """How the numbers were made."""
+  return [
+    f'Batch {args.batch} of {args.size}x{args.size}x3 random images with '
+    f'crops and mirroring, {CLASSES} classes; SGD; KD at T = 4 and labels; '
+    'networks with random weights. "No teacher" learns the labels alone.',
+    'FLOP bound: the live step over the step without a teacher; counted: '
+    "(3 student's forwards + the teacher's) / 3 student's forwards, in "
+    'multiply-accumulates.',
+    f'{args.runs} rounds after three that warm up, each step once a round '
+    'in a drawn order, in one process; ratios are taken in each round. Times '
+    'include making the batch and reading the cache, from warm files.',
+    'Bytes include the 4 of the id. All of them hold for every example of '
+    'every epoch: 50,000 examples and 240 epochs are 12 million rows.',
+  ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures, prints, and writes the table."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = page.make_parser(__doc__)
   pairs = [name for name in PAIRS if name != 'tiny']
   parser.add_argument('--pairs', nargs='+', choices=[*PAIRS], default=pairs)
   parser.add_argument('--size', type=int, default=32, help='of the images')
   parser.add_argument('--batch', type=int, default=64)
   parser.add_argument('--images', type=int, default=1024)
   parser.add_argument('--runs', type=int, default=50, help='rounds of timing')
-  parser.add_argument('--out', help='Markdown file to write')
   args = parser.parse_args(argv)
   images, rows = make_images(args.images, args.size), []
   for pair in args.pairs:
     with tempfile.TemporaryDirectory() as directory:
       steps = make_steps(pair, images, args.batch, directory)
       rows += rows_of(pair, steps, runs=args.runs, size=args.size)
-  versions = ', '.join(f'{p} {metadata.version(p)}' for p in ('jax', 'flax'))
-  text = '\n'.join(
-    [
-      table(rows),
-      '',
-      f'- Batch {args.batch} of {args.size}x{args.size}x3 random images with '
-      f'crops and mirroring, {CLASSES} classes; SGD; KD at T = 4 and labels; '
-      'networks with random weights. "No teacher" learns the labels alone.',
-      '- FLOP bound: the live step over the step without a teacher; counted: '
-      "(3 student's forwards + the teacher's) / 3 student's forwards, in "
-      'multiply-accumulates.',
-      f'- {args.runs} rounds after three that warm up, each step once a round '
-      'in a drawn order, in one process; ratios are taken in each round. Times '
-      'include making the batch and reading the cache, from warm files.',
-      '- Bytes include the 4 of the id. All of them hold for every example of '
-      'every epoch: 50,000 examples and 240 epochs are 12 million rows.',
-      f'- {measure.hardware()}; python {platform.python_version()}, '
-      f'{versions}; {datetime.datetime.now(datetime.UTC):%Y-%m-%d}.',
-    ]
+  page.publish(
+    args.out,
+    [table(rows)],
+    notes(args),
+    machine=page.machine(),
+    command=page.command(__file__, argv),
   )
-  print(text)
-  if args.out:
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + '\n')
 
 
 if __name__ == '__main__':

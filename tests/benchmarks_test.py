@@ -1,5 +1,6 @@
 """The benchmarks run, on networks of no use."""
 
+import functools
 import importlib.util
 import pathlib
 import re
@@ -25,8 +26,14 @@ COLUMNS = (
 )
 pytestmark = [
   pytest.mark.once,
-  pytest.mark.usefixtures('quick_compilation'),
+  pytest.mark.usefixtures('quick_compilation', 'beside_each_other'),
 ]
+
+
+@pytest.fixture
+def beside_each_other(monkeypatch):
+  """Files of the benchmarks import each other, as when one is run."""
+  monkeypatch.syspath_prepend(BENCHMARKS)
 
 
 def _load(name):
@@ -83,13 +90,14 @@ def test_methods_against_their_flops(tmp_path, monkeypatch):
   assert at['ratio'] == pytest.approx(1.3 / at['expected'], abs=0.01)
   assert (at['low'], at['high']) == (259, 261)
   assert 'Not measured: fsp: ' in text and f'jax {jax.__version__}' in text
+  assert 'Made by `python benchmarks/methods.py --config ' in text
 
 
 def test_methods_are_steps_of_their_own(capsys):
   methods = _load('methods')
   run = methods.open_run(methods.load_config(TINY))
   step = methods.compile_step(run, 'kd')
-  losses = [float(step.once(None)[1]['loss/total']) for _ in range(3)]
+  losses = [float(step.once()[1]['loss/total']) for _ in range(3)]
   # Each starts where the one before ended; the first has a learning rate of 0.
   assert losses[2] < losses[1] == losses[0]
   assert step.flops > step.teacher_flops[0] > step.teacher_flops[1] >= 0
@@ -126,28 +134,18 @@ def test_overhead_of_a_step(tmp_path, monkeypatch):
   overhead = _load('step_overhead')
   seconds = {'plain': [1.0, 2.0, 4.0], overhead.QAT: [1.05, 3.0, 4.2]}
 
-  def clock(name):
-    left = iter(seconds[name])
+  def in_turns(steps, *, runs):
+    for _ in range(runs):
+      assert [step() for step in steps.values()] == [0, 0]
+    return {n: {} for n in steps}, {n: np.array(seconds[n]) for n in steps}
 
-    def recorded(step, spent):
-      def once(x):
-        out = jax.block_until_ready(step(x))
-        spent.append(next(left, 9.0))
-        return out
-
-      return once
-
-    return recorded
-
-  clocks = iter([clock(name) for name in seconds])
-  monkeypatch.setattr(overhead, '_recorded', lambda *a: next(clocks)(*a))
-  steps = {name: lambda x: 0 for name in seconds}
-  # Three rounds warm up; what they say is not counted.
-  for times in seconds.values():
-    times[:0] = [100.0, 1.0, 1.0]
+  monkeypatch.setattr(overhead.turns, 'in_turns', in_turns)
+  steps = {name: lambda: 0 for name in seconds}
   plain, qat = overhead.benchmark(steps, runs=3)
   assert qat['ratio'].tolist() == pytest.approx([1.05, 1.05, 1.275])
   assert plain['ratio'].tolist() == [1, 1, 1]
+  for row in (plain, qat):
+    row |= dict.fromkeys(('median_ms', 'low_ms', 'high_ms'), 1.0)
   text = overhead.table([plain, qat])
   assert '| 1.050 (1.050 to 1.275) | <= 1.10 | yes |' in text
   qat['ratio'] = np.float32([1.0, 1.11, 1.2])
@@ -181,11 +179,20 @@ def test_ways_to_distil_lose_alike_and_are_timed(tmp_path):
 
 def test_ways_that_lose_otherwise_are_found(monkeypatch):
   step_time = _load('step_time')
-  monkeypatch.setattr(step_time, '_kernels', lambda params: True)
-  monkeypatch.setattr(step_time, 'DECAY', 0.5)
-  batch = step_time.random_batch(4, 8)
+  distil_step = step_time.distil_step
+  batch = distil_step.random_batch(4, 8)
+  ways = functools.partial(
+    step_time.ways,
+    'tiny',
+    batch,
+    'float32',
+    torch_compile=False,
+    recipe=distil_step.Recipe(decay=0.5),
+  )
+  ways()
+  monkeypatch.setattr(distil_step, '_kernels', lambda params: True)
   with pytest.raises(AssertionError, match='kd_jax'):
-    step_time.ways('tiny', batch, 'float32', torch_compile=False)
+    ways()
 
 
 def test_steps_do_what_their_names_say():
@@ -200,7 +207,7 @@ def test_steps_do_what_their_names_say():
   sparsities = {}
   for name in (held, renewed):
     step = overhead.compiled(found[name], batch)
-    made = [float(step(None)[0].opt_state.sparsity) for _ in range(3)]
+    made = [float(step()[0].opt_state.sparsity) for _ in range(3)]
     sparsities[name] = made[1:]
   # A step between two prunings makes no masks; the other makes them each time.
   assert len(set(sparsities[held])) == 1 and sparsities[held][0] == 0.5
@@ -312,3 +319,4 @@ def test_soak_counts_and_compares(tmp_path):
   text = out.read_text()
   assert '| processes ended by a signal | 3 |' in text
   assert '| results with other bits, or other faults | 0 |' in text
+  assert '`python benchmarks/soak.py --cycles=3 ' in text
