@@ -82,7 +82,9 @@ def sparsity_report(
       int(np.count_nonzero(leaf)),
       float(1 - np.mean(masks[name])) if name in masks and leaf.size else None,
     )
-    for name, leaf in zip(names, map(np.asarray, jax.tree.leaves(params)))
+    for name, leaf in zip(
+      names, map(np.asarray, jax.tree.leaves(params)), strict=True
+    )
     if name in chosen
   ]
 
