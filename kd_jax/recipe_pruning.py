@@ -196,7 +196,10 @@ class Pruning:
       return variables, {}
     params = variables['params']
     leaves = map(np.asarray, jax.tree.leaves(params))
-    masks = {n: w != 0 for n, w in zip(rules_lib.leaf_names(params), leaves)}
+    masks = {
+      n: w != 0
+      for n, w in zip(rules_lib.leaf_names(params), leaves, strict=True)
+    }
     if self.recipe.structure == 'residual_blocks':
       gone = self.blocks.gone(masks)
       small = prune.without_blocks(self.blocks, variables, gone)

@@ -121,7 +121,7 @@ class Quantization:
     )
     names, values = rules_lib.leaf_names(stats), jax.tree.leaves(stats)
     least: dict[str, float] = {}
-    for name, value in zip(names, values):
+    for name, value in zip(names, values, strict=True):
       layer, _, which = name.rsplit('/', 2)
       if which == 'low':
         least[layer] = min(least.get(layer, 0.0), float(np.min(value)))
