@@ -68,7 +68,7 @@ def stored_bytes(variables: Variables) -> int:
   """
   total = 0
   for name, leaf in zip(
-    kd_jax.rules.leaf_names(variables), jax.tree.leaves(variables)
+    kd_jax.rules.leaf_names(variables), jax.tree.leaves(variables), strict=True
   ):
     sparse = -(-leaf.size // 8)
     sparse += int(jnp.count_nonzero(leaf)) * leaf.dtype.itemsize
@@ -214,7 +214,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _changes(row: Mapping[str, Any], other: Mapping[str, Any]) -> list[float]:
   """Differences in accuracy, seed by seed."""
-  return [a - b for a, b in zip(row['accuracy'], other['accuracy'])]
+  return [
+    a - b for a, b in zip(row['accuracy'], other['accuracy'], strict=True)
+  ]
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
