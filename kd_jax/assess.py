@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -20,7 +19,7 @@ from kd_jax import deploy, exporters, guard, origin, terms, weights
 from kd_jax.prune import layer_costs, sparsity_report
 from kd_jax.quantize import dequantize_params
 from kd_jax.report import measure
-from kd_jax.rules import leaf_names
+from kd_jax.rules import leaf_names, named_leaves
 from kd_jax.run import Network, Run
 from kd_jax.types import Batch
 
@@ -266,9 +265,7 @@ def layers(
         found['flops'][i] += 2 * cost.macs
     real = {'params': dequantize_params(variables)['params']}
     for tree, kind in ((real, 'parameters'), (variables, 'bytes')):
-      for path, leaf in zip(
-        leaf_names(tree), jax.tree.leaves(tree), strict=True
-      ):
+      for path, leaf in named_leaves(tree).items():
         if found := row(path):
           found[kind][i] += leaf.size if kind == 'parameters' else leaf.nbytes
   return [{'layer': path, **row} for path, row in rows.items()]

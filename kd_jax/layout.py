@@ -118,11 +118,8 @@ def state_shardings(state: Any, mesh: Mesh, layout: Layout = DEFAULT) -> Any:
   Returns:
     The tree of `state`, of `NamedSharding`.
   """
-  names = rules_lib.leaf_names(state.params)
-  leaves = jax.tree.leaves(state.params)
-  shapes = {
-    name: tuple(leaf.shape) for name, leaf in zip(names, leaves, strict=True)
-  }
+  params = rules_lib.named_leaves(state.params)
+  shapes = {name: tuple(leaf.shape) for name, leaf in params.items()}
 
   def spec(path, leaf):
     name, shape = rules_lib.path_name(path), tuple(leaf.shape)

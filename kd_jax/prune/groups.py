@@ -416,7 +416,7 @@ class _Analysis:
         )
       return sizes[id(axis)]
 
-    # Where both go on alike, one may still end before the other: see below.
+    # Lengths are compared last: the first step that differs says more.
     for whole, small in zip(self.walk.trail, trail, strict=False):
       expected = tuple(
         size(axis) if isinstance(axis, np.ndarray) else n

@@ -250,15 +250,11 @@ def choose_params(
   params: Any, rules: rules_lib.Rules[bool]
 ) -> dict[str, jax.Array]:
   """The parameters that pruning rules choose, by path."""
-  names = rules_lib.leaf_names(params)
-  chosen = rules_lib.match(rules, names, kind='pruning rule')
+  leaves = rules_lib.named_leaves(params)
+  chosen = rules_lib.match(rules, list(leaves), kind='pruning rule')
   if not chosen:
     raise ValueError('The pruning rules choose no parameter.')
-  return {
-    name: leaf
-    for name, leaf in zip(names, jax.tree.leaves(params), strict=True)
-    if name in chosen
-  }
+  return {name: leaf for name, leaf in leaves.items() if name in chosen}
 
 
 def apply_masks(params: Any, masks: Mapping[str, jax.Array]) -> Any:

@@ -230,11 +230,7 @@ class _Search:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  leaves = jax.tree.leaves(tree)
-  return {
-    n: tuple(x.shape)
-    for n, x in zip(rules_lib.leaf_names(tree), leaves, strict=True)
-  }
+  return {n: tuple(x.shape) for n, x in rules_lib.named_leaves(tree).items()}
 
 
 def _output(

@@ -232,10 +232,8 @@ def _masked_params(
 
 
 def _by_path(params: Any, paths: Mapping[str, Any]) -> dict[str, jax.Array]:
-  leaves = zip(
-    rules_lib.leaf_names(params), jax.tree.leaves(params), strict=True
-  )
-  return {name: leaf for name, leaf in leaves if name in paths}
+  leaves = rules_lib.named_leaves(params)
+  return {name: leaf for name, leaf in leaves.items() if name in paths}
 
 
 def any_nan(arrays: Mapping[str, jax.Array]) -> jax.Array:

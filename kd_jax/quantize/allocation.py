@@ -167,9 +167,7 @@ def size_costs(
     >>> list(size_costs({'w': np.zeros((4, 4), 'f')}, rows).values())
     [64, 20]
   """
-  leaves = dict(
-    zip(rules_lib.leaf_names(params), jax.tree.leaves(params), strict=True)
-  )
+  leaves = rules_lib.named_leaves(params)
   return {
     (path, option): weight_bytes(leaves[path], option)
     for path, option, _ in sensitivities

@@ -74,9 +74,7 @@ def delayed(
   """
 
   def delayed_fn(params: Params, step: jax.Array) -> Params:
-    before = dict(
-      zip(rules_lib.leaf_names(params), jax.tree.leaves(params), strict=True)
-    )
+    before = rules_lib.named_leaves(params)
     after = params_fn(params)
     leaves, structure = jax.tree.flatten(after)
     chosen = [

@@ -272,13 +272,7 @@ def _read_maxima(
 def _leaves(
   variables: Variables, scales: Sequence[FreeScale]
 ) -> dict[str, jax.Array]:
-  named = dict(
-    zip(
-      rules_lib.leaf_names(variables),
-      jax.tree.leaves(dict(variables)),
-      strict=True,
-    )
-  )
+  named = rules_lib.named_leaves(dict(variables))
   used = {n for s in scales for n in (*s.multiplied, *s.divided)}
   return {name: named[name] for name in named if name in used}
 

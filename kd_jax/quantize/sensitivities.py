@@ -107,9 +107,8 @@ def sensitivity(
   @jax.jit
   def evaluate(variables, batch, reference, choice):
     leaves, structure = jax.tree.flatten(variables['params'])
-    for i, index in zip(
-      choice, [names.index(name) for name in chosen], strict=True
-    ):
+    for i, name in zip(choice, chosen, strict=True):
+      index = names.index(name)
       leaves[index] = jax.lax.switch(i, branches, leaves[index])
     params = jax.tree.unflatten(structure, leaves)
     changed = {**variables, 'params': params}
