@@ -67,9 +67,7 @@ def stored_bytes(variables: Variables) -> int:
   Such a kernel is stored as one bit a weight and the values that are not 0.
   """
   total = 0
-  for name, leaf in zip(
-    kd_jax.rules.leaf_names(variables), jax.tree.leaves(variables)
-  ):
+  for name, leaf in kd_jax.rules.named_leaves(variables).items():
     sparse = -(-leaf.size // 8)
     sparse += int(jnp.count_nonzero(leaf)) * leaf.dtype.itemsize
     is_kernel = name.endswith('/kernel')
@@ -214,7 +212,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _changes(row: Mapping[str, Any], other: Mapping[str, Any]) -> list[float]:
   """Differences in accuracy, seed by seed."""
-  return [a - b for a, b in zip(row['accuracy'], other['accuracy'])]
+  return [
+    a - b for a, b in zip(row['accuracy'], other['accuracy'], strict=True)
+  ]
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -112,7 +112,9 @@ class Recipes:
     thirds = [self.epochs // 3 + (i < self.epochs % 3) for i in range(3)]
     parts = [
       self.train(self.plain, epochs=n, wrap=wrap, rewound=True)
-      for n, wrap in zip(thirds, (pruning(0.8, end=1.0), held(0.8)))
+      for n, wrap in zip(
+        thirds[:2], (pruning(0.8, end=1.0), held(0.8)), strict=True
+      )
     ]
 
     def before(variables, dense, seed):

@@ -110,8 +110,11 @@ def ours(problem: Problem, *, cached: bool) -> Way:
   if cached:
     logits = jax.jit(teacher_fn)(taught, batch).output
     batch['teacher'] = np.asarray(logits)
-    teacher_fn = lambda variables, batch: kd_jax.Forward(batch['teacher'])
     taught = {}
+
+    def teacher_fn(variables, batch):
+      return kd_jax.Forward(batch['teacher'])
+
   student_fn, recipe = adapters.from_linen(problem.student), problem.recipe
   soft = kd_jax.soft_targets(temperature=recipe.temperature)
   objective = kd_jax.weighted_sum(

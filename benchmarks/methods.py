@@ -244,7 +244,9 @@ def notes(
 ) -> list[str]:
   """How the numbers were made."""
   c = run.config
-  word = lambda part: json.dumps(part.model.to_dict())
+  teacher, student = (
+    json.dumps(part.model.to_dict()) for part in (c.teacher, c.student)
+  )
   shape = 'x'.join(map(str, run.transfer.image_shape))
   above = {
     key: ', '.join(r['name'] for r in rows if (r[key] or 0) > 1.1) or 'none'
@@ -253,7 +255,7 @@ def notes(
   return [
     'Above 1.10 times what is expected of their FLOPs, in time: '
     f'{above["ratio"]}; in processor time: {above["processor_ratio"]}.',
-    f'Teacher {word(c.teacher)}, student {word(c.student)}, {shape} images of '
+    f'Teacher {teacher}, student {student}, {shape} images of '
     f'{run.transfer.num_classes} classes, batch {c.distill.train.batch_size}, '
     f'optimizer {c.distill.train.optimizer.name}.',
     "FLOPs: the compiler's cost analysis of the compiled step, which counts "

@@ -59,10 +59,12 @@ def load(data_dir: str | None, max_examples: int | None = None) -> Digits:
   train, test = read('train', max_examples=max_examples), read('test')
   mean, std = data.channel_statistics(train)
   preprocess = data.make_preprocess(mean=mean, std=std)
-  images = lambda x: np.array(preprocess({'image': x}, train=False)['image'])
-  return Digits(
-    (images(train.image), train.label), (images(test.image), test.label)
-  )
+
+  def normalised(split):
+    batch = preprocess({'image': split.image}, train=False)
+    return np.array(batch['image']), split.label
+
+  return Digits(normalised(train), normalised(test))
 
 
 class Outcome(NamedTuple):
@@ -97,7 +99,10 @@ def train_jax(
     learning_rate=optim.make_schedule('cosine', peak=RATE, total_steps=total),
     l2=DECAY,
   )
-  params_fn = lambda params: params
+
+  def params_fn(params):
+    return params
+
   if compressed:
     rules = deploy.ACTIVATION_RULES
     forward = forward.intercepted(quantize.quantize_activations(rules))
@@ -115,10 +120,10 @@ def train_jax(
     kd_jax.make_train_step(forward, objective, tx, params_fn=params_fn),
     donate_argnums=0,
   )
-  batch = lambda rows: {
-    'image': digits.train[0][rows],
-    'label': digits.train[1][rows],
-  }
+
+  def batch(rows):
+    return {'image': digits.train[0][rows], 'label': digits.train[1][rows]}
+
   state = kd_jax.init_state(forward, objective, tx, variables, batch(order[0]))
   rng = jax.random.key(seed)
   for rows in order:
@@ -326,10 +331,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     '| seconds, all steps |',
     '| --- ' + '| ---: ' * 5 + '|',
   ]
-  for plain, row in zip((rows[0], rows[0], rows[2], rows[2]), rows):
-    spread = lambda v: f'{np.mean(v):.2f} ± {np.std(v, ddof=len(v) > 1):.2f}'
+  for plain, row in zip(
+    (rows[0], rows[0], rows[2], rows[2]), rows, strict=True
+  ):
+    accuracy = row['accuracy']
+    spread = np.std(accuracy, ddof=len(accuracy) > 1)
     lines.append(
-      f'| {row["name"]} | {spread(row["accuracy"])} '
+      f'| {row["name"]} | {np.mean(accuracy):.2f} ± {spread:.2f} '
       f'| {100 * np.mean(row["sparsity"]):.2f} | {row["median_ms"]:.2f} '
       f'({row["low_ms"]:.2f} to {row["high_ms"]:.2f}) '
       f'| {row["median_ms"] / plain["median_ms"]:.2f} '

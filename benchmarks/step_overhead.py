@@ -81,7 +81,7 @@ def forms(
   # Each is measured for less than 5000 steps.
   held = prune.cubic(SPARSITY, initial=0.5, begin=0, end=10000, every=5000)
   renewed = prune.cubic(SPARSITY, initial=0.5, begin=0, end=10000)
-  pruned = lambda schedule: prune.prune(tx, schedule, [('.*/kernel', True)])
+  pruned = functools.partial(prune.prune, tx, rules=[('.*/kernel', True)])
   found = {
     REFERENCE: Form(plain, variables, tx),
     QAT: Form(observed, with_stats, tx, rounded),

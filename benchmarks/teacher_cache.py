@@ -185,8 +185,7 @@ def counted_bound(pair: str, size: int) -> float:
     batch = {'image': np.zeros((1, size, size, 3), np.float32)}
     variables = adapters.init_linen(module, jax.random.key(0), batch)
     forward = adapters.from_linen(module)
-    fn = lambda v, b, f=forward: f(v, b, None, train=False).output
-    counts.append(measure.multiply_accumulates(fn, variables, batch))
+    counts.append(measure.multiply_accumulates(forward, variables, batch))
   teacher, student = counts
   return (3 * student + teacher) / (3 * student)
 

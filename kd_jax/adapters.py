@@ -271,13 +271,15 @@ def _recomputed(pattern: str, found: set[str]) -> Interceptor:
 
     def call(module, *arrays):
       given = iter(arrays)
-      filled = [next(given) if t else x for t, x in zip(traced, leaves)]
+      filled = [
+        next(given) if t else x for t, x in zip(traced, leaves, strict=True)
+      ]
       args, kwargs = jax.tree.unflatten(structure, filled)
       return module(*args, **kwargs)
 
     inside.append(path)
     try:
-      arrays = [x for t, x in zip(traced, leaves) if t]
+      arrays = [x for t, x in zip(traced, leaves, strict=True) if t]
       return nn.remat(call)(module, *arrays)
     finally:
       inside.pop()

@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -20,7 +19,7 @@ from kd_jax import deploy, exporters, guard, origin, terms, weights
 from kd_jax.prune import layer_costs, sparsity_report
 from kd_jax.quantize import dequantize_params
 from kd_jax.report import measure
-from kd_jax.rules import leaf_names
+from kd_jax.rules import leaf_names, named_leaves
 from kd_jax.run import Network, Run
 from kd_jax.types import Batch
 
@@ -212,13 +211,13 @@ def dropped(run: Run) -> list[dict[str, Any]]:
     for where in [*workdir.parts(stage), stage]:
       result, name = workdir.result(where), TRAINED[stage]
       part = where.removeprefix(stage).removeprefix('/')
-      count = lambda kind, h=result['history']: sum(r.get(kind, 0) for r in h)
+      history = result['history']
       rows.append(
         {
           'name': f'{name} ({part})' if part else name,
           'steps': result['steps'],
-          'dropped': count(guard.SKIPPED),
-          'spikes': count(guard.SPIKES),
+          'dropped': sum(r.get(guard.SKIPPED, 0) for r in history),
+          'spikes': sum(r.get(guard.SPIKES, 0) for r in history),
         }
       )
   return rows
@@ -266,7 +265,7 @@ def layers(
         found['flops'][i] += 2 * cost.macs
     real = {'params': dequantize_params(variables)['params']}
     for tree, kind in ((real, 'parameters'), (variables, 'bytes')):
-      for path, leaf in zip(leaf_names(tree), jax.tree.leaves(tree)):
+      for path, leaf in named_leaves(tree).items():
         if found := row(path):
           found[kind][i] += leaf.size if kind == 'parameters' else leaf.nbytes
   return [{'layer': path, **row} for path, row in rows.items()]
@@ -306,15 +305,17 @@ def _protocol(run: Run) -> list[str]:
   curves = 'the validation split'
   if 'validation' not in run.splits:
     curves = 'training batches, as no images are held out for validation'
-  fill = lambda part: terms.describe(part.terms.to_dict())
+  distilled, compressed = (
+    terms.describe(part.terms.to_dict()) for part in (c.distill, c.compress)
+  )
   return [
     f'Accuracy, agreement, KL and calibration error: test split of {test} '
     f'images, last step, one seed ({c.seed}). The test split is used for '
     f'nothing else; curves show {curves}.',
     'Agreement and KL compare with the teacher, at temperature 1; calibration '
     'error is the expected one with 15 bins.',
-    f'distilled: {fill(c.distill)}{_scheme(c.distill.scheme)}.',
-    f'pruned + int8: {fill(c.compress)}; from the distilled student.',
+    f'distilled: {distilled}{_scheme(c.distill.scheme)}.',
+    f'pruned + int8: {compressed}; from the distilled student.',
     'Every term is a mean over the batch; soft targets are KL(teacher || '
     'student), summed over classes, times T squared.',
     'student alone and distilled start from the same weights and see the same '

@@ -6,6 +6,7 @@ Owns flags, messages and exit codes; everything else is a call.
 import contextlib
 import os
 import re
+import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -389,8 +390,6 @@ def _stored_config(path: str) -> Any:
 
 
 def _executed_config(path: str) -> Any:
-  import runpy  # noqa: PLC0415
-
   file, *variant = path.split(':', 1)
   if not os.path.isfile(file):
     raise ValueError(f'There is no configuration file {file!r}.')

@@ -140,7 +140,7 @@ def shrink(values: Any) -> int:
     overwrite=values.overwrite,
   )
   print(made.plan)
-  left, units = map(sum, zip(*made.kept.values()))
+  left, units = map(sum, zip(*made.kept.values(), strict=True))
   kind = values.structure.replace('_', ' ')
   table = Table(title=f'{values.stage}, {units - left} of {units} {kind} gone')
   table.add_column('')

@@ -8,6 +8,7 @@ is in `distillation`.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -130,7 +131,7 @@ class Compression:
       {0, self._steps, *(x for _, a, b in spans if a < b for x in (a, b))}
     )
     found = []
-    for a, b in zip(cuts, cuts[1:]):
+    for a, b in itertools.pairwise(cuts):
       names = [name for name, begin, end in spans if begin <= a < end]
       found.append(Phase(' + '.join(names) or 'dense', a, b))
     return found

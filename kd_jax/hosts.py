@@ -266,7 +266,9 @@ def exchange(text: str) -> list[str]:
   padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
   padded[: data.size] = data
   rows = multihost_utils.process_allgather(padded)
-  return [row[:size].tobytes().decode() for row, size in zip(rows, sizes)]
+  return [
+    row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)
+  ]
 
 
 def together(work: Callable[[], T], error: type[Exception] = ValueError) -> T:

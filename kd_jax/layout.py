@@ -88,9 +88,13 @@ def param_spec(
   entries: list[str | None] = [None] * len(shape)
   axis = rules_lib.first(layout.tensor, path)
   parts = mesh.shape[TENSOR] if TENSOR in axes else 1
-  if axis is not None and parts > 1 and -len(shape) <= axis < len(shape):
-    if shape[axis] % parts == 0:
-      entries[axis] = TENSOR
+  if (
+    parts > 1
+    and axis is not None
+    and -len(shape) <= axis < len(shape)
+    and shape[axis] % parts == 0
+  ):
+    entries[axis] = TENSOR
   parts = mesh.shape[FSDP] if FSDP in axes else 1
   if parts > 1 and math.prod(shape) >= layout.least:
     fits = [i for i, n in enumerate(shape) if not entries[i] and n % parts == 0]
@@ -114,9 +118,8 @@ def state_shardings(state: Any, mesh: Mesh, layout: Layout = DEFAULT) -> Any:
   Returns:
     The tree of `state`, of `NamedSharding`.
   """
-  names = rules_lib.leaf_names(state.params)
-  leaves = jax.tree.leaves(state.params)
-  shapes = {name: tuple(leaf.shape) for name, leaf in zip(names, leaves)}
+  params = rules_lib.named_leaves(state.params)
+  shapes = {name: tuple(leaf.shape) for name, leaf in params.items()}
 
   def spec(path, leaf):
     name, shape = rules_lib.path_name(path), tuple(leaf.shape)

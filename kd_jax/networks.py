@@ -98,7 +98,7 @@ def _output(
   if space == 'first':
     return logits[0]
   if space == 'logits':
-    weighted = [w * z for w, z in zip(shares, logits)]
+    weighted = [w * z for w, z in zip(shares, logits, strict=True)]
     return sum(weighted[1:], start=weighted[0])
   log_p = [jax.nn.log_softmax(z / temperature) for z in logits]
   mixed = jax.nn.logsumexp(

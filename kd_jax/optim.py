@@ -218,8 +218,10 @@ def make_optimizer(
 
 def _add_penalties(l1: float, l2: float) -> optax.GradientTransformation:
   def update(updates, state, params):
-    add = lambda u, p: u + l1 * jnp.sign(p) + l2 * p
-    return jax.tree.map(add, updates, params), state
+    added = jax.tree.map(
+      lambda u, p: u + l1 * jnp.sign(p) + l2 * p, updates, params
+    )
+    return added, state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -308,7 +310,10 @@ def average_params(
 
 def averaged_params(opt_state: Any) -> Any:
   """The averaged parameters inside any optimizer state, or None."""
-  is_average = lambda x: isinstance(x, AverageState)
+
+  def is_average(node):
+    return isinstance(node, AverageState)
+
   found = [
     leaf
     for leaf in jax.tree.leaves(opt_state, is_leaf=is_average)

@@ -7,6 +7,7 @@ What the configuration says is compared by `workdir`.
 """
 
 import hashlib
+import itertools
 import platform
 from collections.abc import Callable
 from importlib import metadata
@@ -100,7 +101,7 @@ def resumed(run: Run) -> list[str]:
   """The changes of software while a run was made, in words."""
   path = run.workdir.place / _FILE
   used = read_json(path)['software'] if path.exists() else []
-  return [_changes(a, b) for a, b in zip(used, used[1:])]
+  return [_changes(a, b) for a, b in itertools.pairwise(used)]
 
 
 def _changes(before: dict[str, str], now: dict[str, str]) -> str:

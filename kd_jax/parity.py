@@ -346,11 +346,11 @@ dead w
         *dead,
       )
     )
-  widths = [max(map(len, column)) for column in zip(*lines)]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   for line in lines:
     words = [
       word.ljust(width) if i < 2 else word.rjust(width)
-      for i, (word, width) in enumerate(zip(line, widths))
+      for i, (word, width) in enumerate(zip(line, widths, strict=True))
     ]
     print('  '.join(words), file=file or sys.stdout)
   ends = (

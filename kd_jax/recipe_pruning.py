@@ -194,9 +194,8 @@ class Pruning:
     variables = dict(variables)
     if not self.removes:
       return variables, {}
-    params = variables['params']
-    leaves = map(np.asarray, jax.tree.leaves(params))
-    masks = {n: w != 0 for n, w in zip(rules_lib.leaf_names(params), leaves)}
+    leaves = rules_lib.named_leaves(variables['params'])
+    masks = {name: np.asarray(leaf) != 0 for name, leaf in leaves.items()}
     if self.recipe.structure == 'residual_blocks':
       gone = self.blocks.gone(masks)
       small = prune.without_blocks(self.blocks, variables, gone)

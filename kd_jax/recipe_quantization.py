@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -119,9 +118,8 @@ class Quantization:
       deploy.ACTIVATION_RULES,
       observer=quantize.min_max(),
     )
-    names, values = rules_lib.leaf_names(stats), jax.tree.leaves(stats)
     least: dict[str, float] = {}
-    for name, value in zip(names, values):
+    for name, value in rules_lib.named_leaves(stats).items():
       layer, _, which = name.rsplit('/', 2)
       if which == 'low':
         least[layer] = min(least.get(layer, 0.0), float(np.min(value)))

@@ -34,6 +34,16 @@ def leaf_names(tree: Any) -> list[str]:
   return [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def named_leaves(tree: Any) -> dict[str, Any]:
+  """path -> leaf, in the order of `jax.tree.leaves`.
+
+  Example:
+    >>> named_leaves({'conv': {'kernel': 1.0, 'bias': 0.5}})
+    {'conv/bias': 0.5, 'conv/kernel': 1.0}
+  """
+  return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+
+
 def near_misses(name: str, choices: Iterable[str], count: int = 6) -> str:
   """A sentence fragment naming the choices closest to `name`.
 

@@ -444,7 +444,10 @@ def _measurement(
 ) -> tuple[dict[str, metrics.Metric], Callable[..., Any]]:
   """The metrics, and the compiled step that takes outputs as its batch."""
   measured = metrics.classification(with_teacher=with_teacher)
-  teacher_fn = lambda variables, batch: Forward(batch['teacher'])
+
+  def teacher_fn(variables, batch):
+    return Forward(batch['teacher'])
+
   eval_step = make_eval_step(
     lambda variables, batch, rng, *, train: Forward(batch['output']),
     measured,

@@ -44,7 +44,7 @@ def make_mesh(
     ValueError: if the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = dict(zip(AXES, (data, fsdp, tensor)))
+  sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
   open_ = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
   bad = any(size < 1 for size in sizes.values() if size != -1)

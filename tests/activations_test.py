@@ -461,7 +461,7 @@ def test_a_range_per_example_makes_examples_independent():
   x = x * jnp.array([1, 10, 0, 0.1])[:, None, None]
   got, stats = quantize.activation(None, x, spec)
   assert stats is None
-  for one, rounded in zip(x, got):
+  for one, rounded in zip(x, got, strict=True):
     want = _numpy_round(one) if one.any() else one
     np.testing.assert_allclose(rounded, want, rtol=1e-5, atol=1e-6)
 

@@ -54,8 +54,10 @@ def test_methods_against_their_flops(tmp_path, monkeypatch):
     for _ in range(runs):
       for apply in applies.values():
         jax.block_until_ready(apply(images))
-    spread = lambda ms: {'low_ms': ms - 1, 'median_ms': ms, 'high_ms': ms + 1}
-    return {name: {**spread(given[name]), 'runs': runs} for name in applies}
+    return {
+      name: {'low_ms': ms - 1, 'median_ms': ms, 'high_ms': ms + 1, 'runs': runs}
+      for name, ms in ((name, given[name]) for name in applies)
+    }
 
   monkeypatch.setattr('kd_jax.report.measure.latencies', latencies)
   out = tmp_path / 'results' / 'methods.md'
@@ -65,7 +67,11 @@ def test_methods_against_their_flops(tmp_path, monkeypatch):
   text = out.read_text()
   rows = {
     re.search(r'`(\w+)`', line)[1]: dict(
-      zip(COLUMNS, map(float, re.findall(r'(?<= )\(?([\d.e+-]+)', line)))
+      zip(
+        COLUMNS,
+        map(float, re.findall(r'(?<= )\(?([\d.e+-]+)', line)),
+        strict=True,
+      )
     )
     for line in text.splitlines()
     if '(`' in line
@@ -253,11 +259,10 @@ def test_accuracy_of_compressed_networks(tmp_path, data_dir):
 def test_verdicts_compare_means_of_differences():
   compression = _load('compression_accuracy')
   speed = [{'batch 1': 1.6, 'batch 32': 1.7}, {'batch 1': 1.7, 'batch 32': 1.8}]
-  row = lambda name, *accuracy: {
-    'name': name,
-    'accuracy': accuracy,
-    'speed': speed,
-  }
+
+  def row(name, *accuracy):
+    return {'name': name, 'accuracy': accuracy, 'speed': speed}
+
   rows = [row('dense', 90.0, 80.0)]
   rows += [row(name, 90.0, 80.0) for name in compression.GOALS]
   rows[1] = row('int8 static, PTQ', 89.0, 80.0)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import runpy
 import signal
 
 import fake_bucket
@@ -152,8 +153,6 @@ def test_a_run_in_a_bucket_goes_on_elsewhere(
 
 
 def _tiny(data_dir):
-  import runpy  # noqa: PLC0415
-
   made = runpy.run_path(str(ROOT / 'configs' / 'digits.py'))
   config = made['get_config']('tiny')
   config.data.data_dir = str(data_dir)

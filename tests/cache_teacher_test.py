@@ -214,7 +214,9 @@ def test_another_run_is_refused_with_the_reason(taught, exact, tmp_path):
 
 
 def test_without_augmentation_one_epoch_serves_every_seed(taught, tmp_path):
-  change = lambda c: c.data.update({'crop_padding': 0})
+  def change(config):
+    config.data.crop_padding = 0
+
   first = _like(taught, tmp_path / 'first', change)
   made = distillation.cache_teacher(first, tmp_path / 'cache')
   assert (made['epochs'], made['constant']) == (1, True)

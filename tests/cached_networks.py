@@ -43,8 +43,10 @@ def network(variables, batch, rng=None, *, train=False):
 def variables(seed, width=7):
   """Of `network`."""
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: rng.normal(size=shape).astype('f') / 2
-  return {'params': {'first': normal(16, width), 'last': normal(width, 6)}}
+  shapes = {'first': (16, width), 'last': (width, 6)}
+  return {
+    'params': {n: rng.normal(size=s).astype('f') / 2 for n, s in shapes.items()}
+  }
 
 
 TEACHER = variables(1)

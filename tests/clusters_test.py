@@ -1,5 +1,6 @@
 """Which cluster and which accelerators there are, from files and variables."""
 
+import functools
 import pathlib
 
 import pytest
@@ -49,9 +50,7 @@ def test_launchers(environ, cluster, tmp_path):
 def test_pods_by_the_environment_and_the_metadata_server(tmp_path):
   root = machine(tmp_path, 'dev/accel0')
   answers = {}
-  detect = lambda environ, **options: clusters.detect(
-    environ, root=root, metadata=answers.get, **options
-  )
+  detect = functools.partial(clusters.detect, root=root, metadata=answers.get)
   assert detect({}) is None
   assert detect({'TPU_WORKER_HOSTNAMES': 'a,b'}) == 'tpu'
   assert detect({'TPU_WORKER_HOSTNAMES': 'a'}) is None

@@ -1,6 +1,8 @@
 """Recipes of compression: words, phases, one train step, and the integers."""
 
+import functools
 import importlib.util
+import itertools
 import pathlib
 
 import jax
@@ -192,7 +194,7 @@ def test_what_is_zero_stays_so_while_it_is_quantized():
     variables=variables, prune__method='preserve', prune__sparsity=0.0
   )
   states = _train(made, batch)
-  for before, after in zip(states, states[1:]):
+  for before, after in itertools.pairwise(states):
     assert _zeros(before.params) == _zeros(after.params)
   found = prune.masks_of(states[-1].opt_state)
   for name, mask in masks.items():
@@ -284,7 +286,7 @@ def test_a_bad_word_gets_one_sentence(changes, message):
 
 
 def test_moments_are_rounded_and_end_with_the_training():
-  at = lambda text: moment(text, steps=10, epoch_steps=3)
+  at = functools.partial(moment, steps=10, epoch_steps=3)
   assert [at(t) for t in ('33%', '0.5 epochs', '1 step', '99 steps')] == [
     *(3, 2, 1, 10)
   ]

@@ -323,8 +323,9 @@ def measured(name, size, classes):
   batch = {'image': np.zeros((1, size, size, 3), np.float32)}
   variables = jax.eval_shape(model.init, jax.random.key(0), batch['image'])
   parameters = sum(p.size for p in jax.tree.leaves(variables['params']))
-  fn = lambda v: forward(v, batch).output
-  return parameters, measure.multiply_accumulates(fn, variables)
+  return parameters, measure.multiply_accumulates(
+    lambda v: forward(v, batch).output, variables
+  )
 
 
 def check_costs(doc, names, *, size, classes, images, epochs):

@@ -1,6 +1,7 @@
 """Splits, resumable batches and keyed augmentation."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -51,6 +52,11 @@ def batch_of(images, ids=None, epoch=0):
   }
 
 
+def set_of(images):
+  """The images in an order of their own."""
+  return sorted(image.tobytes() for image in images)
+
+
 def augmented(batch, *, seed=0, **augmentation):
   """The crops as pixels again."""
   channels = batch['image'].shape[-1]
@@ -80,8 +86,8 @@ def test_digits_are_those_of_scikit_learn(digits):
   pixels = np.round(source.images * 255 / 16).astype(np.uint8).reshape(-1, 64)
   ours = np.concatenate([d.image.reshape(-1, 64) for d in digits.values()])
   labels = np.concatenate([d.label for d in digits.values()])
-  rows = lambda x, y: sorted(map(tuple, np.c_[x, y].tolist()))
-  assert rows(ours, labels) == rows(pixels, source.target)
+  got, want = np.c_[ours, labels], np.c_[pixels, source.target]
+  assert sorted(got.tolist()) == sorted(want.tolist())
 
 
 def test_test_split_is_stratified(digits):
@@ -212,8 +218,7 @@ def test_any_image_classification_set_loads(tfds_builder):
   test = data.load_images('fake_even', 'test', data_dir=directory)
   assert len(test) == 20
   assert test.class_names == ('0', '1', '2')
-  pixels = lambda x: sorted(i.tobytes() for i in x)
-  assert pixels(test.image) == pixels(images)
+  assert set_of(test.image) == set_of(images)
 
 
 def test_validation_serves_as_test_where_there_is_none(tfds_builder):
@@ -240,14 +245,17 @@ def test_set_without_labels_is_refused(tfds_builder):
 def test_set_without_labels_is_read_if_none_are_wanted(tfds_builder):
   source = tiny(20)
   directory = tfds_builder('FakeNameless', list(source.image), label='target')
-  load = lambda **kw: data.load_images(
-    'fake_nameless', 'train', data_dir=directory, labelled=False, **kw
+  load = functools.partial(
+    data.load_images,
+    'fake_nameless',
+    'train',
+    data_dir=directory,
+    labelled=False,
   )
   images = load(validation=0.0)
   assert images.label is None and not images.labelled
   assert images.class_names == () and images.num_classes == 0
-  pixels = lambda x: sorted(i.tobytes() for i in x)
-  assert pixels(images.image) == pixels(source.image)
+  assert set_of(images.image) == set_of(source.image)
   streamed = load(image_size=4, validation=0.5)
   assert len(streamed) == 10 and not streamed.labelled
 
@@ -378,10 +386,10 @@ def test_rows_of_a_batch_belong_together():
 
 
 def test_order_depends_on_the_seed_alone():
-  order = lambda seed: [
-    b['id'].tolist()
-    for b in data.train_batches(tiny(), batch_size=4, seed=seed, epochs=2)
-  ]
+  def order(seed):
+    batches = data.train_batches(tiny(), batch_size=4, seed=seed, epochs=2)
+    return [b['id'].tolist() for b in batches]
+
   assert order(0) == order(0)
   assert order(0) != order(1)
   # Neighbouring seeds share no epoch, as seed + epoch would make them.
@@ -390,7 +398,7 @@ def test_order_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize('steps', [0, 3, 5, 13])
 def test_resumed_iterator_continues_identically(steps):
-  make = lambda: data.train_batches(tiny(), batch_size=4, seed=7)
+  make = functools.partial(data.train_batches, tiny(), batch_size=4, seed=7)
   batches = make()
   for _ in range(steps):
     next(batches)
@@ -405,8 +413,8 @@ def test_resumed_iterator_continues_identically(steps):
 
 @pytest.mark.parametrize('count', [2, 4])
 def test_process_slices_concatenate_to_the_global_batch(count):
-  make = lambda **kw: data.train_batches(
-    tiny(), batch_size=8, seed=3, epochs=2, **kw
+  make = functools.partial(
+    data.train_batches, tiny(), batch_size=8, seed=3, epochs=2
   )
   parts = [make(process_index=i, process_count=count) for i in range(count)]
   for whole in make():
@@ -567,7 +575,7 @@ def test_any_compiler_sees_the_same_crops(how):
   preprocess = data.make_preprocess(
     mean=MEAN, std=STD, crop_padding=2, flip=True
   )
-  fn = lambda b: preprocess(b, train=True)
+  fn = functools.partial(preprocess, train=True)
   plain = data.make_preprocess(mean=MEAN, std=STD)
   crops = augmented(batch, crop_padding=2, flip=True)
   expected = plain({'image': crops}, train=False)['image']
@@ -669,9 +677,10 @@ def test_shares_are_beta_distributed(alpha, deviation):
 @pytest.mark.parametrize('change', ['first', 'second', 'epoch', 'seed'])
 def test_share_is_keyed_by_both_ids_epoch_and_seed(change):
   ids = np.tile(np.array([5, 9], np.int32), 8)
-  weights = lambda **kw: np.asarray(
-    mixed_batch(**{'ids': ids} | kw)[1]['mix_weight']
-  )
+
+  def weights(**changed):
+    return np.asarray(mixed_batch(**{'ids': ids} | changed)[1]['mix_weight'])
+
   same = weights()
   assert len(set(same)) == 1
   other = ids.copy()
@@ -703,8 +712,10 @@ def test_mixup_does_not_change_the_crops_and_is_for_training_only():
   np.testing.assert_allclose(plain['image'], batch['image'] / 255, rtol=1e-6)
   # The sum of a pair has no share in it.
   crops = augmented(batch, crop_padding=2, flip=True) / 255
-  sums = lambda x: np.asarray(x)[::2] + np.asarray(x)[1::2]
-  np.testing.assert_allclose(sums(out['image']), sums(crops), atol=1e-5)
+  got, want = (
+    np.asarray(x)[::2] + np.asarray(x)[1::2] for x in (out['image'], crops)
+  )
+  np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -721,7 +732,7 @@ def test_any_sharding_mixes_the_same(how, alpha):
   keywords = {'crop_padding': 1, 'flip': True, 'mixup': alpha}
   batch, expected = mixed_batch(epoch=3, **keywords)
   preprocess = data.make_preprocess(mean=(0.0,) * 3, std=(1.0,) * 3, **keywords)
-  fn = lambda b: preprocess(b, train=True)
+  fn = functools.partial(preprocess, train=True)
   stacked = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
   mesh = jax.make_mesh((8,), ('batch',), axis_types=(AxisType.Auto,))
   sharding = NamedSharding(mesh, P('batch'))
@@ -773,9 +784,10 @@ def test_renormalized_images_are_as_if_normalised_directly(dtype):
   images = tiny(3, channels=3).image
   ours = {'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6)}
   theirs = {'mean': (0.5, 0.4, 0.45), 'std': (0.2, 0.25, 1.0)}
-  normalise = lambda to: data.make_preprocess(**to)(
-    {'image': images}, train=False
-  )['image']
+
+  def normalise(to):
+    return data.make_preprocess(**to)({'image': images}, train=False)['image']
+
   got = data.renormalize(
     normalise(ours).astype(dtype),
     **ours,

@@ -144,8 +144,10 @@ def _norms(after, model=None):
   model = model or Norms()
   x = _rng().normal(size=(6, 5, 3)).astype('f')
   variables = adapters.init_linen(model, jax.random.key(0), {'image': x})
-  noise = lambda v: v + jnp.asarray(_rng().uniform(0, 0.3, v.shape), v.dtype)
-  variables = jax.tree.map(noise, variables)
+  variables = jax.tree.map(
+    lambda v: v + jnp.asarray(_rng().uniform(0, 0.3, v.shape), v.dtype),
+    variables,
+  )
   freezing = adapters.from_linen(
     model, interceptors=[quantize.freeze_batch_norm(after)]
   )

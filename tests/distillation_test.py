@@ -139,9 +139,9 @@ def test_mutual_learning_moves_every_student_towards_its_peers():
 
 
 def test_ema_teacher_is_the_average_of_the_students_parameters():
-  student = lambda v, b, rng=None, *, train=False: Forward(
-    jnp.einsum('bi,ij->bj', b['image'], v['params']['w'])
-  )
+  def student(v, b, rng=None, *, train=False):
+    return Forward(jnp.einsum('bi,ij->bj', b['image'], v['params']['w']))
+
   batch = {'image': X, 'label': jnp.array([0, 2])}
   objective = objectives.weighted_sum(
     {
@@ -169,7 +169,9 @@ def test_ema_teacher_is_the_average_of_the_students_parameters():
 
 
 def test_a_teacher_sees_its_own_normalisation_and_resolution():
-  network = lambda v, b, rng=None, *, train=False: Forward(b['image'])
+  def network(v, b, rng=None, *, train=False):
+    return Forward(b['image'])
+
   image = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
   mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
   renormalize = functools.partial(
@@ -550,15 +552,12 @@ def test_a_comparison_of_another_configuration_is_refused(compared, capsys):
 
 
 def test_gain_over_the_student_alone_is_taken_seed_by_seed():
-  row = lambda name, accuracy: {
-    'name': name,
-    'title': name,
-    'accuracy': accuracy,
-    'agreement': accuracy,
-    'kl': accuracy,
-    'calibration_error': accuracy,
-    'parameters': 10,
-  }
+  measures = ('accuracy', 'agreement', 'kl', 'calibration_error')
+
+  def row(name, values):
+    measured = dict.fromkeys(measures, values)
+    return {'name': name, 'title': name, 'parameters': 10, **measured}
+
   table = {
     'rows': [
       row('alone', [0.5, 0.9]),

@@ -153,7 +153,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     name = found and found[1] and urllib.parse.unquote(found[1])
     return url.path, name, query, listing
 
-  def do_GET(self):  # noqa: N802
+  def do_GET(self):
     """Lists, describes or reads."""
     path, name, query, listing = self._parts()
     with self.bucket.lock:
@@ -180,7 +180,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     where = f'bytes {first}-{first + len(part) - 1}/{len(data)}'
     return self._reply(206, part, [*headers, ('Content-Range', where)])
 
-  def do_POST(self):  # noqa: N802
+  def do_POST(self):
     """Uploads in one of three ways, or copies."""
     path, name, query, _ = self._parts()
     body = self._read()
@@ -214,7 +214,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     about = self._put(target, self.bucket.objects[source])
     return self._reply(200, {'done': True, 'resource': about})
 
-  do_PUT = do_POST  # noqa: N815
+  do_PUT = do_POST
 
   def _put(self, name, data):
     self.door.written.append(name)
@@ -222,13 +222,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def _conditional(self, query, name, data):
     with self.bucket.lock:
-      wanted = query.get('ifGenerationMatch')
-      if wanted is not None:
-        if wanted != str(self.bucket.generations.get(name, 0)):
-          return self._reply(412)
+      there = str(self.bucket.generations.get(name, 0))
+      if query.get('ifGenerationMatch', there) != there:
+        return self._reply(412)
       return self._reply(200, self._put(name, data))
 
-  def do_DELETE(self):  # noqa: N802
+  def do_DELETE(self):
     """Deletes an object."""
     _, name, _, _ = self._parts()
     with self.bucket.lock:

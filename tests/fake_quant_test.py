@@ -395,7 +395,7 @@ def test_sharded_weights_stay_where_they_are(options, kind):
       sharding = jax.NamedSharding(mesh, jax.P(*part))
       placed = jax.device_put(w, sharding)
       for got, want in zip(
-        jax.jit(jax.grad(loss, has_aux=True))(placed), wanted
+        jax.jit(jax.grad(loss, has_aux=True))(placed), wanted, strict=True
       ):
         assert got.sharding.is_equivalent_to(sharding, 2)
         np.testing.assert_allclose(jax.device_get(got), want, rtol=1e-6)

@@ -65,9 +65,9 @@ class Batches:
 
 @functools.cache
 def _compiled():
-  student = lambda v, batch, rng, *, train: Forward(
-    (v['params'] ** 2).mean() * batch['x']
-  )
+  def student(v, batch, rng, *, train):
+    return Forward((v['params'] ** 2).mean() * batch['x'])
+
   tx = optax.adam(0.01)
   objective = objectives.term(lambda i: i.student.output)
   step = guard.drop_nonfinite(make_train_step(student, objective, tx))
@@ -201,9 +201,12 @@ def _dense():
   model = nn.Sequential([nn.Dense(4)])
   batch = {'image': jnp.ones((8, 4))}
   variables = model.init(jax.random.key(0), batch['image'])
-  make = lambda interceptor: adapters.from_linen(
-    model, interceptors=(interceptor,), train_argument=None
-  )
+
+  def make(interceptor):
+    return adapters.from_linen(
+      model, interceptors=(interceptor,), train_argument=None
+    )
+
   return make, variables, batch
 
 
@@ -220,8 +223,7 @@ def _calibration():
 
 
 def _evaluation():
-  wait = lambda batch: time.sleep(1e-3)
-  metrics.evaluate(wait, iter(lambda: {}, None), {})
+  metrics.evaluate(lambda batch: time.sleep(1e-3), iter(lambda: {}, None), {})
 
 
 def _latencies():
@@ -362,8 +364,8 @@ def test_what_failed_is_counted_over_a_restart(tmp_path):
   with pytest.raises(Preempted):
     loop(tmp_path / 'stopped', bad | {15: send()})
   assert_same(loop(tmp_path / 'stopped', bad), straight)
-  counts = lambda kind: sum(row[kind] for row in straight.history)
-  assert (counts('skipped'), counts('spikes')) == (4, 2)
+  assert sum(row['skipped'] for row in straight.history) == 4
+  assert sum(row['spikes'] for row in straight.history) == 2
 
 
 def test_a_window_of_dropped_steps_has_no_mean(tmp_path):

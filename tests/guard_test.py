@@ -1,5 +1,7 @@
 """Steps with NaN or infinity: dropped whole, counted, and the end of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +59,7 @@ def test_a_bad_batch_changes_nothing_but_the_step(how, value):
   )
   state = sharding.place_state(state, mesh, how)
   rng = jax.random.key(0)
-  put = lambda b: sharding.shard_batch(b, mesh)
+  put = functools.partial(sharding.shard_batch, mesh=mesh)
   once, metrics = step(state, put(batch), rng)
   assert metrics['skipped'] == 0 and not _same(once.params, state.params)
   # One value of one image, so that one device alone sees it.
@@ -74,9 +76,9 @@ def test_a_bad_batch_changes_nothing_but_the_step(how, value):
 
 
 def test_gradients_alone_may_be_at_fault():
-  student = lambda v, batch, rng, *, train: Forward(
-    jnp.sqrt(v['params'] * batch['x'])
-  )
+  def student(v, batch, rng, *, train):
+    return Forward(jnp.sqrt(v['params'] * batch['x']))
+
   objective = objectives.term(lambda i: i.student.output)
   tx, batch = optax.sgd(1.0), {'x': jnp.zeros(2)}
   step = jax.jit(guard.drop_nonfinite(make_train_step(student, objective, tx)))
@@ -129,7 +131,9 @@ class _Batches:
 
 
 def _loop(folder, bad, steps=40):
-  student = lambda v, batch, rng, *, train: Forward(v['params'] * batch['x'])
+  def student(v, batch, rng, *, train):
+    return Forward(v['params'] * batch['x'])
+
   objective = objectives.term(lambda i: i.student.output)
   tx = optax.sgd(0.001)
   batches = _Batches(bad)

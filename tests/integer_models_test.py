@@ -227,6 +227,6 @@ def test_a_report_is_rows_and_a_table():
   lines = text.getvalue().splitlines()
   assert len(lines) == 1 + len(rows) + 3
   assert lines[0].split()[0] == 'layer'
-  for line, row in zip(lines[1:], rows):
+  for line, row in zip(lines[1 : 1 + len(rows)], rows, strict=True):
     assert line.startswith(f'{row["layer"]} ')
   assert len({len(line) for line in lines[: 1 + len(rows)]}) == 1

@@ -306,7 +306,9 @@ def test_the_accumulator_does_not_overflow_int8_or_int16():
 
 
 def test_auto_is_the_way_that_was_measured_to_be_fastest():
-  kernel = lambda *shape: jnp.ones(shape, jnp.int8)
+  def kernel(*shape):
+    return jnp.ones(shape, jnp.int8)
+
   new = jax.__version_info__ >= (0, 12)
   way = 'direct' if new else 'im2col'
   assert convolutions.fastest(kernel(3, 3, 64, 64), groups=1) == way
@@ -605,7 +607,7 @@ def test_learned_steps_and_chosen_ranges_are_the_scales(inputs, group_size):
     quantize.lsq_params(params, rules),
     quantize.fake_quant_params(variables['params'], rules, observer=observer),
   )
-  for converted, want in zip((learned, chosen), wanted):
+  for converted, want in zip((learned, chosen), wanted, strict=True):
     got = quantize.dequantize_params(converted)['params']
     assert jax.tree.structure(got) == jax.tree.structure(variables['params'])
     np.testing.assert_allclose(
@@ -673,7 +675,9 @@ def test_keyword_inputs_and_a_layer_called_twice(inputs):
     assert np.median(error) < 1e-5 and error.max() < 0.02
     # Its outputs are rounded: both halves lie on a grid of 256 values.
     if inputs == INPUTS:
-      for half, name in zip(np.split(got, 2, -1), ('input0', 'input1')):
+      for half, name in zip(
+        np.split(got, 2, -1), ('input0', 'input1'), strict=True
+      ):
         grid = converted['int8']['concatenate'][name]
         codes = half / grid['scale']
         np.testing.assert_allclose(codes, np.round(codes), atol=1e-3)

@@ -122,7 +122,9 @@ def test_every_mesh_has_the_numbers_of_one_device(name, kind):
   # SGD, and few steps: Adam divides by noise where gradients are nil, and sums
   # in another order move a code over an edge sooner or later.
   np.testing.assert_allclose(losses, expected, rtol=1e-5)
-  for p, q in zip(jax.tree.leaves(state.params), jax.tree.leaves(want.params)):
+  for p, q in zip(
+    jax.tree.leaves(state.params), jax.tree.leaves(want.params), strict=True
+  ):
     np.testing.assert_allclose(p, q, rtol=1e-5, atol=1e-5)
   masks, alone = (prune.masks_of(s.opt_state) for s in (state, want))
   for path, mask in alone.items():
@@ -131,12 +133,16 @@ def test_every_mesh_has_the_numbers_of_one_device(name, kind):
   # State stays where it was put, and what mirrors a parameter lies with it.
   placed = layout.state_shardings(state.replace(teacher=None), mesh, rules)
   for leaf, where in zip(
-    jax.tree.leaves(state.replace(teacher=None)), jax.tree.leaves(placed)
+    jax.tree.leaves(state.replace(teacher=None)),
+    jax.tree.leaves(placed),
+    strict=True,
   ):
     assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
   moments = prune.find_state(state.opt_state).inner[0].trace
   split = 0
-  for p, m in zip(jax.tree.leaves(state.params), jax.tree.leaves(moments)):
+  for p, m in zip(
+    jax.tree.leaves(state.params), jax.tree.leaves(moments), strict=True
+  ):
     assert p.sharding.is_equivalent_to(m.sharding, p.ndim)
     split += not p.sharding.is_fully_replicated
   assert (split > 0) == (kind != 'data')
@@ -154,7 +160,9 @@ def _collectives(name, kind):
   placed = layout.state_shardings(student, mesh, SMALL).params
   entries = [
     (math.prod(where.shard_shape(p.shape)), p.size)
-    for p, where in zip(jax.tree.leaves(state.params), jax.tree.leaves(placed))
+    for p, where in zip(
+      jax.tree.leaves(state.params), jax.tree.leaves(placed), strict=True
+    )
   ]
   return hlo.owned(hlo.collectives(text), entries)
 

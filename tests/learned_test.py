@@ -384,9 +384,10 @@ def test_both_products_of_attention_learn_their_ranges():
     forward, variables, {'image': x}, rules
   )
   assert set(params['attention']['scores']) == {'input0_step', 'input1_step'}
-  loss = lambda p: forward({'params': p}, {'image': x}).output.sum()
-  grads = jax.grad(loss)(params)['attention']
-  assert jnp.abs(grads['context']['input0_step']) > 0
+  grads = jax.grad(lambda p: forward({'params': p}, {'image': x}).output.sum())(
+    params
+  )
+  assert jnp.abs(grads['attention']['context']['input0_step']) > 0
 
 
 def test_mistakes_with_learned_activations_are_named():

@@ -74,7 +74,10 @@ def _plus(tree, step):
   leaves, structure = jax.tree.flatten(tree)
   ends = np.cumsum([x.size for x in leaves])[:-1]
   return structure.unflatten(
-    [x + s.reshape(x.shape) for x, s in zip(leaves, np.split(step, ends))]
+    [
+      x + s.reshape(x.shape)
+      for x, s in zip(leaves, np.split(step, ends), strict=True)
+    ]
   )
 
 

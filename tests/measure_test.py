@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from kd_jax import adapters, models, weights
 from kd_jax.report import measure
@@ -60,12 +61,12 @@ def test_latencies_tell_a_slow_function_from_a_fast_one():
 
 def test_latencies_draw_the_order_of_every_round():
   called = []
-  note = lambda name: lambda x: called.append(name)
-  measure.latencies({n: note(n) for n in 'abc'}, np.zeros(1), runs=20)
+  applies = {n: lambda x, n=n: called.append(n) for n in 'abc'}
+  measure.latencies(applies, np.zeros(1), runs=20)
   rounds = [tuple(called[i : i + 3]) for i in range(0, len(called), 3)]
   assert all(sorted(r) == ['a', 'b', 'c'] for r in rounds)
   # Each goes first, in the middle and last.
-  assert all(len(set(place)) == 3 for place in zip(*rounds))
+  assert all(len(set(place)) == 3 for place in zip(*rounds, strict=True))
 
 
 def test_weights_round_trip_and_refuse_foreign_files(tmp_path):
@@ -93,8 +94,6 @@ def test_weights_round_trip_and_refuse_foreign_files(tmp_path):
   path.write_bytes(path.read_bytes()[:20])
   with pytest.raises(ValueError, match='cannot be read as weights'):
     weights.load_weights(path)
-  from safetensors.numpy import save_file  # noqa: PLC0415
-
   save_file({'x': np.zeros(1)}, path)
   with pytest.raises(ValueError, match="not 'kd_jax.variables.2'"):
     weights.load_weights(path)

@@ -65,7 +65,9 @@ def _calibration_error(logits, label, bins):
   p = _softmax(logits)
   confidence, hits = p.max(-1), p.argmax(-1) == label
   total = 0.0
-  for low, high in zip(np.arange(bins) / bins, np.arange(1, bins + 1) / bins):
+  for low, high in zip(
+    np.arange(bins) / bins, np.arange(1, bins + 1) / bins, strict=True
+  ):
     member = (confidence > low) & (confidence <= high)
     if member.any():
       gap = abs(hits[member].mean() - confidence[member].mean())

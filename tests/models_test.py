@@ -227,7 +227,9 @@ def test_stages_are_activated_preactivations(name):
   model, variables, _ = _filled(name)
   taps, features = model.taps, _tapped(name).features
   assert len(taps.stages) == len(taps.preactivations) > 1
-  for i, (stage, before) in enumerate(zip(taps.stages, taps.preactivations)):
+  for i, (stage, before) in enumerate(
+    zip(taps.stages, taps.preactivations, strict=True)
+  ):
     x, y = features[stage], features[before]
     if name == 'wrn':  # A norm comes first, as the docstring says.
       norm, stats = (
@@ -323,7 +325,7 @@ def test_dropout_acts_in_training_only(name):
   forward = adapters.from_linen(model)
 
   def text(train):
-    run = lambda v: forward(v, batch, rng, train=train).output
+    run = functools.partial(forward, batch=batch, rng=rng, train=train)
     return str(jax.make_jaxpr(run)(_shapes(model)))
 
   assert 'random_bits' in text(True)
@@ -334,17 +336,21 @@ def test_dropout_acts_in_training_only(name):
 def test_every_norm_learns_statistics_in_training_only(name):
   model, variables, batch = _filled(name)
   forward = _jit(adapters.from_linen(model), static_argnames='train')
-  run = lambda train: jax.device_get(
-    forward(variables, batch, jax.random.key(0), train=train).model_state
-  )
+
+  def run(train):
+    out = forward(variables, batch, jax.random.key(0), train=train)
+    return jax.device_get(out.model_state)
+
   before = jax.tree.leaves(variables['batch_stats'])
   moved = [
     bool((old != new).any())
-    for old, new in zip(before, jax.tree.leaves(run(True)['batch_stats']))
+    for old, new in zip(
+      before, jax.tree.leaves(run(True)['batch_stats']), strict=True
+    )
   ]
   assert len(moved) == len(before) and all(moved)
   kept = jax.tree.leaves(run(False)['batch_stats'])
-  assert all((old == new).all() for old, new in zip(before, kept))
+  assert all((old == new).all() for old, new in zip(before, kept, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_mse_finds_a_range_as_good_as_any(name, spec):
   if spec.symmetric:
     low, high = -max(-low, high), max(-low, high)
   shares = np.linspace(0.03, 1, 40)
-  pairs = zip(shares, shares)
+  pairs = ((a, a) for a in shares)
   if not spec.symmetric and low < 0:
     pairs = ((a, b) for a in shares for b in shares)
   best = min(_error(x, a * low, b * high, spec) for a, b in pairs)
@@ -448,7 +448,10 @@ def test_collections_of_stacks_and_blocks_are_merged(name):
   """States with leading axes, of a scanned stack and of a range per axis."""
   observer, rng = OBSERVERS[name], _rng()
   x = jnp.asarray(rng.normal(size=(2, 3, 50)), jnp.float32)
-  see = lambda x: observer.update(observer.init(), x, None)
+
+  def see(x):
+    return observer.update(observer.init(), x, None)
+
   stack = jax.jit(jax.vmap(see))
   a, b = (
     {'dense': {'input0': see(v[0])}, 'stack': {'input0': stack(v)}} for v in x

@@ -77,8 +77,10 @@ def _words():
   rng, model = np.random.default_rng(0), _Words()
   x = rng.integers(0, 11, (9, 5)).astype(np.int32)
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
-  fill = lambda s: rng.normal(size=s.shape).astype('f') / 2
-  return model, jax.tree.map(fill, dict(shapes)), x
+  variables = jax.tree.map(
+    lambda s: rng.normal(size=s.shape).astype('f') / 2, dict(shapes)
+  )
+  return model, variables, x
 
 
 def test_words_on_integers(tmp_path):
@@ -159,7 +161,10 @@ def test_stablehlo_carries_the_same_integers(name, tmp_path):
   else:
     (model, integers, x), dynamic = _integers(name), ()
   forward = deploy.integer_forward(model, dynamic=dynamic)
-  fn = lambda v, images: forward(v, {'image': images}).output
+
+  def fn(v, images):
+    return forward(v, {'image': images}).output
+
   path = export.export_stablehlo(
     fn,
     integers,

@@ -196,7 +196,8 @@ def test_grids_that_differ_by_rounding_are_one(folder):
     def fn(x):
       codes = [execution.quantize_linear(x, s, zero) for s in scales]
       return sum(
-        execution.dequantize_linear(c, s, zero) for c, s in zip(codes, scales)
+        execution.dequantize_linear(c, s, zero)
+        for c, s in zip(codes, scales, strict=True)
       )
 
     path = folder / 'grids.onnx'

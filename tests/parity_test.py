@@ -13,10 +13,15 @@ from kd_jax import parity
 def compare(found, expected, sizes=None, mask=None):
   """`parity.compare` of two arrays, cut into batches."""
   ends = np.cumsum(sizes or [len(expected)])
-  cut = lambda x: np.split(np.asarray(x), ends[:-1])
-  batches = [{'f': f, 'r': r} for f, r in zip(cut(found), cut(expected))]
+
+  def cut(x):
+    return np.split(np.asarray(x), ends[:-1])
+
+  batches = [
+    {'f': f, 'r': r} for f, r in zip(cut(found), cut(expected), strict=True)
+  ]
   if mask is not None:
-    batches = [b | {'mask': m} for b, m in zip(batches, cut(mask))]
+    batches = [b | {'mask': m} for b, m in zip(batches, cut(mask), strict=True)]
   return parity.compare(lambda b: b['f'], lambda b: b['r'], batches)
 
 

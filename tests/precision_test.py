@@ -64,7 +64,9 @@ def _batch(name, count=4):
 
 
 def _equations(jaxpr):
-  is_jaxpr = lambda p: hasattr(p, 'eqns') or hasattr(p, 'jaxpr')
+  def is_jaxpr(param):
+    return hasattr(param, 'eqns') or hasattr(param, 'jaxpr')
+
   for equation in jaxpr.eqns:
     yield equation
     for inner in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):

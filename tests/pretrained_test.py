@@ -19,8 +19,8 @@ if os.environ.get('KD_JAX_REQUIRE_PARITY'):
 else:
   torch = pytest.importorskip('torch')
 
-import safetensors.torch  # noqa: E402
-from torch import nn  # noqa: E402
+import safetensors.torch
+from torch import nn
 
 # These programs run once: to compile them is what takes time.
 COMPILER = {'xla_backend_optimization_level': 0}
@@ -401,7 +401,7 @@ class ConvNeXt(nn.Module):
   def __init__(self, blocks, widths, classes):
     super().__init__()
     self.features = nn.Sequential()
-    for i, (count, width) in enumerate(zip(blocks, widths)):
+    for i, (count, width) in enumerate(zip(blocks, widths, strict=True)):
       norm = ChannelNorm(widths[max(i - 1, 0)], eps=1e-6)
       shrink = nn.Conv2d(3, width, 4, 4)
       if i:
@@ -596,7 +596,7 @@ def test_scores_and_both_heads_are_those_of_the_twin(tmp_path):
   scores = [f'block{i}/attention/scores' for i in (1, 2, 3)]
   taps = [*scores, 'head', 'head_dist']
   features = _apply(model, variables, images, taps).features
-  for tap, block in zip(scores, twin.blocks):
+  for tap, block in zip(scores, twin.blocks, strict=True):
     assert _difference(features[tap], block.attn.scores) < 1e-4
   assert _difference(features['head'], twin.logits) < 1e-4
   assert _difference(features['head_dist'], twin.logits_dist) < 1e-4

@@ -26,7 +26,7 @@ def _arrays(kind):
     'mostly_zeros': (a * (np.abs(a) > 1.5), b * (np.abs(b) > 1.5)),
     'tiny_and_huge': (a * 1e-38, b * 1e38),
   }[kind]
-  return {n: v.astype('f') for n, v in zip(('a', 'b'), values)}
+  return {n: v.astype('f') for n, v in zip(('a', 'b'), values, strict=True)}
 
 
 KINDS = ['random', 'ties', 'equal', 'zeros', 'mostly_zeros', 'tiny_and_huge']
@@ -47,7 +47,7 @@ def test_masks_are_those_of_a_stable_sort_at_every_sparsity(kind, scope):
       size = sum(a.size for a in arrays)
       keep = max(size - round(sparsity * size), 1)
       assert sum(int(masks[n].sum()) for n in names) == keep
-      for name, want in zip(names, top(arrays, keep)):
+      for name, want in zip(names, top(arrays, keep), strict=True):
         np.testing.assert_array_equal(masks[name], want)
 
 
@@ -65,7 +65,7 @@ def test_largest_agrees_with_a_sort_for_every_count():
   ]
   ordered = [np.where(np.isneginf(x), -1e200, x) for x in ordered]
   for keep in range(a.size + b.size + 1):
-    for got, want in zip(run(keep), top(ordered, keep)):
+    for got, want in zip(run(keep), top(ordered, keep), strict=True):
       np.testing.assert_array_equal(got, want)
 
 
@@ -107,7 +107,7 @@ def test_kept_counts_are_those_of_exact_arithmetic():
   counts = jax.jit(lambda s: [prune.kept_count(size, s) for size in sizes])
   for sparsity in decimals + others:
     got = counts(np.float32(float(sparsity)))
-    for size, count in zip(sizes, got):
+    for size, count in zip(sizes, got, strict=True):
       want = max(size - round(sparsity * size), 1)
       assert int(count) == want, (size, float(sparsity))
   assert int(prune.kept_count(15, 0.9)) == 1  # 13.5 is rounded to 14.
@@ -256,7 +256,7 @@ def test_properties_of_magnitude_masks(scope):
     values = np.split(
       rng.permutation(sum(sizes)).astype('f') + 1, np.cumsum(sizes)[:-1]
     )
-    arrays = dict(zip(names, values))
+    arrays = dict(zip(names, values, strict=True))
     shaped = {n: a.reshape(names[n].shape) for n, a in arrays.items()}
     tree = {n.split('/')[0]: {'kernel': w} for n, w in shaped.items()}
     sparsity = round(rng.uniform(0, 0.99), 2)

@@ -80,7 +80,7 @@ def test_scores_are_their_papers(name):
   @jax.jit
   def run(trees, grads):
     state = score.init(trees[0])
-    for w, g in zip(trees, grads):
+    for w, g in zip(trees, grads, strict=True):
       state = score.update(state, w, g)
     return score.value(state, trees[-1])
 
@@ -90,7 +90,7 @@ def test_scores_are_their_papers(name):
   for path, value in got.items():
     steps = [
       (np.asarray(w[path], np.float64), np.asarray(g[path], np.float64))
-      for w, g in zip(weights, gradients)
+      for w, g in zip(weights, gradients, strict=True)
     ]
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, paper(steps), rtol=1e-4, atol=1e-7)
@@ -127,7 +127,10 @@ def test_scores_out_of_range_are_named():
 def test_accumulate_averages_over_batches():
   params = {'a': {'kernel': jnp.array([1.0, -2.0]), 'bias': jnp.ones(1)}}
   batches = [np.array([3.0, 1.0], 'f'), np.array([-1.0, 1.0], 'f')]
-  loss = lambda p, x: jnp.sum(p['a']['kernel'] * x) + p['a']['bias'].sum()
+
+  def loss(p, x):
+    return jnp.sum(p['a']['kernel'] * x) + p['a']['bias'].sum()
+
   scores = prune.accumulate(
     prune.taylor(decay=1), jax.grad(loss), params, batches, rules=KERNELS
   )
@@ -169,7 +172,7 @@ def test_training_prunes_by_every_score(name):
   grads = [random_like(start, 1 + i) for i in range(3)]
   steps = [
     {n: (w, kernels(g)[n]) for n, w in kernels(t).items()}
-    for t, g in zip(trees, grads)
+    for t, g in zip(trees, grads, strict=True)
   ]
   scores = {n: paper([s[n] for s in steps]) for n in steps[0]}
   masks = prune.masks_of(history[2][1])

@@ -29,10 +29,9 @@ COLLECTIVES = ('all-gather', 'all-to-all', 'collective-permute', 'sort')
 
 def _params():
   rng = np.random.default_rng(0)
-  normal = lambda *shape: rng.normal(size=shape).astype('f')
   return {
-    'conv': normal(3, 3, 4, 16),
-    'w': np.round(normal(64, 24), 1),
+    'conv': rng.normal(size=(3, 3, 4, 16)).astype('f'),
+    'w': np.round(rng.normal(size=(64, 24)).astype('f'), 1),
   }
 
 
@@ -61,11 +60,10 @@ def test_every_structure_and_scope_without_a_gather(kind):
 
   def run(params):
     scores = prune.magnitude().value((), params)
-    one = lambda structure, scope: structure(scores, 0.5, scope)
-    masks = {n: one(s, 'global') for n, s in STRUCTURES.items()}
+    masks = {n: s(scores, 0.5, 'global') for n, s in STRUCTURES.items()}
     for scope in ('layer', 'erk'):
-      masks[scope] = one(prune.unstructured(), scope)
-      masks[f'channels by {scope}'] = one(prune.channels(), scope)
+      masks[scope] = prune.unstructured()(scores, 0.5, scope)
+      masks[f'channels by {scope}'] = prune.channels()(scores, 0.5, scope)
     return masks
 
   compiled = jax.jit(run).lower(params).compile()
@@ -85,7 +83,7 @@ def test_units_that_lie_across_devices_are_right_too(kind):
       for s in structures
     ]
   )
-  for masks, want in zip(run(params), run(_params())):
+  for masks, want in zip(run(params), run(_params()), strict=True):
     _check_masks(masks, want, params)
 
 

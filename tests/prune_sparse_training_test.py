@@ -1,5 +1,7 @@
 """SET and RigL against NumPy: what is dropped, what is grown, what rests."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,13 +104,13 @@ def test_sparsity_is_exact_at_every_step(scope, grow):
 
 def test_random_growth_takes_all_and_other_weights_each_time():
   """SET: chance decides among those that are left, by seed, path and step."""
-  tx = lambda seed: prune.sparse_train(
-    optax.sgd(0.0), 0.5, RULES, stop=1000, every=1, grow='random', seed=seed
-  )
+  options = {'stop': 1000, 'every': 1, 'grow': 'random'}
   params = {'w': jnp.arange(1.0, 41.0)}
   runs = []
   for seed in (0, 0, 1):
-    wrapper = tx(seed)
+    wrapper = prune.sparse_train(
+      optax.sgd(0.0), 0.5, RULES, seed=seed, **options
+    )
     update, state, tree = _update(wrapper), wrapper.init(params), params
     grown = []
     for _ in range(8):
@@ -154,16 +156,22 @@ def test_an_exchange_moves_nothing_and_new_weights_have_no_past(name):
   # Masks made dense by hand, so that all weights have a past.
   tx = prune.sparse_train(_inner(name), 0.5, RULES, stop=9, every=2)
   rng = np.random.default_rng(0)
-  normal = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)
-  params = {'w': normal(4, 5), 'b': normal(3)}
+
+  def normal():
+    return {
+      'w': jnp.asarray(rng.normal(size=(4, 5)), jnp.float32),
+      'b': jnp.asarray(rng.normal(size=3), jnp.float32),
+    }
+
+  params = normal()
   state, update = tx.init(params), _update(tx)
   mask = state.masks['w']
   state = state._replace(masks={'w': jnp.ones_like(mask)})
   for _ in range(2):
-    params, state = update(params, state, {'w': normal(4, 5), 'b': normal(3)})
+    params, state = update(params, state, normal())
   state = state._replace(masks={'w': mask})
   params['w'] = jnp.where(mask, params['w'], 0)
-  new, after = update(params, state, {'w': normal(4, 5), 'b': normal(3)})
+  new, after = update(params, state, normal())
   stays = np.asarray(mask & after.masks['w'])
   grown = np.asarray(after.masks['w'] & ~mask)
   assert 0 < grown.sum() <= round(0.15 * (1 + np.cos(np.pi * 2 / 9)) * 10)
@@ -177,7 +185,7 @@ def test_an_exchange_moves_nothing_and_new_weights_have_no_past(name):
       got, np.where(grown, np.float32(fresh), old), err_msg=key
     )
   for old, got in zip(
-    jax.tree.leaves(state.inner), jax.tree.leaves(after.inner)
+    jax.tree.leaves(state.inner), jax.tree.leaves(after.inner), strict=True
   ):
     if np.ndim(old) != 2:
       np.testing.assert_array_equal(old, got)
@@ -207,8 +215,8 @@ def test_the_first_forward_can_be_sparse_too():
 
 
 def test_arguments_out_of_range_are_named():
-  make = lambda **o: prune.sparse_train(
-    optax.sgd(0.1), **({'sparsity': 0.5, 'rules': RULES, 'stop': 9} | o)
+  make = functools.partial(
+    prune.sparse_train, optax.sgd(0.1), sparsity=0.5, rules=RULES, stop=9
   )
   for option in (
     {'sparsity': 1.0},

@@ -53,7 +53,10 @@ def test_channels_are_the_largest_slices(axis, pool):
   # Whole numbers, so that sums in any order are the same.
   scores = {n: np.round(10 * s) for n, s in scores.items()}
   structure = prune.channels(axis, pool=pool)
-  slices = lambda s: np.moveaxis(s, axis, 0).reshape(s.shape[axis], -1)
+
+  def slices(s):
+    return np.moveaxis(s, axis, 0).reshape(s.shape[axis], -1)
+
   pooled = {n: POOLS[pool](slices(s), 1).astype('f') for n, s in scores.items()}
   number = sum(p.size for p in pooled.values())
   for scope in ('layer', 'global'):
@@ -66,7 +69,7 @@ def test_channels_are_the_largest_slices(axis, pool):
         keep = number - round(sparsity * number)
         want = top_with_each(list(pooled.values()), keep)
       masks = run(scores, sparsity)
-      for (name, mask), kept in zip(masks.items(), want):
+      for (name, mask), kept in zip(masks.items(), want, strict=True):
         assert mask.shape == scores[name].shape
         np.testing.assert_array_equal(slices(mask).all(1), kept)
         np.testing.assert_array_equal(slices(mask).any(1), kept)
@@ -101,7 +104,7 @@ def test_blocks_reach_the_border_and_stacks_have_their_own(pool):
     # A mean in float32: values that differ by rounding alone would be ties.
     kept = top([pooled.astype('f')], len(starts) - round(0.6 * len(starts)))[0]
     want = np.zeros_like(matrices, bool)
-    for (k, i, j), keep in zip(starts, kept):
+    for (k, i, j), keep in zip(starts, kept, strict=True):
       want[k, i : i + 3, j : j + 4] = keep
     np.testing.assert_array_equal(masks[name].reshape(want.shape), want)
 
@@ -254,7 +257,7 @@ def test_training_with_every_structure_and_scope(name, scope):
       for kept, size in counts.values():
         assert kept == int(prune.kept_count(size, target))
     else:
-      kept, size = map(sum, zip(*counts.values()))
+      kept, size = map(sum, zip(*counts.values(), strict=True))
       assert kept == int(prune.kept_count(size, target))
   assert tree['dense']['kernel'].dtype == jnp.bfloat16
   assert tree['dense']['bias'] is None

@@ -1,5 +1,7 @@
 """The optax wrapper: exact zeros, revival, NaN, rewinding, straight-through."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,8 +117,9 @@ def test_the_average_is_masked_by_its_reader():
 def test_a_pruned_weight_does_not_come_back_for_one_that_became_zero():
   """Both have magnitude 0, and the pruned one has the lower index."""
   params = {'w': jnp.array([0.1, 5.0, 4.0, 3.0])}
-  schedule = lambda step: jnp.where(step < 2, 0.25, 0.5)
-  tx = prune.prune(optax.sgd(1.0), schedule, ALL)
+  tx = prune.prune(
+    optax.sgd(1.0), lambda step: jnp.where(step < 2, 0.25, 0.5), ALL
+  )
   state, masks, update = tx.init(params), [], jax.jit(tx.update)
   for grads in ([0, 0, 0, 0], [0, 0, 4.0, 3.0], [0, 0, 0, 0]):
     grads = {'w': jnp.array(grads, jnp.float32)}
@@ -156,7 +159,9 @@ def test_masks_only_lose_weights_at_random_schedules(scope):
     scope=scope,
   )
   previous = None
-  for level, (tree, state) in zip(levels, train(tx, make_tree(), 20)):
+  for level, (tree, state) in zip(
+    levels, train(tx, make_tree(), 20), strict=True
+  ):
     masks = {n: np.asarray(m) for n, m in state.masks.items()}
     counts = {n: int(m.sum()) for n, m in masks.items()}
     assert min(counts.values()) >= 1
@@ -173,8 +178,11 @@ def test_masks_only_lose_weights_at_random_schedules(scope):
 
 
 def test_never_is_never_also_when_the_schedule_falls():
-  schedule = lambda step: jnp.asarray([0.75, 0.25, 0.5])[step]
-  tx = prune.prune(optax.sgd(0.1), schedule, [('kernel', True)])
+  tx = prune.prune(
+    optax.sgd(0.1),
+    lambda step: jnp.asarray([0.75, 0.25, 0.5])[step],
+    [('kernel', True)],
+  )
   history = _train(tx, 3)
   counts = [int(state.masks['kernel'].sum()) for _, state in history]
   assert counts == [8, 8, 8]
@@ -315,12 +323,11 @@ def test_a_structure_may_mask_more_than_has_scores():
     assert set(state.masks) == {'a/kernel', 'a/bias'}
     assert (new['a']['bias'] != 0).tolist() == [False, True]
     assert (new['a']['kernel'] != 0).tolist() == [[False, True]] * 2
-  nothing = lambda scores, sparsity, scope: {'not/there': scores['a/kernel']}
   tx = prune.prune(
     optax.adam(0.1),
     prune.constant(0.5),
     [('a/kernel', True)],
-    structure=nothing,
+    structure=lambda scores, *_: {'not/there': scores['a/kernel']},
   )
   with pytest.raises(ValueError, match="masks no parameter, only 'not/there'"):
     tx.init(params)
@@ -384,7 +391,9 @@ def test_parameters_alone_are_rewound_too():
   masks = prune.magnitude_masks(trained, 0.5, KERNELS)
   ticket = prune.rewind(trained, initial, masks)
   want = prune.apply_masks(initial, masks)
-  for got, leaf in zip(jax.tree.leaves(ticket), jax.tree.leaves(want)):
+  for got, leaf in zip(
+    jax.tree.leaves(ticket), jax.tree.leaves(want), strict=True
+  ):
     np.testing.assert_array_equal(got, leaf)
     assert got.dtype == leaf.dtype
   with pytest.raises(ValueError, match='rewind: the trees differ'):
@@ -402,7 +411,9 @@ def test_straight_through_masks_the_forward_and_not_the_gradient():
 
   @jax.jit
   def gradient(params, step):
-    loss = lambda p: jnp.square(params_fn(p, step)['w'] - target).sum() / 2
+    def loss(p):
+      return jnp.square(params_fn(p, step)['w'] - target).sum() / 2
+
     return jax.grad(loss)(params), params_fn(params, step)
 
   for step in range(20):
@@ -414,7 +425,7 @@ def test_straight_through_masks_the_forward_and_not_the_gradient():
     params = {'w': params['w'] - 0.3 * grads['w']}
     np.testing.assert_allclose(params['w'], dense, rtol=1e-4, atol=1e-6)
     seen.append(mask)
-  assert any((b & ~a).any() for a, b in zip(seen[3:], seen[4:]))
+  assert any((b & ~a).any() for a, b in itertools.pairwise(seen[3:]))
 
 
 def test_straight_through_with_all_kinds_of_leaves_and_choices():
@@ -431,11 +442,13 @@ def test_straight_through_with_all_kinds_of_leaves_and_choices():
   for row in prune.sparsity_report(masked, KERNELS):
     assert row.sparsity >= 0.5
   np.testing.assert_array_equal(masked['norm']['bias'], tree['norm']['bias'])
-  total = lambda t: sum(
-    x.astype(jnp.float32).sum() for x in jax.tree.leaves(params_fn(t, 0))
-  )
+
+  def total(tree):
+    leaves = jax.tree.leaves(params_fn(tree, 0))
+    return sum(x.astype(jnp.float32).sum() for x in leaves)
+
   grads = jax.jit(jax.grad(total))(tree)
-  for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(tree)):
+  for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(tree), strict=True):
     assert g.dtype == p.dtype
     np.testing.assert_array_equal(g, 1)
 

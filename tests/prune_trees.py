@@ -16,7 +16,10 @@ def make_tree(seed=0):
   stack of three scanned blocks, a kernel of zeros; biases, BatchNorm, None.
   """
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
   return {
     'conv': {
       'kernel': normal(3, 3, 4, 8).at[..., 2].set(0),
@@ -69,12 +72,15 @@ def top(arrays, keep):
   mask = np.zeros(flat.size, bool)
   mask[np.argsort(-flat, kind='stable')[:keep]] = True
   splits = np.cumsum([a.size for a in arrays])[:-1]
-  return [m.reshape(a.shape) for m, a in zip(np.split(mask, splits), arrays)]
+  return [
+    m.reshape(a.shape)
+    for m, a in zip(np.split(mask, splits), arrays, strict=True)
+  ]
 
 
 def top_with_each(arrays, keep):
   """As `top`, but with the largest entry of every array, ties by index."""
   keep = max(keep, len(arrays))
   forced = [top([a], 1)[0] for a in arrays]
-  rest = [np.where(f, np.inf, a) for f, a in zip(forced, arrays)]
+  rest = [np.where(f, np.inf, a) for f, a in zip(forced, arrays, strict=True)]
   return top(rest, keep)

@@ -53,7 +53,9 @@ def test_rows_are_the_loss_of_one_change_at_a_time():
     np.testing.assert_allclose(
       loss, np.concatenate(kl).mean(), rtol=1e-3, atol=1e-7
     )
-  assert all(a.loss < b.loss for a, b in zip(rows[::2], rows[1::2]))
+  assert all(
+    a.loss < b.loss for a, b in zip(rows[::2], rows[1::2], strict=True)
+  )
 
 
 @pytest.mark.usefixtures('quick_compilation')
@@ -165,11 +167,12 @@ def test_allocation_is_the_best_of_all_and_monotone(seed):
     last = got.loss
     names = [path.replace('\\', '') for path, _ in got.rules]
     assert names == [f'layer{i}/kernel' for i in range(5)]
-    spent = sum(costs[n, o] for n, (_, o) in zip(names, got.rules))
+    spent = sum(costs[n, o] for n, (_, o) in zip(names, got.rules, strict=True))
     lost = {(r.path, r.option): r.loss for r in rows}
     assert spent == got.cost
     np.testing.assert_allclose(
-      sum(lost[n, o] for n, (_, o) in zip(names, got.rules)), got.loss
+      sum(lost[n, o] for n, (_, o) in zip(names, got.rules, strict=True)),
+      got.loss,
     )
   with pytest.raises(
     ValueError,

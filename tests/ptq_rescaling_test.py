@@ -24,7 +24,10 @@ def _scales(model, variables, batch):
 
 def _chains(found):
   """`layer -> readers` of the scales, without collection and leaf."""
-  short = lambda name: name.split('/', 1)[1].rpartition('/')[0]
+
+  def short(name):
+    return name.split('/', 1)[1].rpartition('/')[0]
+
   return {
     short(next(iter(f.multiplied))): sorted(map(short, f.divided))
     for f in found

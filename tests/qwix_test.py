@@ -70,7 +70,7 @@ def test_rules_of_qwix_come_back():
   back = qwix.to_qwix(*qwix.from_qwix(theirs))
   paths = [rule.module_path for rule in theirs]
   assert [r.module_path for r in back] == ['a', '(?:b|c)', 'd', 'e', '.*']
-  for rule, other, path in zip(back, theirs, paths):
+  for rule, other, path in zip(back, theirs, paths, strict=True):
     assert vars(rule) | {'module_path': path} == vars(other)
 
 

@@ -158,7 +158,9 @@ def test_a_model_without_blocks_is_the_model_with_them_at_zero(name, gone):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     grads = prune.without_blocks(blocks, grads, gone)
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(small_grads)):
+    for a, b in zip(
+      jax.tree.leaves(grads), jax.tree.leaves(small_grads), strict=True
+    ):
       np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * scale)
 
 
@@ -207,7 +209,9 @@ def test_training_masks_whole_blocks_and_goes_on_without_them():
   )
   # Adam goes on from moments that are those of what is left.
   want = prune.without_blocks(blocks, whole.params, gone)
-  for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(want)):
+  for a, b in zip(
+    jax.tree.leaves(after.params), jax.tree.leaves(want), strict=True
+  ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 

@@ -401,10 +401,13 @@ def test_fake_quantized_kernels_are_exact_and_normalised_ones_are_not():
     x = jax.nn.relu(x @ change(params['w']))
     return x @ change(params['v'])
 
-  rounded = lambda w: quantize.fake_quant_params(
-    {'w': w}, [('w', quantize.INT8_WEIGHTS)]
-  )['w']
-  centred = lambda w: w - w.mean(axis=0, keepdims=True)
+  def rounded(w):
+    rules = [('w', quantize.INT8_WEIGHTS)]
+    return quantize.fake_quant_params({'w': w}, rules)['w']
+
+  def centred(w):
+    return w - w.mean(axis=0, keepdims=True)
+
   rng = np.random.default_rng(0)
   params = {
     k: rng.normal(size=s).astype('f')

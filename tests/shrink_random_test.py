@@ -295,8 +295,9 @@ def _attention(split, names=('wq', 'wk', 'wv')):
 
 
 def test_a_number_of_heads_in_the_code_leaves_uniform_removal():
-  heads = lambda x: x.reshape(*x.shape[:2], 4, -1)
-  forward, variables, batch = _attention(heads)
+  forward, variables, batch = _attention(
+    lambda x: x.reshape(*x.shape[:2], 4, -1)
+  )
   plan = prune.find_groups(forward, variables, batch)
   assert {g.name: (g.size, g.width) for g in plan.groups} == {
     'wq': (4, 4),
@@ -309,8 +310,9 @@ def test_a_number_of_heads_in_the_code_leaves_uniform_removal():
 
 def test_a_size_of_heads_in_the_code_is_found_by_trying():
   """One place less in each of 4 heads of 4 would run as 3 heads of 4."""
-  sizes = lambda x: x.reshape(*x.shape[:2], -1, 4)
-  forward, variables, batch = _attention(sizes, ('w', 'w', 'w'))
+  forward, variables, batch = _attention(
+    lambda x: x.reshape(*x.shape[:2], -1, 4), ('w', 'w', 'w')
+  )
   plan = prune.find_groups(forward, variables, batch)
   assert plan.groups == ()
   assert 'computes something else' in plan.frozen['params/w[1]']

@@ -49,8 +49,9 @@ def _setup():
   forward = adapters.from_linen(model)
   variables = adapters.init_linen(model, jax.random.key(0), batch)
   rng = np.random.default_rng(1)
-  noisy = lambda x: x + 0.2 * np.abs(rng.normal(size=x.shape)).astype('f')
-  variables = jax.tree.map(noisy, variables)
+  variables = jax.tree.map(
+    lambda x: x + 0.2 * np.abs(rng.normal(size=x.shape)).astype('f'), variables
+  )
   return model, forward, variables, prune.find_groups(forward, variables, batch)
 
 

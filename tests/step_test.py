@@ -298,13 +298,18 @@ def test_the_pure_step_equals_the_compiled_one():
   )
   args = (state, _batch(), jax.random.key(0))
   eager, compiled = train_step(*args), jax.jit(train_step)(*args)
-  for x, y in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled)):
+  for x, y in zip(
+    jax.tree.leaves(eager), jax.tree.leaves(compiled), strict=True
+  ):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
 def test_params_fn_is_differentiated_through_and_its_input_is_trained():
   objective = objectives.term(lambda i: i.student.output)
-  apply = lambda v, batch, rng, *, train: Forward(v['params'] * batch['x'])
+
+  def apply(v, batch, rng, *, train):
+    return Forward(v['params'] * batch['x'])
+
   tx, batch = optax.sgd(0.1), {'x': jnp.ones(1)}
   state = step.init_state(
     apply, objective, tx, {'params': jnp.float32(1)}, batch
@@ -343,11 +348,12 @@ PARAMS_FNS = {
 @pytest.mark.parametrize('name', PARAMS_FNS)
 def test_params_fn_may_take_the_step(name):
   params_fn, want = PARAMS_FNS[name]
-  value = lambda p: p['w'] if isinstance(p, dict) else p
   objective = objectives.term(lambda i: i.student.output)
-  apply = lambda v, batch, rng, *, train: Forward(
-    value(v['params']) * batch['x']
-  )
+
+  def apply(v, batch, rng, *, train):
+    p = v['params']
+    return Forward((p['w'] if isinstance(p, dict) else p) * batch['x'])
+
   params = jnp.float32(1) if want else {'w': jnp.float32(1)}
   tx, batch = optax.sgd(0.0), {'x': jnp.ones(1)}
   state = step.init_state(apply, objective, tx, {'params': params}, batch)

@@ -1,5 +1,6 @@
 """Streamed images: crops, batches, and data sets as TFDS prepares them."""
 
+import functools
 import io
 import json
 import resource
@@ -123,10 +124,9 @@ def test_windows_change_with_seed_and_epoch(change):
 def test_windows_of_examples_differ():
   assert len({tuple(b) for b in boxes(200).tolist()}) > 195
   # Neither the seed, the id nor the epoch stands in for another.
-  box = lambda seed, example, epoch: crops.random_crop_box(
-    500, 375, seed=seed, example=example, epoch=epoch
-  )
-  assert len({box(1, 0, 0), box(0, 1, 0), box(0, 0, 1)}) == 3
+  zero = {'seed': 0, 'example': 0, 'epoch': 0}
+  found = {crops.random_crop_box(500, 375, **zero | {k: 1}) for k in zero}
+  assert len(found) == 3
 
 
 def test_random_crop_is_the_resized_window():
@@ -200,14 +200,14 @@ def test_rows_are_positions_in_the_split():
   }
   assert batch['id'].tolist() == [9, 1, 59]
   assert batch['label'].tolist() == [0, 1, 2]
-  for i, image in zip(batch['id'], batch['image']):
+  for i, image in zip(batch['id'], batch['image'], strict=True):
     expected = crops.decode_central_crop(RECORDS[i]['image'], 16)
     np.testing.assert_array_equal(image, expected)
 
 
 def test_training_reads_the_window_of_seed_id_and_epoch():
   batch = streamed().read([7, 3], key=(11, 2))
-  for i, image in zip(batch['id'], batch['image']):
+  for i, image in zip(batch['id'], batch['image'], strict=True):
     expected = crops.decode_random_crop(
       RECORDS[i]['image'], 16, seed=11, example=int(i), epoch=2
     )
@@ -277,7 +277,9 @@ def test_every_epoch_sees_every_example_in_another_crop():
   first, second = (
     {
       int(i): image.tobytes()
-      for i, image, e in zip(*(joined[k] for k in ('id', 'image', 'epoch')))
+      for i, image, e in zip(
+        *(joined[k] for k in ('id', 'image', 'epoch')), strict=True
+      )
       if e == epoch
     }
     for epoch in (0, 1)
@@ -307,7 +309,7 @@ def test_order_is_that_of_images_in_memory_and_crops_are_keyed():
 
 @pytest.mark.parametrize('steps', [0, 2, 3, 8])
 def test_resumed_iterator_continues_identically(steps):
-  make = lambda: data.train_batches(streamed(), batch_size=8, seed=7)
+  make = functools.partial(data.train_batches, streamed(), batch_size=8, seed=7)
   batches = make()
   for _ in range(steps):
     next(batches)
@@ -323,8 +325,8 @@ def test_resumed_iterator_continues_identically(steps):
 
 @pytest.mark.parametrize('count', [2, 4])
 def test_process_slices_concatenate_to_the_global_batch(count):
-  make = lambda **kw: data.train_batches(
-    streamed(), batch_size=8, seed=3, epochs=1, **kw
+  make = functools.partial(
+    data.train_batches, streamed(), batch_size=8, seed=3, epochs=1
   )
   parts = [make(process_index=i, process_count=count) for i in range(count)]
   for whole in make():
@@ -334,7 +336,7 @@ def test_process_slices_concatenate_to_the_global_batch(count):
 
 
 def test_a_run_may_resume_on_another_number_of_processes():
-  make = lambda **kw: data.train_batches(streamed(), batch_size=8, seed=3, **kw)
+  make = functools.partial(data.train_batches, streamed(), batch_size=8, seed=3)
   whole, halves = (
     make(),
     [make(process_index=i, process_count=2) for i in (0, 1)],
@@ -428,8 +430,8 @@ def test_imagenet_is_streamed(tfds_dir):
 
 
 def test_validation_serves_as_test_where_test_labels_are_secret(tfds_dir):
-  load = lambda **kw: data.load_images(
-    'imagenet2012', 'test', data_dir=tfds_dir, image_size=32, **kw
+  load = functools.partial(
+    data.load_images, 'imagenet2012', 'test', data_dir=tfds_dir, image_size=32
   )
   labels = load().read(np.arange(24))['label']
   assert sorted(labels) == sorted(37 * i % 1000 for i in range(24))

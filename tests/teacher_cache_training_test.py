@@ -77,7 +77,7 @@ def test_losses_are_those_of_the_live_teacher(caches, live, dtype):
   history, state = _history('jit', caches[dtype])
   _compare(history, live[0], TOLERANCE[dtype])
   for got, want in zip(
-    jax.tree.leaves(state.params), jax.tree.leaves(live[1].params)
+    jax.tree.leaves(state.params), jax.tree.leaves(live[1].params), strict=True
   ):
     np.testing.assert_allclose(got, want, atol=TOLERANCE[dtype])
 
@@ -150,6 +150,7 @@ def test_a_resumed_training_ends_with_the_same_bits(caches, tmp_path):
   for got, want in zip(
     jax.tree.leaves(resumed.state.params),
     jax.tree.leaves(straight.state.params),
+    strict=True,
   ):
     np.testing.assert_array_equal(got, want)
 

@@ -4,6 +4,7 @@ A new term is one entry of `terms.TERMS`; this suite finds it there.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from kd_jax import data, losses, objectives, sharding, step, terms
 from kd_jax.data import cache_form
 from kd_jax.models import Taps
+from kd_jax.objectives.contrastive import OtherClasses
 from kd_jax.types import Forward
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -51,8 +53,11 @@ def _network(variables, batch, rng=None, *, train=False):
 
 def _params(seed, widths, hidden):
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: rng.normal(scale=0.6, size=shape).astype('f')
-  shapes = zip((3, widths[0]), widths)
+
+  def normal(*shape):
+    return rng.normal(scale=0.6, size=shape).astype('f')
+
+  shapes = itertools.pairwise((3, *widths))
   params = {
     f'stage{i}': {'kernel': normal(*s)} for i, s in enumerate(shapes, 1)
   }
@@ -199,7 +204,9 @@ def _one_device(name):
 def _moved(before, after):
   return any(
     np.any(np.asarray(a) != np.asarray(b))
-    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after))
+    for a, b in zip(
+      jax.tree.leaves(before), jax.tree.leaves(after), strict=True
+    )
   )
 
 
@@ -359,8 +366,6 @@ def test_crd_constants_are_set_once():
 
 
 def test_crd_negatives_are_uniform_over_the_other_classes():
-  from kd_jax.objectives.contrastive import OtherClasses  # noqa: PLC0415
-
   labels = np.array([0, 1, 2, 1, -1, 2, 2, 0])
   draws = OtherClasses(labels).draw(
     jax.random.key(0), jnp.array([0, 1, 2]), 6000
@@ -431,8 +436,6 @@ def test_crd_follows_the_papers_formula():
   inputs = objectives.Inputs(*forward, batch, jnp.int32(0), jax.random.key(1))
   params, state = term.init(inputs)
   loss, _, _ = term.apply(params, state, inputs)
-  from kd_jax.objectives.contrastive import OtherClasses  # noqa: PLC0415
-
   others = OtherClasses(np.arange(IDS) % CLASSES)
   rows = np.concatenate(
     [batch['id'][:, None], others.draw(inputs.rng, batch['label'], 7)], axis=1
@@ -486,9 +489,10 @@ def test_numbers_of_taps_must_agree():
 
 
 def test_a_feature_that_is_not_tapped_is_named():
-  bare = lambda v, b, rng=None, *, train=False: _network(v, b)._replace(
-    features={'stag1': jnp.ones((BATCH, 4, 4, 2))}
-  )
+  def bare(v, b, rng=None, *, train=False):
+    features = {'stag1': jnp.ones((BATCH, 4, 4, 2))}
+    return _network(v, b)._replace(features=features)
+
   objective, tx = (
     _term('attention_transfer', student='stage1', teacher='stage1'),
     optax.sgd(1.0),

@@ -165,11 +165,15 @@ def _pack_top(
 
 def _scattered(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
   """`x` `[..., C]` with `values` `[..., k]` at `index`, row by row."""
-  put = lambda row, at, new: row.at[at].set(new.astype(row.dtype))
+
+  def put(row, at, new):
+    return row.at[at].set(new.astype(row.dtype))
+
   # As a batched scatter, which leaves rows on the devices where they are.
+  scatter = put
   for _ in range(x.ndim - 1):
-    put = jax.vmap(put)
-  return put(x, index, values)
+    scatter = jax.vmap(scatter)
+  return scatter(x, index, values)
 
 
 def unpack(batch: Batch, *, classes: int) -> Forward:

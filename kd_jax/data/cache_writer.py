@@ -172,8 +172,12 @@ class _Teacher:
 
   def classes(self, variables: Variables, batch: Any) -> int:
     """C of the outputs."""
-    fn = lambda v, b: self.forward(v, self.preprocess(b, train=True)).output
-    return jax.eval_shape(fn, variables, batch).shape[-1]
+    out = jax.eval_shape(
+      lambda v, b: self.forward(v, self.preprocess(b, train=True)).output,
+      variables,
+      batch,
+    )
+    return out.shape[-1]
 
   def outputs(
     self, variables: Variables, batches: Iterator[Any], size: int
@@ -190,7 +194,9 @@ class _Teacher:
     return {
       teacher_cache.ID: np.concatenate(ids),
       **{
-        name: np.concatenate([p[name][: len(i)] for p, i in zip(parts, ids)])
+        name: np.concatenate(
+          [p[name][: len(i)] for p, i in zip(parts, ids, strict=True)]
+        )
         for name in parts[0]
       },
     }

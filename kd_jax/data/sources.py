@@ -259,11 +259,11 @@ def _tfds_split(name: str, split: str, builder: Any, labelled: bool) -> str:
     raise ValueError(
       f'{name!r} has no split for {split!r}; it has {", ".join(splits)}.'
     )
-  if len(found) > 1 and labelled:
-    # TFDS gives the label -1 to the images of a benchmark's secret test.
-    if _records(builder, found[0], encoded=True)[0]['label'] < 0:
-      return found[1]
-  return found[0]
+  if len(found) == 1 or not labelled:
+    return found[0]
+  # TFDS gives the label -1 to the images of a benchmark's secret test.
+  secret = _records(builder, found[0], encoded=True)[0]['label'] < 0
+  return found[1] if secret else found[0]
 
 
 def _records(
@@ -274,7 +274,9 @@ def _records(
 
   decoders = {'image': tfds.decode.SkipDecoding()} if encoded else None
   split = builder.info.splits[tfds_split]
-  shards = list(zip(map(str, split.filepaths), split.shard_lengths))
+  shards = list(
+    zip(map(str, split.filepaths), split.shard_lengths, strict=True)
+  )
   try:
     source = builder.as_data_source(tfds_split, decoders=decoders)
     return Records(source, shards)
@@ -462,7 +464,7 @@ def _check_array(
   name: str, array: Any, dtype: Any, shape: tuple[int, ...]
 ) -> None:
   fits = len(array.shape) == len(shape) and all(
-    want in (-1, got) for want, got in zip(shape, array.shape)
+    want in (-1, got) for want, got in zip(shape, array.shape, strict=True)
   )
   if array.dtype != dtype or not fits:
     wanted = ', '.join('any' if n < 0 else str(n) for n in shape)

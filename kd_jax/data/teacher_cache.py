@@ -273,7 +273,7 @@ def make_fingerprint(
 def _variables_digest(variables: Variables) -> str:
   parts: list[Any] = []
   leaves = jax.device_get(jax.tree.leaves(variables))
-  for name, leaf in zip(rules.leaf_names(variables), leaves):
+  for name, leaf in zip(rules.leaf_names(variables), leaves, strict=True):
     about = f'{name} {leaf.dtype} {leaf.shape}'
     parts += [about.encode(), leaf]
   return _digest(parts)

@@ -186,7 +186,9 @@ def dot(graph: Graph, eqn: Any, x: Value, w: Value) -> Tensor | Deferred:
   shapes = [tuple(v.aval.shape) for v in eqn.invars]
   free_x, free_w = (
     [i for i in range(len(shape)) if i not in (*summed, *batch)]
-    for shape, summed, batch in zip(shapes, (sum_x, sum_w), (batch_x, batch_w))
+    for shape, summed, batch in zip(
+      shapes, (sum_x, sum_w), (batch_x, batch_w), strict=True
+    )
   )
   shape = tuple(eqn.outvars[0].aval.shape)
   rows = [[i] for i in batch_x] + [free_x, list(sum_x)]

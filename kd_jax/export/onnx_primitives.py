@@ -59,7 +59,7 @@ def _operands(
         array = array.transpose(first.perm)
       names.append(graph.constant(array))
     if sizes:
-      shape = [b if is_one(a) else a for a, b in zip(shape, sizes)]
+      shape = [b if is_one(a) else a for a, b in zip(shape, sizes, strict=True)]
   return names, tuple(shape), first.perm
 
 
@@ -255,7 +255,7 @@ def _broadcast(graph: Graph, eqn: Any, x: Value) -> Value:
   if not new:
     return x
   shape = [1] * rank
-  for axis, size in zip(axes, x.shape):
+  for axis, size in zip(axes, x.shape, strict=True):
     shape[axis] = size
   if x.perm == identity(len(x.perm)):
     places, perm = new, identity(rank)
@@ -270,12 +270,12 @@ def _concatenate(graph: Graph, eqn: Any, *values: Value) -> Value:
   axis = eqn.params['dimension']
   parts = [
     graph.full(graph.real(v), atom.aval.shape)
-    for v, atom in zip(values, eqn.invars)
+    for v, atom in zip(values, eqn.invars, strict=True)
   ]
   # Constants come in the traced order; a computed part decides the layout.
   perm = next(
     part.perm
-    for part, v in zip(parts, values)
+    for part, v in zip(parts, values, strict=True)
     if not isinstance(v, (Const, Codes))
   )
   names = [graph.align(part, perm).name for part in parts]

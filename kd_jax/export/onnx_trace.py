@@ -105,7 +105,9 @@ def _evaluate(eqn: Any, inputs: list[Any]) -> list[Value] | None:
     sizes = itertools.chain(*shapes, *(v.aval.shape for v in eqn.outvars))
     if not all(isinstance(size, int) for size in sizes):
       return None
-    arrays = [np.broadcast_to(a, s) for a, s in zip(arrays, shapes)]
+    arrays = [
+      np.broadcast_to(a, s) for a, s in zip(arrays, shapes, strict=True)
+    ]
   outputs = eqn.primitive.bind(*map(jax.numpy.asarray, arrays), **eqn.params)
   outputs = outputs if eqn.primitive.multiple_results else [outputs]
   return [_const(output) for output in outputs]

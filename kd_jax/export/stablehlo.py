@@ -161,7 +161,9 @@ def export_stablehlo(
   files = {
     manifest_lib.SYMBOLIC: bytes(symbolic.serialize()),
     manifest_lib.FIXED: bytes(fixed.serialize()),
-    manifest_lib.WEIGHTS: safetensors.flax.save(dict(zip(names, weights))),
+    manifest_lib.WEIGHTS: safetensors.flax.save(
+      dict(zip(names, weights, strict=True))
+    ),
     manifest_lib.GOLDEN: safetensors.flax.save(
       {'images': jnp.asarray(golden), 'logits': jnp.asarray(logits)}
     ),
@@ -227,7 +229,8 @@ class Artefact:
     probabilities = odds / odds.sum(-1, keepdims=True)
     best = probabilities.argmax(-1)
     return [
-      (self.class_names[i], float(p[i])) for i, p in zip(best, probabilities)
+      (self.class_names[i], float(p[i]))
+      for i, p in zip(best, probabilities, strict=True)
     ]
 
   def _check(self, images: np.ndarray | jax.Array) -> None:
@@ -355,7 +358,7 @@ def _named_leaves(
   order = sorted(range(len(names)), key=names.__getitem__)
 
   def restore(weights):
-    by_position = dict(zip(order, weights))
+    by_position = dict(zip(order, weights, strict=True))
     return jax.tree.unflatten(treedef, [by_position[i] for i in sorted(order)])
 
   return (

@@ -110,5 +110,7 @@ def _bins(length: int, count: int) -> np.ndarray:
 
 def to_smaller(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Two sets of maps, each averaged to the smaller height and width."""
-  size = tuple(min(m, n) for m, n in zip(a.shape[-3:-1], b.shape[-3:-1]))
+  size = tuple(
+    min(m, n) for m, n in zip(a.shape[-3:-1], b.shape[-3:-1], strict=True)
+  )
   return average_pool_to(a, size), average_pool_to(b, size)

@@ -45,7 +45,7 @@ def _from_each(f: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
 
   @jax.checkpoint
   def from_one(one):
-    return f(*(x - x_i[None] for x, x_i in zip(rows, one)))
+    return f(*(x - x_i[None] for x, x_i in zip(rows, one, strict=True)))
 
   at_a_time = min(count, max(1, _CHUNK // (count * width)))
   return jax.lax.map(from_one, rows, batch_size=at_a_time)

@@ -158,7 +158,7 @@ class ConvNeXt(nn.Module):
 
     done, total = 0, sum(self.blocks)
     for stage, (blocks, width) in enumerate(
-      zip(self.blocks, self.widths), start=1
+      zip(self.blocks, self.widths, strict=True), start=1
     ):
       if stage == 1:
         x = norm(shrink(x, 'stem', width, 4), 'stem_norm')

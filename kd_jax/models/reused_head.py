@@ -36,7 +36,10 @@ class ReusedHead(nn.Module):
   def taps(self) -> Taps:
     """The backbone's stages; the last is the projector."""
     inner = self.backbone.taps
-    prefixed = lambda names: tuple(f'backbone/{n}' for n in names)
+
+    def prefixed(names):
+      return tuple(f'backbone/{n}' for n in names)
+
     return Taps(
       stages=(*prefixed(inner.stages[:-1]), 'projector'),
       preactivations=prefixed(inner.preactivations),

@@ -74,7 +74,9 @@ class TapNames(NamedTuple):
   def union(self, other: 'TapNames') -> 'TapNames':
     """The names in either, each once."""
     return TapNames(
-      *(tuple(dict.fromkeys((*a, *b))) for a, b in zip(self, other))
+      *(
+        tuple(dict.fromkeys((*a, *b))) for a, b in zip(self, other, strict=True)
+      )
     )
 
 
@@ -224,7 +226,7 @@ def pairs(
       f'Every student tap needs one teacher tap: student={student}, '
       f'teacher={teacher}.'
     )
-  return list(zip(student, teacher))
+  return list(zip(student, teacher, strict=True))
 
 
 def teacher_of(inputs: Inputs, what: str) -> Forward:

@@ -6,6 +6,7 @@ student and are dropped with the objective. Normalisation takes the statistics
 of the batch at hand, over all devices; nothing here is used in evaluation.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -103,7 +104,10 @@ def _bottleneck() -> Connector:
   def init(key, student, teacher):
     widths = [student[-1], teacher[-1], teacher[-1], teacher[-1]]
     keys = jax.random.split(key, 3)
-    return [dense_params(k, *w) for k, w in zip(keys, zip(widths, widths[1:]))]
+    return [
+      dense_params(k, *w)
+      for k, w in zip(keys, itertools.pairwise(widths), strict=True)
+    ]
 
   def apply(params, x, axis_name=None):
     for layer in params[:-1]:

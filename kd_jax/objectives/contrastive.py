@@ -98,7 +98,7 @@ def _draw_local(
     raise ValueError(
       f'A batch of {label.shape[0]} has no {parts} equal local parts.'
     )
-  own = zip(draws, jnp.split(label, parts))
+  own = zip(draws, jnp.split(label, parts), strict=True)
   return jnp.concatenate([draw(part) for draw, part in own]), parts
 
 

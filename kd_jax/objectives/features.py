@@ -6,6 +6,7 @@ term adapts them itself: another number of channels by a trained connector,
 another resolution or length by averaging the larger to the smaller.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -123,7 +124,7 @@ def flow(*, student: Sequence[str], teacher: Sequence[str]) -> Objective:
   def loss_fn(inputs):
     total: jax.Array | float = 0.0
     s, t = base.student_feature, base.teacher_feature
-    for (s1, t1), (s2, t2) in zip(matched, matched[1:]):
+    for (s1, t1), (s2, t2) in itertools.pairwise(matched):
       total += losses.flow_of_solution(
         (s(inputs, s1), s(inputs, s2)), (t(inputs, t1), t(inputs, t2))
       )

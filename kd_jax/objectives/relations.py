@@ -41,16 +41,17 @@ def over_batch(
     raise ValueError(f"scope={scope!r} is not 'global' or 'local'.")
   if scope == 'global':
     if inputs.axis_name is not None:
-      gather = lambda x: jax.lax.all_gather(x, inputs.axis_name, tiled=True)
-      arrays = jax.tree.map(gather, arrays)
+      arrays = jax.lax.all_gather(arrays, inputs.axis_name, tiled=True)
     return loss(*arrays)
   if inputs.axis_name is not None or inputs.num_shards == 1:
     return loss(*arrays)
   parts, size = inputs.num_shards, arrays[0].shape[0]
   if size % parts:
     raise ValueError(f'A batch of {size} has no {parts} equal local parts.')
-  split = lambda x: x.reshape(parts, size // parts, *x.shape[1:])
-  return jnp.mean(jax.vmap(loss)(*jax.tree.map(split, arrays)))
+  split = jax.tree.map(
+    lambda x: x.reshape(parts, size // parts, *x.shape[1:]), arrays
+  )
+  return jnp.mean(jax.vmap(loss)(*split))
 
 
 def on_batch(

@@ -71,7 +71,9 @@ def layer_costs(
   closed = jax.make_jaxpr(output)(variables, batch)
   leaves = jax.tree.leaves(variables)
   names = rules_lib.leaf_names(variables)
-  sizes = {name: int(np.prod(x.shape)) for name, x in zip(names, leaves)}
+  sizes = {
+    name: int(np.prod(x.shape)) for name, x in zip(names, leaves, strict=True)
+  }
   macs: dict[str, int] = {}
   sources = [*names, *[ACTIVATIONS] * (len(closed.jaxpr.invars) - len(names))]
   _count(closed.jaxpr, sources, sizes, 1, macs)
@@ -83,7 +85,7 @@ def layer_costs(
       sizes[name],
       sizes[name] * np.dtype(leaf.dtype).itemsize,
     )
-    for name, leaf in zip(names, leaves)
+    for name, leaf in zip(names, leaves, strict=True)
     if name.startswith('params/') or name == 'params' or name in macs
   ]
   if ACTIVATIONS in macs:
@@ -133,7 +135,7 @@ def _count(
       made = _count(inner, inputs[first:], sizes, repeats, macs)
       if len(made) == len(outputs):
         outputs = made
-    known.update(zip(eqn.outvars, outputs))
+    known.update(zip(eqn.outvars, outputs, strict=True))
   return [read(v) for v in jaxpr.outvars]
 
 

@@ -202,7 +202,9 @@ class _Analysis:
     self.tags = Tags()
     leaves = jax.tree.leaves(self.variables)
     self.names = rules_lib.leaf_names(self.variables)
-    self.shapes = {n: tuple(x.shape) for n, x in zip(self.names, leaves)}
+    self.shapes = {
+      n: tuple(x.shape) for n, x in zip(self.names, leaves, strict=True)
+    }
     self.axes = {
       name: tuple(self.tags.fresh(n) for n in shape)
       for name, shape in self.shapes.items()
@@ -223,7 +225,9 @@ class _Analysis:
 
   def _order(self, closed: Any) -> dict[str, int]:
     """path -> which equation reads it first."""
-    variables = dict(zip(closed.jaxpr.invars, self.names))
+    # The arrays of the batch come after those of the variables.
+    invars = closed.jaxpr.invars[: len(self.names)]
+    variables = dict(zip(invars, self.names, strict=True))
     order: dict[str, int] = {}
     for eqn in closed.jaxpr.eqns:
       for atom in eqn.invars:
@@ -412,10 +416,11 @@ class _Analysis:
         )
       return sizes[id(axis)]
 
-    for whole, small in zip(self.walk.trail, trail):
+    # Lengths are compared last: the first step that differs says more.
+    for whole, small in zip(self.walk.trail, trail, strict=False):
       expected = tuple(
         size(axis) if isinstance(axis, np.ndarray) else n
-        for axis, n in zip(whole.axes, whole.shape)
+        for axis, n in zip(whole.axes, whole.shape, strict=True)
       )
       if (whole.name, expected) != (small.name, small.shape):
         return (

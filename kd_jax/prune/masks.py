@@ -123,7 +123,7 @@ def _largest(
   return [
     [
       (b > threshold[g]) | ((b == threshold[g]) & (i < last[g]))
-      for b, i in zip(bits[g], index[g])
+      for b, i in zip(bits[g], index[g], strict=True)
     ]
     for g in range(len(groups))
   ]
@@ -238,23 +238,23 @@ def score_masks(
     keep = kept_count(sum(sizes.values()), sparsity)
     if at_least_one:
       keep = jnp.maximum(keep, sum(min(size, 1) for size in sizes.values()))
-    return dict(zip(scores, largest(arrays, keep, each=at_least_one)))
-  return dict(zip(scores, largest_each(arrays, [counts[n] for n in scores])))
+    return dict(
+      zip(scores, largest(arrays, keep, each=at_least_one), strict=True)
+    )
+  return dict(
+    zip(scores, largest_each(arrays, [counts[n] for n in scores]), strict=True)
+  )
 
 
 def choose_params(
   params: Any, rules: rules_lib.Rules[bool]
 ) -> dict[str, jax.Array]:
   """The parameters that pruning rules choose, by path."""
-  names = rules_lib.leaf_names(params)
-  chosen = rules_lib.match(rules, names, kind='pruning rule')
+  leaves = rules_lib.named_leaves(params)
+  chosen = rules_lib.match(rules, list(leaves), kind='pruning rule')
   if not chosen:
     raise ValueError('The pruning rules choose no parameter.')
-  return {
-    name: leaf
-    for name, leaf in zip(names, jax.tree.leaves(params))
-    if name in chosen
-  }
+  return {name: leaf for name, leaf in leaves.items() if name in chosen}
 
 
 def apply_masks(params: Any, masks: Mapping[str, jax.Array]) -> Any:
@@ -274,7 +274,7 @@ def apply_masks(params: Any, masks: Mapping[str, jax.Array]) -> Any:
   leaves, structure = jax.tree.flatten(params)
   masked = (
     jnp.where(masks[name], leaf, 0) if name in masks else leaf
-    for name, leaf in zip(rules_lib.leaf_names(params), leaves)
+    for name, leaf in zip(rules_lib.leaf_names(params), leaves, strict=True)
   )
   return jax.tree.unflatten(structure, masked)
 

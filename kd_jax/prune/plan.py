@@ -129,8 +129,10 @@ class Plan(NamedTuple):
       rows.append((g.name, str(g.size), str(g.width), exact, _members(g)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
-      '  '.join([c.ljust(n) for c, n in zip(row, widths)] + [row[4]])
-      for row in rows
+      '  '.join(
+        [c.ljust(n) for c, n in zip(cells, widths, strict=True)] + [last]
+      )
+      for *cells, last in rows
     ]
     lines += [
       f'{g.name} is not exact: {g.reason}' for g in self.groups if not g.exact

@@ -40,7 +40,7 @@ def _elementwise(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
       walk.tie(
         [
           value.axes[i]
-          for value, atom in zip(values, eqn.invars)
+          for value, atom in zip(values, eqn.invars, strict=True)
           # Size-1 axes broadcast, and so do scalars.
           if len(value.axes) == len(shape) and shape_of(atom)[i] == size
         ],
@@ -86,14 +86,14 @@ def _is_zero(name: str, values: Sequence[Value], axis: int) -> bool:
 def _reduce(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   name, gone = eqn.primitive.name, eqn.params['axes']
   for value in values:
+    # A zero among parameters is no new extreme of their absolute values.
+    blurs = value.zero is None or name not in ('reduce_max', 'reduce_min')
     for i in gone:
       axis = value.axes[i]
       if name.startswith('arg'):
         fix_axis(walk, eqn, axis)
-      elif isinstance(axis, np.ndarray):
-        # A zero among parameters is no new extreme of their absolute values.
-        if value.zero is None or name not in ('reduce_max', 'reduce_min'):
-          walk.tags.blur(axis, f'{walk.at(eqn)} is taken over it')
+      elif blurs and isinstance(axis, np.ndarray):
+        walk.tags.blur(axis, f'{walk.at(eqn)} is taken over it')
   out = without(values[0], gone)
   zero = (
     out.zero
@@ -152,13 +152,14 @@ def _contract(
 
 def _dot(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   (contracted, batch), (x, w) = eqn.params['dimension_numbers'], values
-  for i, j in zip(*contracted):
+  for i, j in zip(*contracted, strict=True):
     _contract(walk, eqn, (x, i), (w, j))
   axes = [
-    walk.tie([x.axes[i], w.axes[j]], walk.at(eqn)) for i, j in zip(*batch)
+    walk.tie([x.axes[i], w.axes[j]], walk.at(eqn))
+    for i, j in zip(*batch, strict=True)
   ]
   zero = [False] * len(axes)
-  for value, summed, shared in zip(values, contracted, batch):
+  for value, summed, shared in zip(values, contracted, batch, strict=True):
     left = without(value, (*summed, *shared))
     axes += left.axes
     zero += left.zero or (False,) * len(left.axes)
@@ -224,19 +225,24 @@ def _loop(
   while True:
     del walk.trail[start:]
     outputs = walk.run(body.jaxpr, body.consts, [*consts, *carry, *sequences])
-    known = [_same(walk, eqn, v, o) for v, o in zip(carry, outputs)]
+    known = [
+      _same(walk, eqn, v, o)
+      for v, o in zip(carry, outputs[: len(carry)], strict=True)
+    ]
     # An axis that took any size may have met a tag: then it carries that.
     if all(
       (a is None) == (b is None)
-      for v, k in zip(carry, known)
-      for a, b in zip(v.axes, k.axes)
+      for v, k in zip(carry, known, strict=True)
+      for a, b in zip(v.axes, k.axes, strict=True)
     ):
       return known + outputs[len(carry) :]
     carry = known
 
 
 def _same(walk: Walk, eqn: Any, x: Value, y: Value) -> Value:
-  axes = [walk.tie(pair, walk.at(eqn)) for pair in zip(x.axes, y.axes)]
+  axes = [
+    walk.tie(pair, walk.at(eqn)) for pair in zip(x.axes, y.axes, strict=True)
+  ]
   static = x.zero is not None and y.zero is not None
   return Value(tuple(axes), (False,) * len(axes) if static else None)
 
@@ -266,7 +272,8 @@ def _scan(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 def _longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
   return sum(
-    len(shape_of(a)) > len(shape_of(b)) for a, b in zip(outside, inside)
+    len(shape_of(a)) > len(shape_of(b))
+    for a, b in zip(outside, inside, strict=True)
   )
 
 
@@ -289,7 +296,7 @@ def _cond(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   ]
   made = outputs[0]
   for other in outputs[1:]:
-    made = [_same(walk, eqn, x, y) for x, y in zip(made, other)]
+    made = [_same(walk, eqn, x, y) for x, y in zip(made, other, strict=True)]
   return made
 
 

@@ -72,8 +72,8 @@ def sparsity_report(
     kernel 1 3 0.667
     0.333 12 5
   """
-  names = rules_lib.leaf_names(params)
-  chosen = rules_lib.match(rules, names, kind='pruning rule')
+  leaves = rules_lib.named_leaves(jax.tree.map(np.asarray, params))
+  chosen = rules_lib.match(rules, list(leaves), kind='pruning rule')
   masks = {} if masks is None else masks
   return [
     LayerSparsity(
@@ -82,7 +82,7 @@ def sparsity_report(
       int(np.count_nonzero(leaf)),
       float(1 - np.mean(masks[name])) if name in masks and leaf.size else None,
     )
-    for name, leaf in zip(names, map(np.asarray, jax.tree.leaves(params)))
+    for name, leaf in leaves.items()
     if name in chosen
   ]
 

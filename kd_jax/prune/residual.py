@@ -230,8 +230,7 @@ class _Search:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  leaves = jax.tree.leaves(tree)
-  return {n: tuple(x.shape) for n, x in zip(rules_lib.leaf_names(tree), leaves)}
+  return {n: tuple(x.shape) for n, x in rules_lib.named_leaves(tree).items()}
 
 
 def _output(
@@ -360,9 +359,10 @@ def without_blocks(
     ]
     # Tuples keep their length: what is empty in one stays as an empty dict.
     emptied = [
-      m is None and child is not None for m, (_, child) in zip(made, children)
+      m is None and child is not None
+      for m, (_, child) in zip(made, children, strict=True)
     ]
-    new = [{} if e else m for e, m in zip(emptied, made)]
+    new = [{} if e else m for e, m in zip(emptied, made, strict=True)]
     return jax.tree.unflatten(structure, new)
 
   if isinstance(tree, TrainState):

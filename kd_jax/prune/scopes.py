@@ -165,7 +165,7 @@ def erk_densities(
   raw = np.array([_raw(n, s, stacked) for n, s in shapes.items()], np.float64)
   counts = np.array([sizes[name] for name in shapes], np.float64)
   densities = _erk(raw, counts, keep)
-  return dict(zip(shapes, densities))
+  return dict(zip(shapes, densities, strict=True))
 
 
 def _raw(name: str, shape: Sequence[int], stacked: str | None) -> float:
@@ -233,7 +233,7 @@ def layer_counts(
   keep = jnp.maximum(keep, sum(min(size, 1) for size in sizes.values()))
   room = jnp.where(jnp.sum(room) >= keep, room, largest)
   shared = _share_out(jnp.stack(list(densities.values())), largest, room, keep)
-  return dict(zip(sizes, shared))
+  return dict(zip(sizes, shared, strict=True))
 
 
 def _share_out(

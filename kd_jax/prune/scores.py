@@ -196,8 +196,9 @@ def snip() -> Score:
 
   def update(state, weights, grads):
     new = every.update(state, weights, grads)
-    first = lambda a, b: jnp.where(state.count == 0, a, b)
-    return jax.tree.map(first, new, state)
+    return jax.tree.map(
+      lambda a, b: jnp.where(state.count == 0, a, b), new, state
+    )
 
   return every._replace(update=update)
 
@@ -312,8 +313,8 @@ def magnitudes(params: Any) -> dict[str, jax.Array]:
     >>> magnitudes({'dense': {'kernel': jnp.array([-2.0, 1.0])}})
     {'dense/kernel': Array([2., 1.], dtype=float32)}
   """
-  names, leaves = rules_lib.leaf_names(params), jax.tree.leaves(params)
-  return {name: jnp.abs(leaf) for name, leaf in zip(names, leaves)}
+  leaves = rules_lib.named_leaves(params)
+  return {name: jnp.abs(leaf) for name, leaf in leaves.items()}
 
 
 def accumulate(

@@ -115,7 +115,7 @@ def _pool(
   # Units may have different numbers of positions: pad with one that scores 0.
   longest = max(map(len, member.positions))
   index = np.full((len(member.positions), longest), member.size)
-  for row, places in zip(index, member.positions):
+  for row, places in zip(index, member.positions, strict=True):
     row[: len(places)] = places
   values = jnp.append(vector, 0.0)[index].sum(axis=1)
   if pooled is jnp.mean:

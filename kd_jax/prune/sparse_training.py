@@ -163,13 +163,14 @@ def _exchanged(
     jnp.where(m, jnp.abs(weights[n]), -jnp.inf) for n, m in masks.items()
   ]
   kept = masks_lib.largest_each(
-    magnitudes, [a - k for a, k in zip(active, moved)]
+    magnitudes, [a - k for a, k in zip(active, moved, strict=True)]
   )
   offers = [
-    jnp.where(k, -jnp.inf, jnp.abs(wanted[n])) for n, k in zip(masks, kept)
+    jnp.where(k, -jnp.inf, jnp.abs(wanted[n]))
+    for n, k in zip(masks, kept, strict=True)
   ]
   grown = masks_lib.largest_each(offers, moved)
-  return {n: k | g for n, k, g in zip(masks, kept, grown)}
+  return {n: k | g for n, k, g in zip(masks, kept, grown, strict=True)}
 
 
 def _renewed(inner: Any, fresh: Any, new: Mapping[str, jax.Array]) -> Any:
@@ -178,6 +179,8 @@ def _renewed(inner: Any, fresh: Any, new: Mapping[str, jax.Array]) -> Any:
   names = masks_lib.mirrored(inner, new)
   renewed = (
     old if name is None else jnp.where(new[name], start, old).astype(old.dtype)
-    for name, old, start in zip(names, leaves, jax.tree.leaves(fresh))
+    for name, old, start in zip(
+      names, leaves, jax.tree.leaves(fresh), strict=True
+    )
   )
   return jax.tree.unflatten(structure, renewed)

@@ -138,7 +138,7 @@ class Tags:
       # h * e has to equal h: that holds where e is always kept.
       self.fix(left + right, reason)
     elif len(left) == len(right):
-      for s, t in zip(left, right):
+      for s, t in zip(left, right, strict=True):
         self._join(s, t, reason)
     else:
       first, *others = left + right
@@ -174,17 +174,19 @@ class Tags:
     grid = tags.reshape(major, -1)
     sets = [[frozenset(self.free_atoms(t)) for t in row] for row in grid]
     rows = [frozenset.intersection(*row) for row in sets]
-    columns = [frozenset.intersection(*c) for c in zip(*sets)]
+    columns = [frozenset.intersection(*c) for c in zip(*sets, strict=True)]
     if all(
-      s == r | c for row, r in zip(sets, rows) for s, c in zip(row, columns)
+      s == r | c
+      for row, r in zip(sets, rows, strict=True)
+      for s, c in zip(row, columns, strict=True)
     ):
       return self._all_of(rows, reason), self._all_of(columns, reason)
     single = {s for row in sets for s in row if len(s) == 1}
     if kind is not None and len(single) == tags.size:
       whole = self.fresh(major, kind)
       within = self.fresh(grid.shape[1], 'within')
-      for h, row in zip(whole, grid):
-        for e, tag in zip(within, row):
+      for h, row in zip(whole, grid, strict=True):
+        for e, tag in zip(within, row, strict=True):
           self._join(int(tag), self.product(int(h), int(e)), reason)
       return whole, within
     for row in grid[1:]:
@@ -215,7 +217,7 @@ class Tags:
       sizes: of the axes.
     """
     merged = np.full(1, ALWAYS)
-    for axis, size in zip(axes, sizes):
+    for axis, size in zip(axes, sizes, strict=True):
       minor = np.full(size, ALWAYS) if axis is None else axis
       if (merged == ALWAYS).all():
         merged = np.tile(minor, merged.size)

@@ -232,8 +232,8 @@ def _masked_params(
 
 
 def _by_path(params: Any, paths: Mapping[str, Any]) -> dict[str, jax.Array]:
-  leaves = zip(rules_lib.leaf_names(params), jax.tree.leaves(params))
-  return {name: leaf for name, leaf in leaves if name in paths}
+  leaves = rules_lib.named_leaves(params)
+  return {name: leaf for name, leaf in leaves.items() if name in paths}
 
 
 def any_nan(arrays: Mapping[str, jax.Array]) -> jax.Array:
@@ -289,15 +289,18 @@ def erase(updates: Any, params: Any, masks: Mapping[str, jax.Array]) -> Any:
   )
 
 
+def _is_prune(node: Any) -> bool:
+  return isinstance(node, PruneState)
+
+
 def find_state(opt_state: Any) -> PruneState | None:
   """The state of `prune` inside any optimizer state; None without it.
 
   Args:
     opt_state: the state of an optax chain.
   """
-  is_prune = lambda x: isinstance(x, PruneState)
-  for leaf in jax.tree.leaves(opt_state, is_leaf=is_prune):
-    if is_prune(leaf):
+  for leaf in jax.tree.leaves(opt_state, is_leaf=_is_prune):
+    if _is_prune(leaf):
       return leaf
   return None
 
@@ -353,7 +356,6 @@ def rewind(trained: Any, initial: Any, masks: Mapping[str, jax.Array]) -> Any:
     Frankle, Carbin, "The Lottery Ticket Hypothesis", 2019, arXiv:1803.03635;
     Frankle et al., 2020, arXiv:1912.05671 (rewinding to a later step).
   """
-  is_prune = lambda x: isinstance(x, PruneState)
   after = [jax.tree.structure(trained)]
   before = [jax.tree.structure(initial)]
   if after != before:
@@ -363,25 +365,24 @@ def rewind(trained: Any, initial: Any, masks: Mapping[str, jax.Array]) -> Any:
     )
 
   def one(after, before):
-    if is_prune(before):
+    if _is_prune(before):
       inner = _mask_mirrored(before.inner, masks)
       return before._replace(
         step=after.step, sparsity=after.sparsity, masks=dict(masks), inner=inner
       )
     return before
 
-  tree = jax.tree.map(one, trained, initial, is_leaf=is_prune)
+  tree = jax.tree.map(one, trained, initial, is_leaf=_is_prune)
   return _mask_mirrored(tree, masks)
 
 
 def _mask_mirrored(tree: Any, masks: Mapping[str, jax.Array]) -> Any:
   """Masks every leaf that mirrors a masked parameter, outside of `prune`."""
-  is_prune = lambda x: isinstance(x, PruneState)
-  found = masks_lib.mirrored(tree, masks, is_leaf=is_prune)
-  leaves, structure = jax.tree.flatten(tree, is_leaf=is_prune)
+  found = masks_lib.mirrored(tree, masks, is_leaf=_is_prune)
+  leaves, structure = jax.tree.flatten(tree, is_leaf=_is_prune)
   masked = (
     leaf if name is None else jnp.where(masks[name], leaf, 0)
-    for name, leaf in zip(found, leaves)
+    for name, leaf in zip(found, leaves, strict=True)
   )
   return jax.tree.unflatten(structure, masked)
 

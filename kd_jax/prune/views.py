@@ -76,7 +76,7 @@ def reshape(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
       walk, [value.axes[i] for i in before], [old[i] for i in before]
     )
     parts = walk.split(merged, [new[i] for i in after], None)
-    for i, part in zip(after, parts):
+    for i, part in zip(after, parts, strict=True):
       axes[i] = part
       zero[i] = bool(value.zero and all(value.zero[j] for j in before))
   if value.zero is None:
@@ -110,7 +110,7 @@ def _blocks(
 def _merge(walk: Any, axes: Sequence[Axis], sizes: Sequence[int]) -> Axis:
   if len(axes) == 1:
     return axes[0]
-  real = [a for a, n in zip(axes, sizes) if n > 1]
+  real = [a for a, n in zip(axes, sizes, strict=True) if n > 1]
   if all(a is None for a in real):
     return None
   if all(isinstance(a, str) for a in real):
@@ -118,7 +118,7 @@ def _merge(walk: Any, axes: Sequence[Axis], sizes: Sequence[int]) -> Axis:
   # What takes any size will follow whatever it is joined with.
   made = [
     walk.tags.fresh(n) if a is None else None if isinstance(a, str) else a
-    for a, n in zip(axes, sizes)
+    for a, n in zip(axes, sizes, strict=True)
   ]
   return walk.tags.merge(made, sizes)
 
@@ -136,7 +136,9 @@ def concatenate(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
     else:
       sizes = [shape_of(atom)[i] for atom in eqn.invars]
       axes.append(
-        np.concatenate([_as_tags(p, n) for p, n in zip(parts, sizes)])
+        np.concatenate(
+          [_as_tags(p, n) for p, n in zip(parts, sizes, strict=True)]
+        )
       )
   zeros = [v.zero for v in values if v.zero is not None]
   if len(zeros) < len(values):
@@ -192,7 +194,7 @@ def slice_(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
   axes = tuple(
     a if m == n else fix_axis(walk, eqn, a)
-    for a, m, n in zip(value.axes, old, new)
+    for a, m, n in zip(value.axes, old, new, strict=True)
   )
   return [Value(axes, value.zero if len(values) == 1 else None)]
 
@@ -200,9 +202,9 @@ def slice_(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
 def update_slice(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   """The operand, of which a part is replaced."""
   operand, update = values[:2]
-  sizes = zip(shape_of(eqn.invars[0]), shape_of(eqn.invars[1]))
+  sizes = zip(shape_of(eqn.invars[0]), shape_of(eqn.invars[1]), strict=True)
   axes = []
-  for a, b, (m, n) in zip(operand.axes, update.axes, sizes):
+  for a, b, (m, n) in zip(operand.axes, update.axes, sizes, strict=True):
     if m != n:
       a, b = fix_axis(walk, eqn, a), fix_axis(walk, eqn, b)
     axes.append(walk.tie([a, b] if m == n else [a], walk.at(eqn)))
@@ -219,7 +221,7 @@ def gather(walk: Any, eqn: Any, values: Sequence[Value]) -> list[Value]:
   for i, axis in enumerate(operand.axes):
     if i in gone or sizes[i] != shape[i]:
       fix_axis(walk, eqn, axis)
-  for to, i in zip(numbers.offset_dims, kept):
+  for to, i in zip(numbers.offset_dims, kept, strict=True):
     if sizes[i] == shape[i]:
       axes[to] = operand.axes[i]
   for axis in values[1].axes:

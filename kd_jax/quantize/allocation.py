@@ -104,7 +104,9 @@ def allocate(
     i = before[i]
   rules = [
     (re.escape(path), rows[choice][0])
-    for (path, rows), choice in zip(table.items(), reversed(options))
+    for (path, rows), choice in zip(
+      table.items(), reversed(options), strict=True
+    )
   ]
   return Allocation(rules, float(costs_so_far[best]), float(losses[best]))
 
@@ -165,7 +167,7 @@ def size_costs(
     >>> list(size_costs({'w': np.zeros((4, 4), 'f')}, rows).values())
     [64, 20]
   """
-  leaves = dict(zip(rules_lib.leaf_names(params), jax.tree.leaves(params)))
+  leaves = rules_lib.named_leaves(params)
   return {
     (path, option): weight_bytes(leaves[path], option)
     for path, option, _ in sensitivities

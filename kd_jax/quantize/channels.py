@@ -151,7 +151,7 @@ class _Walk:
     return source
 
   def run(self, jaxpr: Any, inputs: Sequence[Value]) -> list[Value]:
-    known = dict(zip(jaxpr.invars, inputs))
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def read(atom):
       if hasattr(atom, 'val'):
@@ -161,7 +161,7 @@ class _Walk:
     for eqn in jaxpr.eqns:
       values = [read(atom) for atom in eqn.invars]
       outputs = self._equation(eqn, values)
-      known |= dict(zip(eqn.outvars, outputs))
+      known |= dict(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
   def _equation(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
@@ -169,9 +169,12 @@ class _Walk:
     inside = _inside(eqn)
     if name == 'scan':
       return self._scan(eqn, values, inside)
-    if name in _CALLS and inside is not None:
-      if len(inside.invars) == len(values):
-        return self.run(inside, values)
+    if (
+      name in _CALLS
+      and inside is not None
+      and len(inside.invars) == len(values)
+    ):
+      return self.run(inside, values)
     if all(value is None for value in values):
       return [None] * len(eqn.outvars)
     output = RULES[name](self, eqn, values) if name in RULES else NotImplemented
@@ -182,7 +185,9 @@ class _Walk:
 
   def _scan(self, eqn: Any, values: Sequence[Value], body: Any) -> list[Value]:
     inputs: list[Value] = []
-    for value, outer, inner in zip(values, eqn.invars, body.invars):
+    for value, outer, inner in zip(
+      values, eqn.invars, body.invars, strict=True
+    ):
       # Constants and carries keep their shape; what is scanned loses an axis.
       scanned = outer.aval.ndim == inner.aval.ndim + 1
       if scanned and isinstance(value, Leaf) and value.axis is None:

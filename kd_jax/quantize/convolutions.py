@@ -40,7 +40,9 @@ def pad(module: Any, x: jax.Array, value: jax.Array) -> jax.Array:
     edges = [(0, 0)] * rank
   else:
     edges = _edges(module, x.shape[1:-1], sizes)
-  padding = [(low, high, d - 1) for (low, high), d in zip(edges, dilation)]
+  padding = [
+    (low, high, d - 1) for (low, high), d in zip(edges, dilation, strict=True)
+  ]
   if set(padding) == {(0, 0, 0)}:
     return x
   return jax.lax.pad(x, value, [(0, 0, 0), *padding, (0, 0, 0)])
@@ -68,7 +70,7 @@ def _sizes(value: Any, rank: int) -> tuple[int, ...]:
 def _window(module: Any, rank: int) -> list[int]:
   dilation = _sizes(module.kernel_dilation, rank)
   sizes = _sizes(module.kernel_size, rank)
-  return [(k - 1) * d + 1 for k, d in zip(sizes, dilation)]
+  return [(k - 1) * d + 1 for k, d in zip(sizes, dilation, strict=True)]
 
 
 def check(module: Any) -> None:
@@ -95,11 +97,13 @@ def of_layer(module: Any, x: jax.Array, w: jax.Array) -> jax.Array:
   """
   rank = x.ndim - 2
   strides = _sizes(module.strides, rank)
-  sizes = x.shape[1:-1]
-  tiles = strides == w.shape[:rank] == tuple(_window(module, rank))
-  if tiles and module.feature_group_count == 1 and math.prod(strides) > 1:
-    if not any(size % stride for size, stride in zip(sizes, strides)):
-      return _tiled(x, w, strides)
+  if (
+    strides == w.shape[:rank] == tuple(_window(module, rank))
+    and module.feature_group_count == 1
+    and math.prod(strides) > 1
+    and not any(n % s for n, s in zip(x.shape[1:-1], strides, strict=True))
+  ):
+    return _tiled(x, w, strides)
   return convolve(
     x,
     w,
@@ -110,8 +114,10 @@ def of_layer(module: Any, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _tiled(x: jax.Array, w: jax.Array, strides: Sequence[int]) -> jax.Array:
-  counts = [size // stride for size, stride in zip(x.shape[1:-1], strides)]
-  both = [n for pair in zip(counts, strides) for n in pair]
+  counts = [
+    size // stride for size, stride in zip(x.shape[1:-1], strides, strict=True)
+  ]
+  both = [n for pair in zip(counts, strides, strict=True) for n in pair]
   x = x.reshape(x.shape[0], *both, x.shape[-1])
   rank = len(counts)
   outer, inner = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
@@ -179,13 +185,16 @@ def _im2col(
   rank = x.ndim - 2
   sizes = [
     (n - (k - 1) * d - 1) // s + 1
-    for n, k, d, s in zip(x.shape[1:-1], w.shape, dilation, strides)
+    for n, k, d, s in zip(
+      x.shape[1:-1], w.shape[:rank], dilation, strides, strict=True
+    )
   ]
   windows = []
   for offset in itertools.product(*(range(k) for k in w.shape[:rank])):
-    start = [o * d for o, d in zip(offset, dilation)]
+    start = [o * d for o, d in zip(offset, dilation, strict=True)]
     index = tuple(
-      slice(a, a + (n - 1) * s + 1, s) for a, n, s in zip(start, sizes, strides)
+      slice(a, a + (n - 1) * s + 1, s)
+      for a, n, s in zip(start, sizes, strides, strict=True)
     )
     windows.append(x[:, *index])
   channels, features = w.shape[-2:]

@@ -136,7 +136,9 @@ def mean_squared_error(
     stages += [(above, False, 1 / 32), (below, False, 1 / 32)]
     for step in (1 / 256, 1 / 256, 1 / 2048):
       stages += [(above, True, step), (below, True, step)]
-  moved, near, steps = (jnp.array(column) for column in zip(*stages))
+  moved, near, steps = (
+    jnp.array(column) for column in zip(*stages, strict=True)
+  )
 
   def error(shares):
     return squared_error(b, shares[0] * low, shares[1] * high, spec)

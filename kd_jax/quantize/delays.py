@@ -74,14 +74,14 @@ def delayed(
   """
 
   def delayed_fn(params: Params, step: jax.Array) -> Params:
-    before = dict(zip(rules_lib.leaf_names(params), jax.tree.leaves(params)))
+    before = rules_lib.named_leaves(params)
     after = params_fn(params)
     leaves, structure = jax.tree.flatten(after)
     chosen = [
       leaf
       if leaf is before[name]
       else jnp.where(step >= begin, leaf, before[name])
-      for name, leaf in zip(rules_lib.leaf_names(after), leaves)
+      for name, leaf in zip(rules_lib.leaf_names(after), leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, chosen)
 

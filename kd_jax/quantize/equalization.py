@@ -272,9 +272,7 @@ def _read_maxima(
 def _leaves(
   variables: Variables, scales: Sequence[FreeScale]
 ) -> dict[str, jax.Array]:
-  named = dict(
-    zip(rules_lib.leaf_names(variables), jax.tree.leaves(dict(variables)))
-  )
+  named = rules_lib.named_leaves(dict(variables))
   used = {n for s in scales for n in (*s.multiplied, *s.divided)}
   return {name: named[name] for name in named if name in used}
 
@@ -285,5 +283,6 @@ def _replace(
   leaves, structure = jax.tree.flatten(dict(variables))
   names = rules_lib.leaf_names(dict(variables))
   return jax.tree.unflatten(
-    structure, (new.get(name, leaf) for name, leaf in zip(names, leaves))
+    structure,
+    (new.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)),
   )

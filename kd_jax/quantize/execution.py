@@ -298,9 +298,12 @@ def _product(
     bias = module.scope.get_variable('params', 'bias').astype(jnp.float32)
   step = None
   # `convert` rounds a bias beside a stored grid only.
-  if isinstance(grid, _StoredGrid) and bias is not None:
-    if bias.dtype == jnp.int32:
-      step = bias_scale(grid.scale, kernel.scale, bias)
+  if (
+    isinstance(grid, _StoredGrid)
+    and bias is not None
+    and bias.dtype == jnp.int32
+  ):
+    step = bias_scale(grid.scale, kernel.scale, bias)
   if products.is_convolution(module):
     run = _convolution if not simulate else _simulated_convolution
     y = run(module, x, grid, kernel, bias, step, convolution)

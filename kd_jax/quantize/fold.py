@@ -79,10 +79,13 @@ def foldable_batch_norms(
     for x in args:
       if id(x) in producers:
         readers.setdefault(producers[id(x)], set()).add(path)
-    if _is(module, 'BatchNorm') and id(args[0]) in producers:
-      if module.axis in (-1, args[0].ndim - 1):
-        layer = producers[id(args[0])]
-        found.setdefault(layer, FoldableNorm(path, float(module.epsilon)))
+    if (
+      _is(module, 'BatchNorm')
+      and id(args[0]) in producers
+      and module.axis in (-1, args[0].ndim - 1)
+    ):
+      layer = producers[id(args[0])]
+      found.setdefault(layer, FoldableNorm(path, float(module.epsilon)))
     out = next_fun(*args, **kwargs)
     if _is(module, 'Conv', 'Dense'):
       producers[id(out)] = path
@@ -246,8 +249,8 @@ def skip_folded_batch_norms(
     folded = not module.scope.has_variable('batch_stats', 'mean')
     return args[0] if folded else next_fun(*args, **kwargs)
   out = next_fun(*args, **kwargs)
-  if _is(module, 'Conv', 'Dense') and not module.use_bias:
-    if module.scope.has_variable('params', 'bias'):
-      bias = module.scope.get_variable('params', 'bias')
-      out = out + per_channel(bias, out)
+  bare = _is(module, 'Conv', 'Dense') and not module.use_bias
+  if bare and module.scope.has_variable('params', 'bias'):
+    bias = module.scope.get_variable('params', 'bias')
+    out = out + per_channel(bias, out)
   return out

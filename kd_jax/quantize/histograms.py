@@ -156,7 +156,10 @@ def merge(a: Stats, b: Stats) -> Stats:
   """The histogram of the values of both; associative and commutative."""
   used = [jnp.where(s['count'] > 0, s['exponent'], _LEAST) for s in (a, b)]
   exponent = jnp.maximum(*used)
-  counts = [_coarsen(s['counts'], exponent - e) for s, e in zip((a, b), used)]
+  counts = [
+    _coarsen(s['counts'], exponent - e)
+    for s, e in zip((a, b), used, strict=True)
+  ]
   merged = merge_extremes(a, b)
   return merged | {
     'zeros': a['zeros'] + b['zeros'],

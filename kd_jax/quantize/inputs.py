@@ -290,8 +290,9 @@ def _names(jaxpr: Jaxpr) -> Iterator[str]:
   for equation in jaxpr.eqns:
     if equation.primitive.name == 'name':
       yield equation.params['name']
-    is_jaxpr = lambda p: isinstance(p, (Jaxpr, ClosedJaxpr))
-    for inner in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
+    for inner in jax.tree.leaves(
+      equation.params, is_leaf=lambda p: isinstance(p, (Jaxpr, ClosedJaxpr))
+    ):
       if isinstance(inner, ClosedJaxpr):
         yield from _names(inner.jaxpr)
       elif isinstance(inner, Jaxpr):

@@ -269,7 +269,7 @@ def init_lsq_params(
     >>> step.shape, round(float(step[0, 0]), 3)
     ((1, 1), 3.024)
   """
-  leaves = dict(zip(rules_lib.leaf_names(params), jax.tree.leaves(params)))
+  leaves = rules_lib.named_leaves(params)
   steps = {
     f'{name}{_SUFFIX}': initial_step(
       leaves[name], spec, ignore_zeros=ignore_zeros, name=name

@@ -270,8 +270,8 @@ def observe(
   """
   if spec.axis is None and spec.group_size is None:
     return observer.update(stats, x, axis_name)
-  update = lambda stats, row: observer.update(stats, row, axis_name)
-  return jax.vmap(update)(stats, specs.rows(x, spec)[0])
+  update = jax.vmap(lambda s, row: observer.update(s, row, axis_name))
+  return update(stats, specs.rows(x, spec)[0])
 
 
 def observed_range(
@@ -346,5 +346,7 @@ def merge_stats(observer: Observer, a: Any, b: Any) -> Any:
       merge = jax.vmap(merge)
     return merge(a, b)
 
-  is_state = lambda node: isinstance(node, dict) and 'count' in node
+  def is_state(node):
+    return isinstance(node, dict) and 'count' in node
+
   return jax.tree.map(one, a, b, is_leaf=is_state)

@@ -261,7 +261,7 @@ def _total(eq: Equation, x: Codes, w: Codes) -> jax.Array:
     zero_w = arrange(w.zero_point, eq.w, eq.out)
     total -= zero_w * _sum(x.code, eq.x, eq.out)
   if zero_x is not None and zero_w is not None:
-    sizes = dict(zip(eq.x, x.code.shape))
+    sizes = dict(zip(eq.x, x.code.shape, strict=True))
     count = math.prod(sizes[c] for c in eq.x if c not in eq.out)
     total += count * zero_x * zero_w
   return total

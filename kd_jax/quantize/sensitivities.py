@@ -107,7 +107,8 @@ def sensitivity(
   @jax.jit
   def evaluate(variables, batch, reference, choice):
     leaves, structure = jax.tree.flatten(variables['params'])
-    for i, index in zip(choice, [names.index(name) for name in chosen]):
+    for i, name in zip(choice, chosen, strict=True):
+      index = names.index(name)
       leaves[index] = jax.lax.switch(i, branches, leaves[index])
     params = jax.tree.unflatten(structure, leaves)
     changed = {**variables, 'params': params}
@@ -123,7 +124,9 @@ def sensitivity(
       choice = jnp.zeros(len(chosen), jnp.int32).at[i].set(j)
       total = sum(
         size * float(evaluate(variables, batch, reference, choice))
-        for size, batch, reference in zip(sizes, batches, references)
+        for size, batch, reference in zip(
+          sizes, batches, references, strict=True
+        )
       )
       rows.append(Sensitivity(name, option, total / sum(sizes)))
   return rows

@@ -39,8 +39,8 @@ def ranked(comparison: Comparison) -> list[dict[str, Any]]:
   """The rows, the teacher first and then by mean accuracy, best first."""
   teacher = [r for r in comparison['rows'] if r['name'] == 'teacher']
   others = [r for r in comparison['rows'] if r['name'] != 'teacher']
-  by_accuracy = lambda row: -spread(row['accuracy'])[0]
-  return teacher + sorted(others, key=by_accuracy)
+  others.sort(key=lambda row: -spread(row['accuracy'])[0])
+  return teacher + others
 
 
 def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -175,7 +175,7 @@ def _draw(ax: Any, comparison: Comparison) -> bool:
   if not rows:
     return False
   places = np.arange(len(rows))
-  for y, row in zip(places, rows):
+  for y, row in zip(places, rows, strict=True):
     values = [100 * v for v in row['accuracy']]
     color = plots.COLORS['distilled']
     if row['name'] in _BASELINES:

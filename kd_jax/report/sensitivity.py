@@ -78,7 +78,7 @@ def draw_sensitivity(ax: Any, report: Any) -> bool:
   for n, option in enumerate(dict.fromkeys(option for _, option, _ in points)):
     here = [(value, i) for i, o, value in points if o == option]
     ax.plot(
-      *zip(*here),
+      *zip(*here, strict=True),
       MARKERS[n % len(MARKERS)],
       color=colors[n % len(colors)],
       ms=7,

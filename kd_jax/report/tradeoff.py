@@ -112,7 +112,7 @@ def draw(ax: Any, result: Mapping[str, Any]) -> bool:
   untrained = [(row[cost], 100 * row['untrained']) for row in rows]
   trained = [r for r in rows if r['trained'] is not None]
   ax.plot(
-    *zip(*untrained),
+    *zip(*untrained, strict=True),
     'o',
     mfc='none',
     color=plots.MUTED,
@@ -122,7 +122,7 @@ def draw(ax: Any, result: Mapping[str, Any]) -> bool:
     ends = (100 * row['untrained'], 100 * row['trained'])
     ax.plot([row[cost]] * 2, ends, color=plots.GRID, zorder=1)
   ax.plot(
-    *zip(*((r[cost], 100 * r['trained']) for r in trained)),
+    *zip(*((r[cost], 100 * r['trained']) for r in trained), strict=True),
     'o',
     color=colors['compressed'],
     label='trained',

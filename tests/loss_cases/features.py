@@ -47,7 +47,7 @@ def _average(x, height, width):
 
 
 def _to_smaller(a, b):
-  size = [min(m, n) for m, n in zip(a.shape[1:3], b.shape[1:3])]
+  size = [min(m, n) for m, n in zip(a.shape[1:3], b.shape[1:3], strict=True)]
   return _average(a, *size), _average(b, *size)
 
 
@@ -137,7 +137,9 @@ def _overhaul_batch_norm(student, teacher, scale, bias):
 
 def _overhaul_batch_norm_value(student, teacher, scale, bias):
   return _overhaul(
-    student, teacher, [_negative_mean(abs(s), m) for s, m in zip(scale, bias)]
+    student,
+    teacher,
+    [_negative_mean(abs(s), m) for s, m in zip(scale, bias, strict=True)],
   )
 
 
@@ -204,7 +206,7 @@ def _neuron_selectivity(student, teacher):
   return np.array(
     [
       kernel(t, t) + kernel(s, s) - 2 * kernel(s, t)
-      for s, t in zip(student, teacher)
+      for s, t in zip(student, teacher, strict=True)
     ]
   )
 
@@ -213,7 +215,7 @@ def _flow(first, second):
   first, second = _to_smaller(first, second)
   places = first.shape[1] * first.shape[2]
   flat = [x.reshape(B, places, -1) for x in (first, second)]
-  return np.stack([a.T @ b / places for a, b in zip(*flat)])
+  return np.stack([a.T @ b / places for a, b in zip(*flat, strict=True)])
 
 
 def _flow_of_solution(student, teacher):

@@ -87,7 +87,7 @@ def _gradients(rng):
 def _jacobian_matching(student, teacher):
   loss = np.zeros(B)
   for i in range(B):
-    for s, t in zip(student[i], teacher[i]):
+    for s, t in zip(student[i], teacher[i], strict=True):
       loss[i] += ((s / np.linalg.norm(s) - t / np.linalg.norm(t)) ** 2).sum()
   return loss
 

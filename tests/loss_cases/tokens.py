@@ -100,7 +100,7 @@ def _attention_squared_error(student, teacher, mask=None, mean_count=None):
 def _attention_cross_entropy(student, teacher, mask=None, mean_count=None):
   def of_token(i, j, keys):
     total = 0.0
-    for s, t in zip(student[i, :, j], teacher[i, :, j]):
+    for s, t in zip(student[i, :, j], teacher[i, :, j], strict=True):
       counted = [k for k in keys if t[k] > -np.inf]
       p = np.exp(_log_softmax(t))[counted]
       total -= (p * _log_softmax(s)[counted]).sum() / HEADS
@@ -121,7 +121,7 @@ def _minilm_relation(student, teacher, mask=None, heads=1, mean_count=None):
   def of_token(i, j, keys):
     total = 0.0
     parts = (np.split(x[i], heads, axis=-1) for x in (student, teacher))
-    for s, t in zip(*parts):
+    for s, t in zip(*parts, strict=True):
       log_s, log_t = (log_relation(x, j, keys) for x in (s, t))
       total += (np.exp(log_t) * (log_t - log_s)).sum() / heads
     return total
