@@ -159,7 +159,8 @@ def _handled(
     return
   before = {s: signal.getsignal(s) for s in SIGNALS}
   interrupt = before[signal.SIGINT]
-  again = again or getattr(interrupt, 'again', interrupt)
+  if again is None:
+    again = getattr(interrupt, 'again', interrupt)
   handler = _Handler(act, again)
   for s in SIGNALS:
     signal.signal(s, handler)
