@@ -13,8 +13,9 @@ import pytest
 from matplotlib.text import Text
 from rich.console import Console
 
+from kd_jax import assess
 from kd_jax import report as reports
-from kd_jax.report import table, units
+from kd_jax.report import plots, table, units
 
 FIGURES = (
   reports.curves_figure,
@@ -123,7 +124,7 @@ def _made():
       'teacher': _curve(0, 1500, 0.986, 2.4),
       'student alone': _curve(1, 1500, 0.968, 2.3),
       'distilled': _curve(2, 1500, 0.975, 14.0),
-      'compressed': _curve(3, 1500, 0.972, 6.0, sparsity=0.8),
+      plots.COMPRESSED: _curve(3, 1500, 0.972, 6.0, sparsity=0.8),
     },
     'sparsity': [
       {'path': 'conv1/kernel', 'size': 288, 'nonzero': 120},
@@ -443,7 +444,7 @@ def test_page_escapes_every_word(report):
   evil = '<script>alert("1")</script> & $x$'
   for model in report['models'][3:5]:
     model['name'] = model['note'] = evil
-  report['curves'][evil] = report['curves'].pop('compressed')
+  report['curves'][evil] = report['curves'].pop(plots.COMPRESSED)
   report['sparsity'][0]['path'] = evil
   report['parity'][0] |= {'name': evil, 'against': evil, 'note': evil}
   report['aims'][2] |= {'text': evil, 'value': evil}
@@ -495,6 +496,10 @@ def test_figures_have_labelled_axes(report, make):
   assert fig._repr_png_().startswith(b'\x89PNG')
 
 
+def test_every_stage_of_a_run_has_a_colour_of_its_own():
+  assert set(plots.COLORS) == set(assess.TRAINED.values())
+
+
 def test_curves_name_every_stage_and_survive_gaps(report):
   report['curves']['teacher']['loss'][3] = None
   report['curves']['distilled']['eval_accuracy'] = [None, 0.5]
@@ -504,12 +509,12 @@ def test_curves_name_every_stage_and_survive_gaps(report):
   def legend(ax):
     return [t.get_text() for t in ax.get_legend().get_texts()]
 
-  assert legend(accuracy) == ['teacher', 'distilled', 'compressed']
-  assert legend(loss) == ['teacher', 'distilled', 'compressed']
-  assert legend(schedule) == ['compressed']
+  assert legend(accuracy) == ['teacher', 'distilled', plots.COMPRESSED]
+  assert legend(loss) == ['teacher', 'distilled', plots.COMPRESSED]
+  assert legend(schedule) == [plots.COMPRESSED]
   assert '%' in accuracy.get_ylabel() and 'step' in accuracy.get_xlabel()
   assert loss.get_yscale() == 'log'
-  report['curves']['compressed'].pop('sparsity')
+  report['curves'][plots.COMPRESSED].pop('sparsity')
   assert len(reports.curves_figure(report).axes) == 2
 
 

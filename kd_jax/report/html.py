@@ -37,7 +37,7 @@ _THEME = {
   plots.COLORS['teacher']: ('teacher', '#4a525c', '#c3cad2'),
   plots.COLORS['student alone']: ('alone', '#d55e00', '#ff9248'),
   plots.COLORS['distilled']: ('distilled', '#0072b2', '#5bb5f2'),
-  plots.COLORS['compressed']: ('compressed', '#00805e', '#2fcf9f'),
+  plots.COLORS[plots.COMPRESSED]: ('compressed', '#00805e', '#2fcf9f'),
   plots.SPARE[0]: ('spare0', '#b0568c', '#e79cc6'),
   plots.SPARE[1]: ('spare1', '#a67400', '#f0c04c'),
   plots.SPARE[2]: ('spare2', '#3f8fc4', '#93cdf5'),

@@ -22,13 +22,14 @@ from kd_jax.report.labels import name_points
 from kd_jax.report.units import count, number, percent, size
 
 INK, MUTED, GRID, PAPER = '#1b1f24', '#5f6872', '#dde1e5', '#ffffff'
+COMPRESSED = 'pruned + int8 fake-quant'
 # Okabe and Ito's palette, which survives every common colour blindness; line
 # styles and markers say the same again without any colour.
 COLORS = {
   'teacher': '#4a525c',
   'student alone': '#d55e00',
   'distilled': '#0072b2',
-  'compressed': '#009e73',
+  COMPRESSED: '#009e73',
 }
 SPARE = ('#b0568c', '#a67400', '#3f8fc4')
 STYLES = ('-', '--', '-', '-.', ':')
@@ -252,7 +253,7 @@ def draw_size(ax: Any, report: Report) -> bool:
     )
     _legend(ax, loc='lower left', bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
   for i, (name, x, _) in enumerate(points):
-    color = COLORS.get(name, COLORS['compressed'])
+    color = COLORS.get(name, COLORS[COMPRESSED])
     marker = MARKERS[i % len(MARKERS)]
     ax.plot(x, scores[i], marker, color=color, ms=8, mec=PAPER, mew=0.8)
   name_points(ax, [(n, x, 100 * y) for n, x, y in points], color=MUTED)
@@ -284,7 +285,7 @@ def draw_sparsity(ax: Any, report: Report) -> bool:
   ax.barh(
     rows,
     100 * np.array(zero),
-    color=COLORS['compressed'],
+    color=COLORS[COMPRESSED],
     height=0.66,
     alpha=0.45,
   )

@@ -124,7 +124,7 @@ def draw(ax: Any, result: Mapping[str, Any]) -> bool:
   ax.plot(
     *zip(*((r[cost], 100 * r['trained']) for r in trained), strict=True),
     'o',
-    color=colors['compressed'],
+    color=colors[plots.COMPRESSED],
     label='trained',
   )
   for row in trained:
