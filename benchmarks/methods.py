@@ -27,8 +27,9 @@ import numpy as np
 import page
 import turns
 
-from kd_jax import adapters, compare, data, distillation, fit, methods, rules
-from kd_jax.run import Run
+from kd_jax import adapters, data, methods, rules
+from kd_jax.recipe import compare, distillation, fit
+from kd_jax.recipe.run import Run
 
 HERE = pathlib.Path(__file__).resolve()
 # From their times every other one is expected.

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from kd_jax import files
 from kd_jax.report import measure
+from kd_jax.storage import files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -32,20 +32,12 @@ import optax
 import page
 from flax import linen as nn
 
-from kd_jax import (
-  adapters,
-  data,
-  files,
-  guard,
-  metrics,
-  objectives,
-  optim,
-  preemption,
-  sharding,
-)
-from kd_jax.checkpoint import Checkpoints
+from kd_jax import adapters, data, guard, metrics, objectives, optim, sharding
+from kd_jax.sharding import preemption
 from kd_jax.step import init_state, make_eval_step, make_train_step
-from kd_jax.train import train
+from kd_jax.storage import files
+from kd_jax.storage.checkpoint import Checkpoints
+from kd_jax.train.loop import train
 
 STEPS, EVALUATE_EVERY, LOG_EVERY, BATCH, CLASSES = 24, 4, 3, 8, 3
 RESULT = 'result.json'

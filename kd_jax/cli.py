@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from kd_jax.preemption import REQUEUE, Preempted, stoppable
+from kd_jax.sharding.preemption import REQUEUE, Preempted, stoppable
 
 USAGE = """\
 kd-jax: a large model into a small fast one, in JAX.
@@ -217,7 +217,8 @@ def _dispatch(words: list[str]) -> int:
     )
   values = _parse(command, rest)
   # Imported late: --help and a wrong flag should not wait for JAX.
-  from kd_jax import commands, hosts  # noqa: PLC0415
+  from kd_jax import commands  # noqa: PLC0415
+  from kd_jax.sharding import hosts  # noqa: PLC0415
 
   work = getattr(commands, command.replace('-', '_'))
   if command not in TRAINING:
@@ -370,7 +371,7 @@ def _define_config(
 
 def _started(words: list[str]) -> bool:
   """Whether the work directory has a configuration, which is all it takes."""
-  from kd_jax import mirror  # noqa: PLC0415
+  from kd_jax.storage import mirror  # noqa: PLC0415
 
   workdir = _value_of('workdir', words)
   if not workdir:
@@ -381,7 +382,7 @@ def _started(words: list[str]) -> bool:
 def _stored_config(path: str) -> Any:
   import ml_collections  # noqa: PLC0415
 
-  from kd_jax import mirror, workdir  # noqa: PLC0415
+  from kd_jax.storage import mirror, workdir  # noqa: PLC0415
 
   stored = workdir.read_json(mirror.resolve(path))
   if not isinstance(stored, dict):
@@ -415,7 +416,8 @@ def _remove(flag: str, words: list[str]) -> None:
 
 def _check_overrides(flag: str, config: Any, words: list[str]) -> None:
   """Names the near misses of an unknown --config.KEY."""
-  from kd_jax import rules, workdir  # noqa: PLC0415
+  from kd_jax import rules  # noqa: PLC0415
+  from kd_jax.storage import workdir  # noqa: PLC0415
 
   known = workdir.flatten(config.to_dict())
   for word in words:

@@ -10,25 +10,18 @@ import ml_collections
 from rich.console import Console
 from rich.table import Table
 
-from kd_jax import (
-  assess,
-  compile_cache,
-  distillation,
-  hosts,
-  mirror,
-  origin,
-  recipe,
-  search,
-  shrunk,
-)
-from kd_jax import compare as compare_lib
 from kd_jax import launch as launch_lib
 from kd_jax import plan as plan_lib
 from kd_jax import report as report_lib
+from kd_jax.recipe import assess, distillation, origin, search, shrunk, stages
+from kd_jax.recipe import compare as compare_lib
+from kd_jax.recipe.run import Run
 from kd_jax.report import comparison, tradeoff
 from kd_jax.report.plan import print_plan
-from kd_jax.run import Run
-from kd_jax.workdir import Workdir, flatten, frozen, write_json
+from kd_jax.sharding import hosts
+from kd_jax.storage import mirror
+from kd_jax.storage.workdir import Workdir, flatten, frozen, write_json
+from kd_jax.train import compile_cache
 
 
 def run(values: Any) -> int:
@@ -44,7 +37,7 @@ def run(values: Any) -> int:
     )
     workdir = made.workdir
   _agree(workdir.config, stages=values.stages, overwrite=values.overwrite)
-  recipe.run_stages(made, values.stages, overwrite=values.overwrite)
+  stages.run_stages(made, values.stages, overwrite=values.overwrite)
   if hosts.is_first() and workdir.done('report'):
     _print_report(workdir)
   return 0
@@ -157,7 +150,7 @@ def report(values: Any) -> int:
   """`kd-jax report`."""
   stored = _stored(values.workdir)
   if not stored.workdir.done('report'):
-    recipe.run_stages(stored, ['report'])
+    stages.run_stages(stored, ['report'])
   _print_report(stored.workdir)
   return 0
 

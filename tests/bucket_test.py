@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from kd_jax import cli, data, mirror
-from kd_jax.checkpoint import Checkpoints
-from kd_jax.workdir import Workdir
+from kd_jax import cli, data
+from kd_jax.storage import mirror
+from kd_jax.storage.checkpoint import Checkpoints
+from kd_jax.storage.workdir import Workdir
 
 pytestmark = pytest.mark.once
 

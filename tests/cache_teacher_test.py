@@ -8,18 +8,11 @@ import numpy as np
 import pytest
 from untrained_run import config_of
 
-from kd_jax import (
-  cached_teacher,
-  checkpoint,
-  cli,
-  data,
-  distillation,
-  lock,
-  recipe,
-  weights,
-)
-from kd_jax.run import Run
-from kd_jax.workdir import Workdir, read_json
+from kd_jax import cli, data
+from kd_jax.recipe import cached_teacher, distillation, stages
+from kd_jax.recipe.run import Run
+from kd_jax.storage import checkpoint, lock, weights
+from kd_jax.storage.workdir import Workdir, read_json
 
 pytestmark = [
   pytest.mark.once,
@@ -44,7 +37,7 @@ def taught(tmp_path_factory, data_dir):
   path = tmp_path_factory.mktemp('taught') / 'run'
   config = _config(data_dir)
   run = Run(config, Workdir(path, config.to_dict()))
-  recipe.run_stages(run, ['teacher'], say=lambda line: None)
+  stages.run_stages(run, ['teacher'], say=lambda line: None)
   return run
 
 
@@ -70,7 +63,7 @@ def _like(taught, path, change=lambda config: None, cache=''):
 
 
 def _train(run, *stages):
-  recipe.run_stages(run, stages, say=lambda line: None)
+  stages.run_stages(run, stages, say=lambda line: None)
   return [run.workdir.result(stage)['history'] for stage in stages]
 
 
@@ -158,7 +151,7 @@ def test_an_ensemble_in_loss_space_keeps_its_members(
   with config.unlocked():
     change(config)
   first = Run(config, Workdir(tmp_path / 'live', config.to_dict()))
-  recipe.run_stages(first, ['teacher'], say=lambda line: None)
+  stages.run_stages(first, ['teacher'], say=lambda line: None)
   path = tmp_path / 'cache'
   made = distillation.cache_teacher(first, path, dtype='float32')
   assert made['form']['features'] == ['teacher/output', 'other/output']

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 import kd_jax
-from kd_jax import data, layout, losses, objectives, sharding
+from kd_jax import data, losses, objectives, sharding
+from kd_jax.sharding import layout
 from kd_jax.types import Forward
 
 CLASSES, SEED, BATCH = 6, 3, 8

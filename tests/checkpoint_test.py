@@ -18,8 +18,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import checkpoint, checkpoint_format, types
-from kd_jax.checkpoint import CheckpointError, Checkpoints
+from kd_jax import types
+from kd_jax.storage import checkpoint, checkpoint_format
+from kd_jax.storage.checkpoint import CheckpointError, Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -344,7 +345,7 @@ def test_skipped_save_raises(tmp_path, monkeypatch):
 DISK_FULL = """
 import resource, sys
 import numpy as np
-from kd_jax.checkpoint import CheckpointError, Checkpoints
+from kd_jax.storage.checkpoint import CheckpointError, Checkpoints
 
 def limit(size):
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -468,7 +469,7 @@ def test_newer_format_is_refused(tmp_path):
 
 KILLED = """
 import sys
-from kd_jax.checkpoint import Checkpoints
+from kd_jax.storage.checkpoint import Checkpoints
 import numpy as np
 with Checkpoints(sys.argv[1], keep=2) as saved:
   like = {'w': np.zeros((512, 512), np.int32)}
@@ -518,7 +519,7 @@ import jax
 jax.config.update('jax_num_cpu_devices', 1)
 import numpy as np
 from absl import logging
-from kd_jax.checkpoint import Checkpoints, load_state
+from kd_jax.storage.checkpoint import Checkpoints, load_state
 logging.set_verbosity(logging.INFO)  # as absl.app.run does
 assert jax.device_count() == 1
 like = {'w': jax.ShapeDtypeStruct((8, 4), np.float32),

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from kd_jax import clusters, hosts
+from kd_jax.sharding import clusters, hosts
 
 SLURM = {
   'SLURM_JOB_ID': '7',

@@ -9,7 +9,8 @@ import sys
 import jax
 import pytest
 
-from kd_jax import cli, commands, compile_cache
+from kd_jax import cli, commands
+from kd_jax.train import compile_cache
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / 'configs' / 'digits.py') + ':tiny'

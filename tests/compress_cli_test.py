@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from untrained_run import CONFIGS, config_of, finish_distill
 
-from kd_jax import cli, search, workdir
+from kd_jax import cli
+from kd_jax.recipe import search
+from kd_jax.recipe.run import Network, Run
 from kd_jax.report import tradeoff
-from kd_jax.run import Network, Run
-from kd_jax.weights import load_weights
+from kd_jax.storage import workdir
+from kd_jax.storage.weights import load_weights
 
 RECIPE = f'{CONFIGS / "compress.py"}:tiny'
 MODEL = {'name': 'cnn', 'widths': (8, 6)}

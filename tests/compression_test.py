@@ -13,8 +13,8 @@ import pytest
 from quantized_models import trained
 
 from kd_jax import objectives, prune
-from kd_jax.compression import Compression, Phase
-from kd_jax.recipe_words import moment
+from kd_jax.recipe.compression import Compression, Phase
+from kd_jax.recipe.words import moment
 from kd_jax.step import init_state, make_train_step
 
 CONFIG = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'

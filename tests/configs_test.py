@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from kd_jax import adapters, methods, models, workdir
+from kd_jax import adapters, methods, models
 from kd_jax.report import measure
+from kd_jax.storage import workdir
 
 DIRECTORY = pathlib.Path(__file__).parent.parent / 'configs'
 CONFIGS = sorted(DIRECTORY.glob('*.py'))

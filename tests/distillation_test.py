@@ -15,23 +15,20 @@ import safetensors.numpy
 
 from kd_jax import (
   adapters,
-  assess,
   cli,
-  compare,
   data,
-  distillation,
   losses,
   models,
   networks,
   objectives,
-  recipe,
   step,
-  weights,
 )
+from kd_jax.recipe import assess, compare, distillation
+from kd_jax.recipe.run import Run
 from kd_jax.report import comparison
-from kd_jax.run import Run
+from kd_jax.storage import weights
+from kd_jax.storage.workdir import Workdir
 from kd_jax.types import Forward
-from kd_jax.workdir import Workdir
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 ROOT = pathlib.Path(__file__).parent.parent
@@ -220,7 +217,7 @@ def _run(tmp_path, data_dir, change=lambda config: None, stages=('distill',)):
   with config.unlocked():
     change(config)
   run = Run(config, Workdir(tmp_path / 'run', config.to_dict()))
-  recipe.run_stages(run, ['teacher', *stages], say=lambda line: None)
+  stages.run_stages(run, ['teacher', *stages], say=lambda line: None)
   return run
 
 

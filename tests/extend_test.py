@@ -6,9 +6,11 @@ import re
 
 import pytest
 
-from kd_jax import cli, exporters, models, recipe_words, terms
+from kd_jax import cli, models, terms
+from kd_jax.export import exporters
+from kd_jax.recipe import words
 from kd_jax.report import measure, read_report
-from kd_jax.workdir import read_json
+from kd_jax.storage.workdir import read_json
 
 ROOT = pathlib.Path(__file__).parent.parent
 SECTION = re.search(
@@ -60,8 +62,8 @@ def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
   # What the files register goes when this test ends.
   monkeypatch.setitem(terms.TERMS, 'cosine', None)
   monkeypatch.setitem(models.MODELS, 'shallow', None)
-  monkeypatch.setitem(recipe_words.SCORES, 'brain_damage', None)
-  monkeypatch.setitem(recipe_words.OBSERVERS, 'three_sigma', None)
+  monkeypatch.setitem(words.SCORES, 'brain_damage', None)
+  monkeypatch.setitem(words.OBSERVERS, 'three_sigma', None)
   monkeypatch.setitem(exporters.EXPORTERS, 'one program', None)
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
   latencies = functools.partial(measure.latencies, runs=2)

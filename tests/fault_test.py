@@ -22,24 +22,16 @@ import untrained_run
 from damage import flip, largest
 from flax import linen as nn
 
-from kd_jax import (
-  adapters,
-  cli,
-  guard,
-  metrics,
-  objectives,
-  preemption,
-  quantize,
-  train,
-  weights,
-)
-from kd_jax.checkpoint import CheckpointError, Checkpoints
-from kd_jax.preemption import Preempted
+from kd_jax import adapters, cli, guard, metrics, objectives, quantize, train
+from kd_jax.recipe.run import Run
 from kd_jax.report import measure
-from kd_jax.run import Run
+from kd_jax.sharding import preemption
+from kd_jax.sharding.preemption import Preempted
 from kd_jax.step import init_state, make_train_step
+from kd_jax.storage import weights
+from kd_jax.storage.checkpoint import CheckpointError, Checkpoints
+from kd_jax.storage.workdir import Workdir
 from kd_jax.types import Forward
-from kd_jax.workdir import Workdir
 
 TINY = f'{untrained_run.CONFIGS / "digits.py"}:tiny'
 
@@ -174,7 +166,7 @@ def test_in_a_thread_signals_are_left_alone():
 
 TWICE = """
 import signal
-from kd_jax import preemption
+from kd_jax.sharding import preemption
 with preemption.stoppable(), preemption.deferred() as stop:
   signal.raise_signal(signal.SIGINT)
   assert stop.is_set()

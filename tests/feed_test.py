@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from kd_jax import data, feed, objectives, profiling, sharding, train
-from kd_jax.checkpoint import CheckpointError, Checkpoints
+from kd_jax import data, objectives, sharding, train
 from kd_jax.data.resident import ResidentImages
 from kd_jax.guard import drop_nonfinite
 from kd_jax.step import init_state, make_train_step
+from kd_jax.storage.checkpoint import CheckpointError, Checkpoints
+from kd_jax.train import feed, profiling
 from kd_jax.types import Forward
 
 pytestmark = pytest.mark.once

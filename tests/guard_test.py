@@ -10,8 +10,8 @@ import pytest
 from quantized_models import INPUTS, WEIGHTS, trained, watching
 
 from kd_jax import guard, objectives, prune, quantize, sharding, train
-from kd_jax.checkpoint import Checkpoints
 from kd_jax.step import init_state, make_train_step
+from kd_jax.storage.checkpoint import Checkpoints
 from kd_jax.types import Forward
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd_jax import hlo
+from kd_jax.plan import hlo
 
 REDUCE = (
   '  %all-reduce.57 = (f32[]{:T(128)}, f32[100]{0:T(128)S(1)}, '

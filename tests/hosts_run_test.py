@@ -15,8 +15,8 @@ import pytest
 from pairs import BOUND, ROOT, RUN, environment, joined, small, stopped_at
 
 from kd_jax import data
-from kd_jax.checkpoint import read_manifest
 from kd_jax.report import read_report
+from kd_jax.storage.checkpoint import read_manifest
 
 pytestmark = [
   pytest.mark.slow,

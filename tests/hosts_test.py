@@ -13,7 +13,7 @@ import pytest
 from pairs import QUICK, Pair
 
 from kd_jax import sharding
-from kd_jax.checkpoint import CheckpointError
+from kd_jax.storage.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.xdist_group('hosts')
 

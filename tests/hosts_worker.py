@@ -16,21 +16,13 @@ import jax
 import numpy as np
 import optax
 
-from kd_jax import (
-  adapters,
-  data,
-  hosts,
-  lock,
-  models,
-  objectives,
-  prune,
-  sharding,
-  step,
-)
-from kd_jax import checkpoint as checkpoint_lib
+from kd_jax import adapters, data, models, objectives, prune, sharding, step
 from kd_jax import train as train_lib
-from kd_jax.layout import Layout
-from kd_jax.workdir import Workdir, write_json
+from kd_jax.sharding import hosts
+from kd_jax.sharding.layout import Layout
+from kd_jax.storage import checkpoint as checkpoint_lib
+from kd_jax.storage import lock
+from kd_jax.storage.workdir import Workdir, write_json
 
 # Splits even the small arrays of these networks.
 LAYOUT = Layout(least=16)

@@ -11,7 +11,9 @@ import time
 import pytest
 
 import kd_jax
-from kd_jax import cli, gcloud, jobset, launch
+from kd_jax import cli, launch
+from kd_jax.launch import gcloud, jobset
+from kd_jax.sharding import preemption
 
 pytestmark = pytest.mark.once
 
@@ -121,7 +123,7 @@ def test_one_launch_creates_runs_and_deletes(tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_after_preemption():
-  cloud = Cloud([('running', 'gone'), launch.REQUEUE, 0])
+  cloud = Cloud([('running', 'gone'), preemption.REQUEUE, 0])
   run, said = _launch(cloud)
   assert run() == 0
   # The machine that vanished was made again, that of the run that asked not.
@@ -191,7 +193,7 @@ def test_failures_end_and_the_machine_goes():
   cloud = Cloud([2])
   run, _ = _launch(cloud, keep=True)
   assert run() == 2 and cloud.state == 'READY'
-  cloud = Cloud([launch.REQUEUE] * 3)
+  cloud = Cloud([preemption.REQUEUE] * 3)
   run, _ = _launch(cloud, restarts=2)
   with pytest.raises(launch.LaunchError, match='preempted 3 times'):
     run()
@@ -304,7 +306,7 @@ def test_xpk_gets_the_same_run():
   assert words[:3] == ('xpk', 'workload', 'create')
   assert shlex.split(words[-1].removeprefix('--command=')) == list(RUN)
   assert '--tpu-type=v6e-16' in words and '--project=p' in words
-  assert f'--restart-on-exit-codes={launch.REQUEUE}' in words
+  assert f'--restart-on-exit-codes={preemption.REQUEUE}' in words
   assert delete.words[:3] == ('xpk', 'workload', 'delete')
 
 

@@ -14,14 +14,14 @@ from jax.sharding import PartitionSpec as P
 from kd_jax import (
   adapters,
   guard,
-  hlo,
-  layout,
   models,
   objectives,
   prune,
   quantize,
   sharding,
 )
+from kd_jax.plan import hlo
+from kd_jax.sharding import layout
 from kd_jax.step import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')

@@ -21,7 +21,7 @@ from loss_cases import (
 )
 
 from kd_jax import losses, sharding
-from kd_jax.layout import BATCH
+from kd_jax.sharding.layout import BATCH
 
 MODULES = contrastive, features, gradients, outputs, relations, tokens
 CASES = {name: case for m in MODULES for name, case in m.CASES.items()}

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from kd_jax import adapters, models, weights
+from kd_jax import adapters, models
 from kd_jax.report import measure
+from kd_jax.storage import weights
 
 ORACLES = pathlib.Path(
   os.environ.get(

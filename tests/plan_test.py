@@ -7,10 +7,12 @@ import runpy
 import jax
 import pytest
 
-from kd_jax import chips, cli, fit, plan, program, recipe, rehearsal, sharding
-from kd_jax.distillation import labels_only
-from kd_jax.run import Run
-from kd_jax.workdir import Workdir
+from kd_jax import cli, plan, sharding
+from kd_jax.plan import chips, program, rehearsal
+from kd_jax.recipe import fit, stages
+from kd_jax.recipe.distillation import labels_only
+from kd_jax.recipe.run import Run
+from kd_jax.storage.workdir import Workdir
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 ROOT = pathlib.Path(__file__).parent.parent
@@ -155,7 +157,7 @@ def test_a_rehearsal_is_the_real_run(tmp_path, data_dir):
   config = tiny(**{'data.data_dir': str(data_dir), 'data.max_examples': 0})
   run = Run(config, Workdir(tmp_path, config.to_dict()))
   c = config.alone.train
-  real = fit.make_step(run, 'alone', c, labels_only(), recipe.untaught(run))
+  real = fit.make_step(run, 'alone', c, labels_only(), stages.untaught(run))
   for made in (config, tiny(**{'data.max_examples': 0})):
     # Prepared or not, the digits are as many.
     step = rehearsal.rehearse(rehearsal.Rehearsal(made), 'alone')

@@ -9,7 +9,8 @@ import runpy
 import jax
 import pytest
 
-from kd_jax import chips, plan, rehearsal
+from kd_jax import plan
+from kd_jax.plan import chips, rehearsal
 from kd_jax.report import plan as report_plan
 
 pytestmark = [

@@ -10,9 +10,11 @@ import fake_tfds
 import jax
 import pytest
 
-from kd_jax import cli, recipe, rehearsal
+from kd_jax import cli
+from kd_jax.plan import rehearsal
+from kd_jax.recipe import stages
 from kd_jax.report import measure, read_report
-from kd_jax.workdir import read_json
+from kd_jax.storage.workdir import read_json
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 NAMES = sorted(
@@ -105,12 +107,12 @@ def test_config_runs_every_stage(name, fake_dir, tmp_path, monkeypatch):
   # Two rounds of measurements do here.
   latencies = functools.partial(measure.latencies, runs=2)
   monkeypatch.setattr(measure, 'latencies', latencies)
-  rest = [stage for stage in recipe.STAGES if stage not in TRAINED]
+  rest = [stage for stage in stages.STAGES if stage not in TRAINED]
   assert run(name, 'tiny', fake_dir, tmp_path, *rest) == 0
 
   results = {
     stage: read_json(tmp_path / stage / 'result.json')
-    for stage in recipe.STAGES
+    for stage in stages.STAGES
   }
   # 64 images in batches of 16, once: no image is held out.
   assert [results[stage]['steps'] for stage in TRAINED] == [4] * 4

@@ -13,8 +13,8 @@ import pytest
 from matplotlib.text import Text
 from rich.console import Console
 
-from kd_jax import assess
 from kd_jax import report as reports
+from kd_jax.recipe import assess
 from kd_jax.report import plots, table, units
 
 FIGURES = (

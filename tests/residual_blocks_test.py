@@ -13,9 +13,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from quantized_models import values
 from untrained_run import config_of, finish_distill
 
-from kd_jax import adapters, cli, models, objectives, prune, shrunk
+from kd_jax import adapters, cli, models, objectives, prune
+from kd_jax.recipe import shrunk
 from kd_jax.step import init_state, make_train_step
-from kd_jax.workdir import Workdir
+from kd_jax.storage.workdir import Workdir
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures('quick_compilation')]
 RESNET = ('stage1_block1', 'stage1_block2', 'stage2_block2', 'stage3_block2')

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from kd_jax import cli, weights
+from kd_jax import cli
 from kd_jax.report import read_report
+from kd_jax.storage import weights
 
 # One worker runs the tiny job once, for all the tests that read it.
 pytestmark = pytest.mark.xdist_group('run')

@@ -8,15 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from kd_jax import (
-  adapters,
-  models,
-  objectives,
-  prune,
-  quantize,
-  sharding,
-  step,
-)
+from kd_jax import adapters, models, objectives, prune, quantize, sharding, step
 from kd_jax.types import Forward, TrainState
 
 DEVICES = 8

@@ -9,8 +9,10 @@ import ml_collections
 import pytest
 from untrained_run import config_of, finish_distill
 
-from kd_jax import cli, lock, shrunk, workdir
-from kd_jax.run import Run
+from kd_jax import cli
+from kd_jax.recipe import shrunk
+from kd_jax.recipe.run import Run
+from kd_jax.storage import lock, workdir
 
 pytestmark = pytest.mark.once
 

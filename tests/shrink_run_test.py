@@ -10,9 +10,10 @@ import optax
 import pytest
 from flax import linen as nn
 
-from kd_jax import adapters, deploy, models, objectives, prune, step, weights
+from kd_jax import adapters, deploy, models, objectives, prune, step
 from kd_jax.export import export_stablehlo, load_stablehlo, onnx
 from kd_jax.models import layers
+from kd_jax.storage import weights
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures('quick_compilation')]
 

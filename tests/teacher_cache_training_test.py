@@ -14,8 +14,8 @@ import pytest
 
 import kd_jax
 from kd_jax import data, objectives, sharding, train
-from kd_jax.checkpoint import Checkpoints
 from kd_jax.data import cache_form
+from kd_jax.storage.checkpoint import Checkpoints
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures('quick_compilation')]
 EPOCHS = 3

@@ -5,9 +5,10 @@ import runpy
 
 import jax
 
-from kd_jax import adapters, workdir
-from kd_jax.run import Run
-from kd_jax.weights import save_weights
+from kd_jax import adapters
+from kd_jax.recipe.run import Run
+from kd_jax.storage import workdir
+from kd_jax.storage.weights import save_weights
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 

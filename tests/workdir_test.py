@@ -15,16 +15,11 @@ import pytest
 import untrained_run
 from damage import flip
 
-from kd_jax import (
-  cli,
-  data,
-  files,
-  lock,
-  origin,
-  weights,
-)
-from kd_jax.run import Run
-from kd_jax.workdir import Workdir
+from kd_jax import cli, data
+from kd_jax.recipe import origin
+from kd_jax.recipe.run import Run
+from kd_jax.storage import files, lock, weights
+from kd_jax.storage.workdir import Workdir
 
 pytestmark = pytest.mark.once
 
@@ -33,7 +28,7 @@ TINY = f'{untrained_run.CONFIGS / "digits.py"}:tiny'
 
 HOLDS = """
 import sys, time
-from kd_jax import lock
+from kd_jax.storage import lock
 with lock.exclusive(sys.argv[1]):
   print('has it', flush=True)
   time.sleep(600)

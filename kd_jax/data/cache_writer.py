@@ -18,11 +18,11 @@ import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import checkpoint_format, mirror, workdir
 from kd_jax.data import cache_form, pipeline, teacher_cache
 from kd_jax.data.cache_form import Form
 from kd_jax.data.sources import Images
 from kd_jax.data.teacher_cache import CacheError
+from kd_jax.storage import checkpoint_format, mirror, workdir
 from kd_jax.types import Batch, StudentFn, Variables
 
 SHARD_BYTES = 2**26

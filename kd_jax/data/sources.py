@@ -20,8 +20,8 @@ import numpy as np
 
 from kd_jax.data.prepared import Records, identify
 from kd_jax.data.streamed import StreamedImages
-from kd_jax.mirror import cached, is_remote
 from kd_jax.rules import near_misses
+from kd_jax.storage.mirror import cached, is_remote
 
 SPLITS = ('train', 'validation', 'test')
 _CHUNK = 1024

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax import checkpoint_format, mirror, rules, workdir
+from kd_jax import rules
 from kd_jax.data import cache_form
 from kd_jax.data.sources import ImageData, Images
+from kd_jax.storage import checkpoint_format, mirror, workdir
 from kd_jax.types import BatchStream, Variables
 
 FORMAT = 1

@@ -20,7 +20,7 @@ import numpy as np
 from jax import export
 
 import kd_jax
-from kd_jax import files
+from kd_jax.storage import files
 
 # The operators that hold a layer's arithmetic, integer and float; reported by
 # `integer_kernels` even when there are none.

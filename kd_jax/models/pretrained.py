@@ -3,7 +3,7 @@
 Owns how torchvision and timm name the layers of our models, and how an array
 of theirs becomes one of ours. Reading executes nothing, and every array of the
 file must have its place. Weights that kd_jax wrote itself are read by
-`kd_jax.weights`.
+`kd_jax.storage.weights`.
 """
 
 import os

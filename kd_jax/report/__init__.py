@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax import files
 from kd_jax.report.findings import summary
 from kd_jax.report.html import html
 from kd_jax.report.plots import curves_figure, size_figure, sparsity_figure
 from kd_jax.report.sensitivity import sensitivity_figure
 from kd_jax.report.table import markdown, print_table
+from kd_jax.storage import files
 
 FORMAT = 1
 NAMES = ('report.json', 'report.md', 'report.html')

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax import files
 from kd_jax.report import plots
+from kd_jax.storage import files
 
 FORMAT = 1
 NAMES = ('comparison.json', 'comparison.md', 'comparison.png')

@@ -1,0 +1,8 @@
+"""The main job and its variants: from a configuration to a report.
+
+`run` makes objects of a configuration, `fit` trains one network, `stages` is
+the main job in order: teacher, alone, distill, compress, convert, export,
+report. `distillation` says who learns from whom, `compression` (`pruning`,
+`quantization`, `words`) what becomes smaller and when, `assess` what is
+measured. `compare`, `candidates` and `search` run variants of it.
+"""

@@ -1,0 +1,395 @@
+"""Measures every network of a finished run and assembles the report.
+
+Owns what is measured and under which name; how it looks is `report`.
+"""
+
+import datetime
+import functools
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from kd_jax import deploy, guard, terms
+from kd_jax.export import exporters
+from kd_jax.prune import layer_costs, sparsity_report
+from kd_jax.quantize import dequantize_params
+from kd_jax.recipe import origin
+from kd_jax.recipe.run import Network, Run
+from kd_jax.report import measure
+from kd_jax.rules import leaf_names, named_leaves
+from kd_jax.storage import weights
+from kd_jax.types import Batch
+
+TRAINED = {
+  'teacher': 'teacher',
+  'alone': 'student alone',
+  'distill': 'distilled',
+  'compress': 'pruned + int8 fake-quant',
+}
+BATCHES = (1, 32)
+# (raw batch) -> output
+Apply = Callable[[Mapping[str, Any]], Any]
+
+
+def exported(directory: Path) -> dict[str, Apply]:
+  """The exports in a directory, by name."""
+  return {
+    name: _of_batch(predict)
+    for name, predict in exporters.load(directory).items()
+  }
+
+
+def _of_batch(predict: Callable[[np.ndarray], Any]) -> Apply:
+  # Exports are for one device, whatever the batch lies on.
+  return lambda batch: predict(np.asarray(batch['image']))
+
+
+def networks(run: Run) -> dict[str, Network]:
+  """The networks in JAX of the finished stages, by stage."""
+  make: dict[str, Callable[[], Network]] = {
+    'teacher': run.teacher,
+    'alone': functools.partial(run.student, 'alone'),
+    'distill': functools.partial(run.student, 'distill'),
+    'compress': run.compressed,
+    'convert': run.integer,
+  }
+  return {s: f() for s, f in make.items() if run.workdir.done(s)}
+
+
+def applies(run: Run) -> dict[str, Apply]:
+  """Everything that the run made, by name."""
+  found: dict[str, Apply] = {
+    n.name: run.apply(n) for n in networks(run).values()
+  }
+  if run.workdir.done('export'):
+    run.workdir.verify('export')
+    found |= exported(run.workdir.stage('export'))
+  return found
+
+
+def scores(
+  run: Run, found: Mapping[str, Apply], split: str
+) -> dict[str, dict[str, float]]:
+  """name -> metrics of everything found, compared with the teacher."""
+  if 'teacher' not in found:
+    raise ValueError(
+      f'{run.workdir.place} has no finished teacher: run kd-jax run first.'
+    )
+  return {
+    name: run.evaluate(apply, split, teacher=found['teacher'])
+    for name, apply in found.items()
+  }
+
+
+def assemble(run: Run) -> dict[str, Any]:
+  """The report of a run as JSON values; see `report.write_report`."""
+  rows = _models(run)
+  splits = run.splits
+  return {
+    'format': 1,
+    'kd_jax': metadata.version('kd_jax'),
+    'created': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
+    'command': ' '.join(['kd-jax', *sys.argv[1:]]),
+    'versions': {
+      'python': platform.python_version(),
+      **{p: metadata.version(p) for p in ('jax', 'flax', 'optax')},
+    },
+    'hardware': measure.hardware(),
+    'dataset': {
+      'name': run.config.data.name,
+      **{f'{name}_examples': len(split) for name, split in splits.items()},
+      'classes': list(splits['test'].class_names),
+    },
+    'protocol': _protocol(run),
+    'models': rows,
+    'curves': _curves(run),
+    'dropped': dropped(run),
+    'resumed': origin.resumed(run),
+    'sparsity': _sparsity(run),
+    'layers': _layers(run),
+    'integers': _integers(run),
+    'parity': _parity(run),
+    'aims': aims(run, rows),
+  }
+
+
+def _models(run: Run) -> list[dict[str, Any]]:
+  found = applies(run)
+  numbers = scores(run, found, 'test')
+  jax_networks = {n.name: (s, n) for s, n in networks(run).items()}
+  exports = run.workdir.result('export')['exports']
+  notes = {n: about['note'] for n, about in exports.items()}
+  notes[TRAINED['compress']] = 'simulates int8 in float32: slower by design'
+  latency = _latency(run, found)
+  rows = []
+  for name, apply_numbers in numbers.items():
+    # An export has the operations and the weights of the integer network.
+    stage, network = jax_networks.get(name, (None, run.integer()))
+    parameters, nonzero = weights.count(network.variables)
+    path = None if stage is None else run.workdir.weights(stage)
+    # Windows of integers may be summed without a product to be counted.
+    integer = stage in (None, 'convert')
+    counted = run.integer(simulate=True) if integer else network
+    rows.append(
+      {
+        'name': name,
+        **apply_numbers,
+        'parameters': parameters,
+        'nonzero_parameters': nonzero,
+        'bytes': path.stat().st_size if path else exports[name]['bytes'],
+        'flops': 2 * _multiply_accumulates(run, counted),
+        'latency': {size: latency[size][name] for size in latency},
+        'train_seconds': _train_seconds(run, stage),
+        'note': notes.get(name, ''),
+      }
+    )
+  return rows
+
+
+def _latency(
+  run: Run, found: Mapping[str, Apply]
+) -> dict[str, dict[str, dict[str, float]]]:
+  test = run.splits['test']
+  images = test.read(np.arange(min(max(BATCHES), len(test))))['image']
+  return {
+    str(size): measure.latencies(
+      {name: measure.of_images(f) for name, f in found.items()},
+      np.resize(images, (size, *images.shape[1:])),
+    )
+    for size in BATCHES
+  }
+
+
+def _multiply_accumulates(run: Run, network: Network) -> int:
+  image = np.zeros((1, *run.splits['test'].image_shape), np.uint8)
+  return measure.multiply_accumulates(
+    deploy.from_images(network.forward, run.preprocess),
+    network.variables,
+    image,
+  )
+
+
+def _train_seconds(run: Run, stage: str | None) -> float | None:
+  if stage not in TRAINED:
+    return None
+  return run.workdir.result(stage)['train_seconds']
+
+
+def _curves(run: Run) -> dict[str, Any]:
+  return {
+    name: _curve(run.workdir.result(stage)['history'])
+    for stage, name in TRAINED.items()
+    if run.workdir.done(stage)
+  }
+
+
+def _curve(
+  history: Sequence[Mapping[str, float]],
+) -> dict[str, list[float | None]]:
+  evaluated = [row for row in history if 'eval/accuracy' in row]
+  curve: dict[str, list[float | None]] = {
+    'step': [row['step'] for row in history],
+    # None where every step was dropped.
+    'loss': [row.get('loss/total') for row in history],
+    # No term on the labels, no accuracy while training.
+    'accuracy': [row.get('accuracy') for row in history],
+    'eval_step': [row['step'] for row in evaluated],
+    'eval_accuracy': [row['eval/accuracy'] for row in evaluated],
+  }
+  if any('sparsity' in row for row in history):
+    curve['sparsity'] = [row.get('sparsity') for row in history]
+  return curve
+
+
+def dropped(run: Run) -> list[dict[str, Any]]:
+  """How many steps of every training were dropped, and losses jumped."""
+  rows, workdir = [], run.workdir
+  for stage in filter(workdir.done, TRAINED):
+    for where in [*workdir.parts(stage), stage]:
+      result, name = workdir.result(where), TRAINED[stage]
+      part = where.removeprefix(stage).removeprefix('/')
+      history = result['history']
+      rows.append(
+        {
+          'name': f'{name} ({part})' if part else name,
+          'steps': result['steps'],
+          'dropped': sum(r.get(guard.SKIPPED, 0) for r in history),
+          'spikes': sum(r.get(guard.SPIKES, 0) for r in history),
+        }
+      )
+  return rows
+
+
+def _sparsity(run: Run) -> list[dict[str, Any]]:
+  known = run.workdir.result('compress').get('sparsity')
+  if known:
+    return known
+  params = weights.load_weights(run.workdir.weights('compress'))['params']
+  chosen = run.config.compress.prune.rules
+  return [row._asdict() for row in sparsity_report(params, chosen)]
+
+
+def layers(
+  example: Batch, before: Network, after: Network
+) -> list[dict[str, Any]]:
+  """What each layer costs in a float network and in its integer form.
+
+  Args:
+    example: a pre-processed batch of one.
+    before: the float network.
+    after: its integer form with products in float, `simulate=True`, whose
+      layers have the same paths.
+
+  Returns:
+    A row for each layer with parameters: `layer`, and `flops` of one example,
+    `parameters` and stored `bytes` as pairs, before and after.
+  """
+  names = leaf_names(before.variables['params'])
+  kinds = ('flops', 'parameters', 'bytes')
+  rows = {
+    name.rpartition('/')[0]: {kind: [0, 0] for kind in kinds} for name in names
+  }
+
+  def row(path):
+    parts = path.split('/')[1:]
+    prefixes = ('/'.join(parts[:i]) for i in range(len(parts), -1, -1))
+    return rows.get(next((p for p in prefixes if p in rows), ''))
+
+  for i, network in enumerate((before, after)):
+    variables = network.variables
+    for cost in layer_costs(network.forward, variables, example):
+      if found := row(cost.path):
+        found['flops'][i] += 2 * cost.macs
+    real = {'params': dequantize_params(variables)['params']}
+    for tree, kind in ((real, 'parameters'), (variables, 'bytes')):
+      for path, leaf in named_leaves(tree).items():
+        if found := row(path):
+          found[kind][i] += leaf.size if kind == 'parameters' else leaf.nbytes
+  return [{'layer': path, **row} for path, row in rows.items()]
+
+
+def _layers(run: Run) -> list[dict[str, Any]]:
+  integer = run.integer(simulate=True)
+  return layers(run.example, run.student('distill'), integer)
+
+
+def _integers(run: Run) -> list[dict[str, Any]]:
+  trained = weights.load_weights(run.workdir.weights('compress'))
+  compression = run.compression
+  train = run.splits['train']
+  raw = train.read(np.arange(min(run.config.eval_batch_size, len(train))))
+  batch = run.preprocess(raw, train=False)
+  return compression.parity(compression.convert(trained), batch)
+
+
+def _parity(run: Run) -> list[dict[str, Any]]:
+  export = run.workdir.result('export')
+  return [
+    {
+      'name': p['name'],
+      'against': p['against'],
+      'agreement': p['agreement'],
+      'max_abs_error': p['max_abs_error'],
+      'examples': p['examples'],
+      'note': export['exports'].get(p['name'], {}).get('note', ''),
+    }
+    for p in export['parity']
+  ]
+
+
+def _protocol(run: Run) -> list[str]:
+  c, test = run.config, len(run.splits['test'])
+  curves = 'the validation split'
+  if 'validation' not in run.splits:
+    curves = 'training batches, as no images are held out for validation'
+  distilled, compressed = (
+    terms.describe(part.terms.to_dict()) for part in (c.distill, c.compress)
+  )
+  return [
+    f'Accuracy, agreement, KL and calibration error: test split of {test} '
+    f'images, last step, one seed ({c.seed}). The test split is used for '
+    f'nothing else; curves show {curves}.',
+    'Agreement and KL compare with the teacher, at temperature 1; calibration '
+    'error is the expected one with 15 bins.',
+    f'distilled: {distilled}{_scheme(c.distill.scheme)}.',
+    f'pruned + int8: {compressed}; from the distilled student.',
+    'Every term is a mean over the batch; soft targets are KL(teacher || '
+    'student), summed over classes, times T squared.',
+    'student alone and distilled start from the same weights and see the same '
+    'crops for the same number of steps.',
+    'FLOPs: 2 x multiply-accumulates of convolutions and matrix products for '
+    'one image; zeros are counted.',
+    'Latency: median (quartiles) of 30 calls, all models in turns, from raw '
+    'images in host memory to logits.',
+    'Bytes: the file on disk; float32 weights of the teacher and the float '
+    'students.',
+    'Training time: wall time of the training loop, compilation and '
+    'evaluation included.',
+  ]
+
+
+def _scheme(scheme: ml_collections.ConfigDict) -> str:
+  default: tuple[Any, ...] = ({}, 1, False, 0.0)
+  changed = {
+    key: value
+    for key, value in scheme.to_dict().items()
+    if value not in default and not key.startswith('mutual')
+  }
+  return f'; {changed}' if changed else ''
+
+
+def aims(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """What the configuration aims at, with the value and whether it is met."""
+  c = run.config.aims
+  by_name = {row['name']: row for row in rows}
+  teacher, integer = by_name['teacher'], by_name['integer (JAX)']
+  student = by_name['student alone']
+  parities = {p['name']: p for p in run.workdir.result('export')['parity']}
+  share = student['parameters'] / teacher['parameters']
+  drop = teacher['accuracy'] - integer['accuracy']
+  found = [
+    _aim(
+      f'teacher accuracy at least {c.teacher_accuracy:.1%}',
+      f'{teacher["accuracy"]:.2%}',
+      teacher['accuracy'] >= c.teacher_accuracy,
+    ),
+    _aim(
+      f'student has at most {c.parameter_share:.0%} of the parameters',
+      f'{share:.1%}',
+      share <= c.parameter_share,
+    ),
+    _aim(
+      f'integer student within {100 * c.accuracy_drop:.1f} points of the '
+      'teacher',
+      f'{100 * abs(drop):.2f} points {"below" if drop >= 0 else "above"}',
+      drop <= c.accuracy_drop,
+    ),
+  ]
+  for name in exporters.EXPORTERS:
+    if name in by_name:
+      agreement = parities[name]['agreement']
+      size = by_name[name]['bytes'] / teacher['bytes']
+      found += [
+        _aim(
+          f'{name} agrees with the integer model on at least '
+          f'{c.export_agreement:.1%}',
+          f'{agreement:.2%}',
+          agreement >= c.export_agreement,
+        ),
+        _aim(
+          f'{name} at most {c.size_share:.0%} of the teacher in bytes',
+          f'{size:.2%}',
+          size <= c.size_share,
+        ),
+      ]
+  return found
+
+
+def _aim(text: str, value: str, met: bool) -> dict[str, Any]:
+  return {'text': text, 'value': value, 'met': bool(met)}

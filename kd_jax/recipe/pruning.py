@@ -1,0 +1,205 @@
+"""The field `prune` of a recipe, and what it makes of a network.
+
+Owns the structures, schedules and wrappers that its words stand for, and the
+removal of what was pruned as a whole. How pruning goes together with
+quantization is `compression`.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from kd_jax import adapters, prune
+from kd_jax import rules as rules_lib
+from kd_jax.recipe.words import SCORES
+from kd_jax.types import Batch, Variables
+
+_STRUCTURES = (
+  "'weights', 'neurons', 'residual_blocks', 'channels', N:M such as '2:4', or "
+  "blocks such as '8x128'"
+)
+_PATTERNS = ((r'(\d+):(\d+)', prune.n_m), (r'(\d+)x(\d+)', prune.block))
+_METHODS = dict.fromkeys(('gradual', 'sparse', 'straight_through', 'preserve'))
+
+
+class Pruning:
+  """What one network loses, and when.
+
+  Attributes:
+    begin: the first step that prunes.
+    end: the step at which the sparsity is reached.
+    removes: whether what is pruned leaves the arrays at the end.
+
+  Args:
+    recipe: the field `prune` of `kd_jax.defaults`.
+    model: the linen module.
+    variables: its trained variables.
+    batch: pre-processed; its values are read where residual blocks leave.
+    interceptors: others of the network.
+    begin: see above, and so is `end`.
+    end: not before `begin`.
+    steps: of training.
+
+  Raises:
+    ValueError: for a word that a field does not know, or a begin after the last
+      step.
+  """
+
+  def __init__(
+    self,
+    recipe: ml_collections.ConfigDict,
+    model: adapters.LinenModule,
+    variables: Variables,
+    batch: Batch,
+    interceptors: Sequence[adapters.Interceptor],
+    *,
+    begin: int,
+    end: int,
+    steps: int,
+  ):
+    self.recipe, self.begin, self.end = recipe, begin, end
+    self._network = model, variables, batch, interceptors
+    rules_lib.choose('way to prune', recipe.method, _METHODS)
+    if recipe.sparsity and recipe.method == 'gradual' and begin >= steps:
+      raise ValueError(
+        f'prune.begin={recipe.begin!r} is not before the last step.'
+      )
+    if (
+      recipe.method in ('sparse', 'preserve') and recipe.structure != 'weights'
+    ):
+      raise ValueError(
+        f'prune.method={recipe.method!r} is for single weights: '
+        f"prune.structure must be 'weights', not {recipe.structure!r}."
+      )
+    whole = recipe.structure in ('neurons', 'residual_blocks')
+    self.removes = bool(whole and recipe.sparsity)
+
+  def _find(self, find: Callable[..., Any]) -> Any:
+    model, variables, batch, interceptors = self._network
+    forward = adapters.from_linen(model, interceptors=interceptors)
+    return find(forward, variables, batch, keep=self.recipe.keep)
+
+  @functools.cached_property
+  def plan(self) -> prune.Plan:
+    """The units that can leave without changing what the others compute."""
+    plan = self._find(prune.find_groups)
+    exact = tuple(group for group in plan.groups if group.exact)
+    if not exact:
+      raise ValueError("prune.structure='neurons': no unit can leave exactly.")
+    return plan._replace(groups=exact)
+
+  @functools.cached_property
+  def blocks(self) -> prune.ResidualBlocks:
+    """The residual blocks that can leave whole."""
+    # Straight-through masks ask while a step is traced.
+    with jax.ensure_compile_time_eval():
+      return self._find(prune.find_residual_blocks)
+
+  def structure(self) -> prune.Structure:
+    """Which weights are pruned together."""
+    name = self.recipe.structure
+    made: dict[str, Callable[[], prune.Structure]] = {
+      'weights': prune.unstructured,
+      'neurons': lambda: prune.neurons(self.plan),
+      'residual_blocks': lambda: prune.residual_blocks(self.blocks),
+      'channels': prune.channels,
+    }
+    if name in made:
+      return made[name]()
+    for pattern, structure in _PATTERNS:
+      if match := re.fullmatch(pattern, name):
+        return structure(int(match[1]), int(match[2]))
+    raise ValueError(f'Unknown prune.structure {name!r}: use {_STRUCTURES}.')
+
+  def schedule(self) -> Callable[[Any], jax.Array]:
+    """The sparsity at every step."""
+    r, end = self.recipe, max(self.begin + 1, self.end)
+    shapes: dict[str, Callable[..., Callable[[Any], jax.Array]]] = {
+      'cubic': functools.partial(prune.cubic, end=end, every=r.every),
+      'linear': functools.partial(prune.linear, end=end, every=r.every),
+      'once': prune.constant,
+    }
+    made = rules_lib.choose('sparsity schedule', r.schedule, shapes)
+    return made(r.sparsity, begin=self.begin)
+
+  def span(self) -> tuple[int, int] | None:
+    """The first step that changes masks and the first after them, or None."""
+    if self.recipe.method == 'preserve':
+      return 0, 0
+    if not self.recipe.sparsity:
+      return None
+    once = self.recipe.schedule == 'once'
+    return self.begin, self.begin + 1 if once else self.end
+
+  def masked(self, params: Any, step: Any) -> Any:
+    """The parameters with what straight-through pruning masks at a step."""
+    r = self.recipe
+    if r.method != 'straight_through' or not r.sparsity:
+      return params
+    return prune.straight_through(
+      self.schedule(),
+      r.rules,
+      score=self._score(),
+      scope=r.scope,
+      structure=self.structure(),
+    )(params, step)
+
+  def _score(self) -> prune.Score:
+    return rules_lib.choose('score', self.recipe.score, SCORES)()
+
+  def wrap(self, tx: optax.GradientTransformation) -> Any:
+    """The optimizer, pruning."""
+    r = self.recipe
+    if r.method == 'preserve':
+      return prune.preserve(tx, r.rules)
+    if not r.sparsity or r.method == 'straight_through':
+      return tx
+    if r.method == 'sparse':
+      return prune.sparse_train(
+        tx,
+        r.sparsity,
+        r.rules,
+        stop=self.end,
+        scope=r.scope,
+        grow=r.grow,
+        every=r.every,
+      )
+    return prune.prune(
+      tx,
+      self.schedule(),
+      r.rules,
+      score=self._score(),
+      scope=r.scope,
+      structure=self.structure(),
+      revive=r.revive,
+    )
+
+  def remove(
+    self, variables: Variables
+  ) -> tuple[dict[str, Any], prune.Overrides]:
+    """Takes away what training has put to zero as a whole.
+
+    Args:
+      variables: trained, pruned weights zero.
+
+    Returns:
+      The smaller variables, and what `prune.resized` runs them with.
+    """
+    variables = dict(variables)
+    if not self.removes:
+      return variables, {}
+    leaves = rules_lib.named_leaves(variables['params'])
+    masks = {name: np.asarray(leaf) != 0 for name, leaf in leaves.items()}
+    if self.recipe.structure == 'residual_blocks':
+      gone = self.blocks.gone(masks)
+      small = prune.without_blocks(self.blocks, variables, gone)
+      return small, self.blocks.overrides(gone)
+    kept = prune.kept_from_masks(self.plan, masks)
+    small = prune.shrink(self.plan, variables, kept)
+    return small, self.plan.overrides(kept)

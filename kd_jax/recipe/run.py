@@ -1,0 +1,459 @@
+"""One configuration in one work directory: its data, models and networks.
+
+Owns how a configuration becomes objects of the library; nothing is trained
+here. The stages that train and export are in `recipe`.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from kd_jax import (
+  adapters,
+  data,
+  deploy,
+  metrics,
+  models,
+  networks,
+  rules,
+  sharding,
+)
+from kd_jax.recipe.compression import Compression
+from kd_jax.sharding import layout
+from kd_jax.step import make_eval_step
+from kd_jax.storage.weights import load_weights
+from kd_jax.storage.workdir import Workdir
+from kd_jax.types import Batch, Forward, StudentFn, Variables
+
+# Stages whose networks start from the same random weights share a number.
+_RNG = {'teacher': 0, 'alone': 1, 'distill': 1, 'compress': 2}
+TEACHER = 'teacher'
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A trained network in evaluation mode.
+
+  Attributes:
+    name: as the report calls it.
+    make: `(taps=(), axis_name=None) -> forward`, of pre-processed batches.
+    variables: what to run it with.
+    taps: where its features are; of an ensemble, name -> the member's.
+    cache: its stored outputs, to train with instead of running it; None for
+      the live network.
+  """
+
+  name: str
+  make: Callable[..., StudentFn]
+  variables: Variables
+  taps: Any = None
+  cache: data.TeacherCache | None = None
+
+  @functools.cached_property
+  def forward(self) -> StudentFn:
+    """The function without taps."""
+    return self.make()
+
+
+class Run:
+  """What the stages of one run share.
+
+  Args:
+    config: see `kd_jax.defaults` for the fields.
+    workdir: opened for that configuration; None for a `rehearsal`, which has
+      none.
+    like: a run of the same data, whose images in memory are used.
+    devices: of the mesh; all of them when None.
+    profile: whether trainings measure where their time goes.
+  """
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: Workdir | None,
+    *,
+    like: 'Run | None' = None,
+    devices: Sequence[jax.Device] | None = None,
+    profile: bool = False,
+  ):
+    self.config, self.profile = config, profile
+    self._workdir = workdir
+    if like is not None:
+      # What the cached properties would make.
+      vars(self).update(splits=like.splits, transfer=like.transfer)
+    self.mesh = sharding.make_mesh(devices, **config.mesh.to_dict())
+    self.axis_name = sharding.axis_name(config.compiler)
+
+  @property
+  def workdir(self) -> Workdir:
+    """Where the run's files are; a ValueError for a run without any."""
+    if self._workdir is None:
+      raise ValueError('A rehearsal has no work directory.')
+    return self._workdir
+
+  def with_config(self, config: ml_collections.ConfigDict) -> 'Run':
+    """The same files and images, with another configuration."""
+    return Run(config, self._workdir, like=self)
+
+  @functools.cached_property
+  def layout(self) -> layout.Layout:
+    """How parameters are split over the mesh, the teacher's too."""
+    split, axes = self.config.teacher.split, (layout.FSDP, layout.TENSOR)
+    for axis in split:
+      rules.choose('axis of teacher.split', axis, dict.fromkeys(axes))
+    return layout.DEFAULT._replace(teacher=tuple(split))
+
+  @functools.cached_property
+  def own_mesh(self) -> jax.sharding.Mesh:
+    """The devices of this process, over which evaluation is split."""
+    return sharding.own_mesh(self.mesh)
+
+  @functools.cached_property
+  def splits(self) -> dict[str, data.Images]:
+    """The images of the splits; no 'validation' where its share is 0."""
+    c = self.config.data
+    held_out = ('validation',) if c.validation else ()
+    return {
+      split: data.load_images(
+        c.name,
+        split,
+        data_dir=c.data_dir or None,
+        validation=c.validation,
+        max_examples=self._limit(split) or None,
+        image_size=c.image_size or None,
+      )
+      for split in ('train', *held_out, 'test')
+    }
+
+  def _limit(self, split: str) -> int:
+    c = self.config.data
+    own = c.train_examples if split == 'train' else 0
+    return own or c.max_examples
+
+  @functools.cached_property
+  def transfer(self) -> data.Images:
+    """The images on which students learn from their teacher.
+
+    Those of the train split, or of another data set without its labels.
+    """
+    c = self.config.data
+    if not c.transfer.name:
+      return self.splits['train']
+    return data.load_images(
+      c.transfer.name,
+      'train',
+      data_dir=c.data_dir or None,
+      validation=0.0,
+      max_examples=c.transfer.max_examples or None,
+      image_size=c.image_size or None,
+      labelled=False,
+    )
+
+  @functools.cached_property
+  def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of every channel of the train split."""
+    c = self.config.data
+    if c.mean:
+      return tuple(c.mean), tuple(c.std)
+    return data.channel_statistics(self.splits['train'])
+
+  @functools.cached_property
+  def preprocess(self) -> deploy.Preprocess:
+    """Normalisation by the train split's statistics, and augmentation."""
+    c = self.config.data
+    mean, std = self.statistics
+    return data.make_preprocess(
+      mean=mean,
+      std=std,
+      crop_padding=c.crop_padding,
+      flip=c.flip,
+      mixup=c.mixup,
+      seed=self.config.seed,
+    )
+
+  @functools.cached_property
+  def example(self) -> Batch:
+    """A pre-processed batch of one image, for shapes."""
+    return self.preprocess(self.splits['train'].read([0]), train=False)
+
+  def rng(self, stage: str) -> jax.Array:
+    """The key of a stage; student alone and distilled start alike.
+
+    Args:
+      stage: or 'stage/part', which starts otherwise than the stage itself.
+    """
+    stage, *part = stage.split('/')
+    key = jax.random.fold_in(jax.random.key(self.config.seed), _RNG[stage])
+    for name in part:
+      key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return key
+
+  def make_model(self, options: Mapping[str, Any]) -> adapters.LinenModule:
+    """A linen module from its name and options, for the classes at hand."""
+    options = dict(options)
+    return models.make_model(
+      options.pop('name'),
+      num_classes=self.splits['train'].num_classes,
+      **options,
+    )
+
+  def model(self, part: str) -> adapters.LinenModule:
+    """The linen module of 'teacher', 'alone' or 'student'.
+
+    'alone' is the student of the configuration; 'student' is what distillation
+    makes of it, which with `reuse_head` also has a projector.
+    """
+    if part == 'teacher':
+      return self.make_model(self.config.teacher.model.to_dict())
+    options = self.config.student.model.to_dict()
+    if part == 'student' and self.config.distill.scheme.reuse_head:
+      return self._with_reused_head(options)
+    return self.make_model(options)
+
+  def _with_reused_head(self, options: dict[str, Any]) -> adapters.LinenModule:
+    teacher = self.model('teacher')
+    width = self._channels(teacher, teacher.taps.stages[-1])
+    name = options.pop('name')
+    return models.ReusedHead(
+      models.make_model(name, num_classes=0, **options),
+      width=width,
+      num_classes=self.splits['train'].num_classes,
+    )
+
+  def _channels(self, model: adapters.LinenModule, tap: str) -> int:
+    forward = adapters.from_linen(model, taps=(tap,))
+    variables = jax.eval_shape(
+      lambda batch: adapters.init_linen(model, jax.random.key(0), batch),
+      self.example,
+    )
+    features = jax.eval_shape(forward, variables, self.example).features
+    return features[tap].shape[-1]
+
+  @functools.cached_property
+  def compression(self) -> Compression:
+    """What `config.compress` makes of the distilled student."""
+    c = self.config.compress
+    train = self.splits['train']
+    raw = train.read(np.arange(min(c.train.batch_size, len(train))))
+    epoch_steps = data.batches_per_epoch(self.transfer, c.train.batch_size)
+    return Compression(
+      c,
+      self.model('student'),
+      self.student('distill').variables,
+      self.preprocess(raw, train=False),
+      steps=c.train.epochs * epoch_steps,
+      epoch_steps=epoch_steps,
+      accumulate=c.train.accumulate,
+    )
+
+  def network(
+    self, name: str, model: adapters.LinenModule, variables: Variables
+  ) -> Network:
+    """A float network of a linen module."""
+    make = functools.partial(adapters.from_linen, model)
+    return Network(name, make, variables, model.taps)
+
+  def trained(
+    self, where: str, model: adapters.LinenModule, precision: str = 'float32'
+  ) -> Variables:
+    """The variables of a model that a stage, or a part of it, saved."""
+    del model  # What runs without files makes them from it.
+    return load_weights(self.workdir.weights(where, precision))
+
+  def teacher(self) -> Network:
+    """The trained teacher, or the ensemble of all teachers."""
+    c = self.config.teacher
+    members = {TEACHER: self._teacher('teacher', c.model.to_dict())}
+    for name, options in c.others.items():
+      where = f'teacher/{name}'
+      members[name] = self._teacher(where, options.to_dict())
+    if len(members) == 1:
+      return members[TEACHER]
+    make = functools.partial(_ensemble, members, c.space, c.weights.to_dict())
+    variables = {n: m.variables for n, m in members.items()}
+    taps = {n: m.taps for n, m in members.items()}
+    return Network(TEACHER, make, networks.combine_variables(variables), taps)
+
+  def _teacher(self, where: str, options: Mapping[str, Any]) -> Network:
+    c = self.config.teacher
+    model = self.make_model(options)
+    rules.choose('precision of the teacher', c.precision, _PRECISIONS)
+    integer = c.precision == 'int8'
+    if c.precision == 'bfloat16':
+      options = {**options, 'dtype': 'bfloat16'}
+    model = self.make_model(options)
+    variables = self.trained(where, model, 'int8' if integer else 'float32')
+    if c.precision == 'bfloat16':
+      variables = networks.cast_params(variables, 'bfloat16')
+    build = deploy.integer_forward if integer else adapters.from_linen
+
+    def make(taps=(), axis_name=None):
+      forward = build(model, taps=taps, axis_name=axis_name)
+      return self.teacher_input(forward)
+
+    return Network(TEACHER, make, variables, model.taps)
+
+  def teacher_input(self, forward: StudentFn) -> StudentFn:
+    """A teacher's function behind its own normalisation and resolution."""
+    c = self.config.teacher.input
+    mean, std = self.statistics
+    if c.mean:
+      forward = networks.with_input(
+        forward,
+        functools.partial(
+          data.renormalize, mean=mean, std=std, to_mean=c.mean, to_std=c.std
+        ),
+      )
+    if c.size:
+      resize = functools.partial(data.resize, size=c.size)
+      forward = networks.with_input(forward, resize)
+    return forward
+
+  def student(self, stage: str) -> Network:
+    """The float student that 'alone' or 'distill' trained."""
+    name = {'alone': 'student alone', 'distill': 'distilled'}[stage]
+    part = {'alone': 'alone', 'distill': 'student'}[stage]
+    model = self.model(part)
+    return self.network(name, model, self.trained(stage, model))
+
+  def compressed(self) -> Network:
+    """The pruned student, fake-quantized."""
+    variables = load_weights(self.workdir.weights('compress'))
+    return Network(
+      'pruned + int8 fake-quant',
+      self.compression.make,
+      self.compression.simulated(variables),
+    )
+
+  def integer(self, *, simulate: bool = False) -> Network:
+    """The pruned student on integers, without the units that were pruned."""
+    overrides = self.workdir.result('convert')['overrides']
+    make = functools.partial(
+      self.compression.integer_forward, overrides, simulate=simulate
+    )
+    weights = load_weights(self.workdir.weights('convert'))
+    return Network('integer (JAX)', make, weights)
+
+  def apply(self, network: Network) -> Callable[[Batch], jax.Array]:
+    """`(raw batch) -> output` of a network, compiled.
+
+    It runs where the batch lies: on the first device, or on all of those that
+    `batches` splits it over.
+    """
+    fn = jax.jit(deploy.from_images(network.forward, self.preprocess))
+    everywhere = functools.cache(
+      lambda: sharding.replicate(network.variables, self.own_mesh)
+    )
+
+    def apply(batch):
+      image = batch['image']
+      split = isinstance(image, jax.Array) and len(image.devices()) > 1
+      return fn(everywhere() if split else network.variables, image)
+
+    return apply
+
+  def batches(
+    self, split: str, mesh: jax.sharding.Mesh | None = None
+  ) -> Iterator[Batch]:
+    """The raw batches of a split, in order, the last one padded.
+
+    Args:
+      split: 'train', 'validation' or 'test'.
+      mesh: over whose devices each batch is split, all processes of which read
+        it; `own_mesh` when None. With one device they stay host arrays.
+    """
+    images = rules.choose('split of this run', split, self.splits)
+    mesh = self.own_mesh if mesh is None else mesh
+    parts = layout.batch_parts(mesh)
+    part, readers = sharding.readers(mesh)
+    batches = data.eval_batches(
+      images,
+      batch_size=-(-self.config.eval_batch_size // parts) * parts,
+      process_index=part,
+      process_count=readers,
+    )
+    if mesh.devices.size == 1:
+      return batches
+    return (sharding.shard_batch(batch, mesh) for batch in batches)
+
+  def evaluate(
+    self,
+    apply: Callable[[Batch], Any],
+    split: str,
+    *,
+    teacher: Callable[[Batch], Any] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+  ) -> dict[str, float]:
+    """The metrics of anything that maps raw batches to outputs.
+
+    Args:
+      apply: `(raw batch) -> [B, C]`: `self.apply(network)`, or a runtime
+        outside of JAX.
+      split: 'train', 'validation' or 'test'.
+      teacher: the same for the teacher; adds agreement and KL.
+      mesh: as for `batches`.
+    """
+    mesh = self.own_mesh if mesh is None else mesh
+    measured, eval_step = _measurement(mesh, with_teacher=teacher is not None)
+
+    def run(batch):
+      outputs = {'output': apply(batch)}
+      if teacher is not None:
+        outputs['teacher'] = teacher(batch)
+      labels = {k: batch[k] for k in ('label', 'mask')}
+      return eval_step({'params': {}}, None, labels | outputs)
+
+    return metrics.evaluate(run, self.batches(split, mesh), measured)
+
+
+_PRECISIONS = dict.fromkeys(('float32', 'bfloat16', 'int8'))
+
+
+def _ensemble(
+  members: Mapping[str, Network],
+  space: str,
+  weights: Mapping[str, float] | None,
+  taps: Sequence[str] = (),
+  axis_name: str | None = None,
+) -> StudentFn:
+  """The ensemble's function; a tap is '<member>/<path>'."""
+
+  def own(name):
+    return [
+      t.removeprefix(f'{name}/') for t in taps if t.startswith(f'{name}/')
+    ]
+
+  made = {
+    name: member.make(taps=own(name), axis_name=axis_name)
+    for name, member in members.items()
+  }
+  # Losses are averaged by the objective; what is measured is the mean logits.
+  space = 'logits' if space == 'losses' else space
+  return networks.combine(made, space=space, weights=weights or None)
+
+
+@functools.cache
+def _measurement(
+  mesh: jax.sharding.Mesh, *, with_teacher: bool
+) -> tuple[dict[str, metrics.Metric], Callable[..., Any]]:
+  """The metrics, and the compiled step that takes outputs as its batch."""
+  measured = metrics.classification(with_teacher=with_teacher)
+
+  def teacher_fn(variables, batch):
+    return Forward(batch['teacher'])
+
+  eval_step = make_eval_step(
+    lambda variables, batch, rng, *, train: Forward(batch['output']),
+    measured,
+    teacher_fn=teacher_fn if with_teacher else None,
+  )
+  everywhere = (
+    jax.NamedSharding(mesh, jax.P()) if mesh.devices.size > 1 else None
+  )
+  return measured, jax.jit(eval_step, out_shardings=everywhere)

@@ -1,0 +1,273 @@
+"""The best network under a budget: `kd-jax compress`.
+
+Owns the walk over the `candidates` made from one trained network, the training
+of the few that are worth it, and the artefact. A candidate learns from the
+network that it was made from, so no teacher is needed.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from kd_jax import adapters, deploy, prune
+from kd_jax import rules as rules_lib
+from kd_jax.models import load_pretrained
+from kd_jax.recipe import assess, distillation, origin
+from kd_jax.recipe import candidates as candidates_lib
+from kd_jax.recipe.compression import Converted
+from kd_jax.recipe.fit import fit
+from kd_jax.recipe.run import Network, Run
+from kd_jax.recipe.stages import export_files, student_of
+from kd_jax.recipe.words import SPECS
+from kd_jax.sharding import hosts
+from kd_jax.storage import lock, mirror
+from kd_jax.storage.weights import load_weights, save_weights
+from kd_jax.storage.workdir import Workdir, read_json, write_json
+from kd_jax.types import Variables
+
+FORMAT = 'kd_jax.compressed.1'
+_STAGES = dict.fromkeys(('distill', 'alone'))
+
+
+def open_run(
+  config: ml_collections.ConfigDict, path: str, stage: str, workdir: str
+) -> Run:
+  """The run of a search, in a directory of its own.
+
+  Args:
+    config: of `configs/compress.py`.
+    path: the trained model: a work directory of `kd-jax run`, also 'gs://...',
+      whose data and student replace those of the configuration, or a local
+      safetensors file.
+    stage: whose student of a work directory: 'distill' or 'alone'.
+    workdir: where everything is written.
+
+  Raises:
+    ValueError: if the model or its stage is missing, or the directory belongs
+      to another search.
+  """
+  config = ml_collections.ConfigDict(config.to_dict())
+  place = mirror.resolve(path)
+  local = not mirror.is_remote(path)
+  config.search.model = str(place.resolve() if local else path)
+  if place.is_dir():
+    stored = Workdir(path)
+    rules_lib.choose('stage with a student', stage, _STAGES)
+    stored.weights(stage)
+    config.search.stage = stage
+    with config.unlocked():
+      for key in ('data', 'student', 'seed'):
+        value = stored.config[key]
+        value = ml_collections.ConfigDict(value) if key != 'seed' else value
+        config[key] = value
+      reused = stored.config['distill']['scheme']['reuse_head']
+      config.distill.scheme.reuse_head = reused and stage == 'distill'
+  elif not local or not place.is_file():
+    raise ValueError(
+      f'--model={path} is neither a work directory of kd-jax run nor a '
+      'safetensors file of this machine.'
+    )
+  candidates_lib.parse_budget(config.search.budget)
+  opened = Run(config, Workdir(workdir, config.to_dict()))
+  if 'validation' not in opened.splits:
+    raise ValueError(
+      'The search chooses on held-out images: data.validation must not be 0.'
+    )
+  return opened
+
+
+def dense_network(run: Run) -> Network:
+  """The network that a search is to compress."""
+  c, model = run.config.search, run.model('student')
+  path = mirror.resolve(c.model)
+  if path.is_dir():
+    variables = load_weights(Workdir(path).weights(c.stage))
+  else:
+    try:
+      variables = load_weights(path)
+    except ValueError:
+      shape = run.example['image'].shape[1:]
+      variables = load_pretrained(path, model, input_shape=shape)
+  return run.network('dense', model, variables)
+
+
+def compress(
+  run: Run, *, say: Callable[[str], None] = hosts.say
+) -> dict[str, Any]:
+  """Walks the candidates and trains the best of those that fit the budget.
+
+  Channels leave by magnitude, in the shares of `search.channels`, and weights
+  are stored in the formats of `search.weights`; 'mixed' gives each kernel 8 or
+  4 bits by its sensitivity, as the size budget allows. All are quantized after
+  training first, which gives their cost and a first accuracy. Of those within
+  the budget `search.finalists` are trained as `config.compress` says, with the
+  uncompressed network as teacher: first the costliest of each format. The best
+  of them on the validation split is the result. A walk that was stopped goes
+  on where it was.
+
+  Args:
+    run: from `open_run`.
+    say: prints one line.
+
+  Returns:
+    What `report.tradeoff.write` shows; the artefact is in `artefact/`.
+
+  Raises:
+    ValueError: if no candidate fits the budget, or another process runs here.
+  """
+  if run.workdir.finished('search'):
+    return run.workdir.result('search')
+  with lock.exclusive(run.workdir.place):
+    origin.record(run, say=say)
+    return _walk(run, say)
+
+
+def _walk(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
+  budget = candidates_lib.parse_budget(run.config.search.budget)
+  dense = dense_network(run)
+  rows, candidates, sensitivity = candidates_lib.price(run, dense, budget)
+  # Each process makes the candidates; their times are those of the first.
+  priced = rows
+  rows = hosts.on_first(lambda: priced)
+  fitting = [n for n, row in rows.items() if row['within']]
+  if not fitting:
+    least = min(rows.values(), key=lambda row: row[budget.cost])
+    raise ValueError(
+      f'No candidate fits {run.config.search.budget}: the cheapest, '
+      f'{least["name"]}, needs {least[budget.cost]:g} {budget.cost}.'
+    )
+  count = run.config.search.finalists
+  finalists = candidates_lib.finalists(rows, fitting, budget, count)
+  for name in finalists:
+    say(f'{name}: {rows[name][budget.cost]:g} {budget.cost}, training')
+    rows[name] |= _train(run, dense, candidates[name])
+    say(f'{name}: validation accuracy {rows[name]["trained"]:.2%}')
+  best = max(finalists, key=lambda name: rows[name]['trained'])
+  rows[best]['chosen'] = True
+  result = {
+    'budget': budget._asdict(),
+    'dense': hosts.on_first(lambda: _dense_row(run, dense)),
+    'candidates': list(rows.values()),
+    'sensitivity': sensitivity,
+    **hosts.on_first(lambda: _publish(run, dense, candidates[best])),
+  }
+  run.workdir.finish('search', result)
+  return result
+
+
+def _dense_row(run: Run, dense: Network) -> dict[str, Any]:
+  accuracy = run.evaluate(run.apply(dense), 'validation')['accuracy']
+  return {
+    'name': dense.name,
+    'accuracy': accuracy,
+    **candidates_lib.cost(run, dense, 'dense'),
+  }
+
+
+def _train(
+  run: Run, dense: Network, candidate: candidates_lib.Candidate
+) -> dict[str, Any]:
+  """Trains a candidate, unless that was done, and converts it."""
+  where = f'candidates/{candidate.name}'
+  compression = candidate.compression
+  if not run.workdir.finished(where):
+    student = student_of(compression)
+    objective = distillation.compress_objective(run, dense)
+    result = fit(
+      run,
+      where,
+      run.config.compress.train,
+      objective,
+      student,
+      teacher=dense,
+      key=f'compress/{candidate.name}',
+    )
+    run.workdir.finish(where, result)
+  return hosts.on_first(lambda: _trained(run, candidate))
+
+
+def _trained(run: Run, candidate: candidates_lib.Candidate) -> dict[str, Any]:
+  converted = _converted(run, candidate)
+  accuracy = candidates_lib.accuracy(run, candidate, converted)
+  network = candidates_lib.network(candidate, converted, simulate=True)
+  return {
+    'trained': accuracy,
+    **candidates_lib.cost(run, network, candidate.name),
+  }
+
+
+def _converted(run: Run, candidate: candidates_lib.Candidate) -> Converted:
+  weights = run.workdir.weights(f'candidates/{candidate.name}')
+  return candidate.compression.convert(load_weights(weights))
+
+
+def _publish(
+  run: Run, dense: Network, candidate: candidates_lib.Candidate
+) -> dict[str, Any]:
+  """Writes the artefact, and measures it on the test split."""
+  converted = _converted(run, candidate)
+  directory = run.workdir.stage('artefact')
+  save_weights(directory / 'weights.safetensors', converted.variables)
+  quantized = candidate.compression.recipe.quantize
+  about = {
+    'format': FORMAT,
+    'model': run.config.student.model.to_dict(),
+    'classes': list(run.splits['test'].class_names),
+    'overrides': [candidate.overrides, converted.overrides],
+    'weights': [list(rule) for rule in quantized.weights],
+    'activations': [list(rule) for rule in quantized.activations],
+  }
+  write_json(directory / 'compressed.json', about)
+  made = functools.partial(candidates_lib.network, candidate, converted)
+  export_files(run, made, directory)
+  run.workdir.send('artefact')
+  test = {
+    'name': candidate.name,
+    'dense': run.evaluate(run.apply(dense), 'test')['accuracy'],
+    'accuracy': run.evaluate(run.apply(made()), 'test')['accuracy'],
+    'examples': len(run.splits['test']),
+  }
+  return {
+    'test': test,
+    'layers': assess.layers(run.example, dense, made(simulate=True)),
+    'integers': candidate.compression.parity(
+      converted, candidates_lib.calibration(run)[0]
+    ),
+  }
+
+
+def load_compressed(
+  directory: str, model: adapters.LinenModule, **options: Any
+) -> tuple[Any, Variables]:
+  """The integer network of an `artefact/`, to run in JAX.
+
+  Args:
+    directory: what `kd-jax compress` wrote.
+    model: the module that was compressed, as it is written.
+    **options: others of `deploy.integer_forward`.
+
+  Returns:
+    `(forward, variables)`.
+
+  Raises:
+    ValueError: if the files are missing or were not written by kd_jax.
+  """
+  path = Path(directory)
+  about = read_json(path / 'compressed.json')
+  if about.get('format') != FORMAT:
+    raise ValueError(
+      f'{path / "compressed.json"} holds {about.get("format")!r}, not '
+      f'{FORMAT!r}.'
+    )
+  rules = [
+    (p, rules_lib.choose('activations format', name, SPECS['activations']))
+    for p, name in about['activations']
+  ]
+  interceptors = [prune.resized(overrides) for overrides in about['overrides']]
+  forward = deploy.integer_forward(
+    model, interceptors=interceptors, dynamic=rules, **options
+  )
+  return forward, load_weights(path / 'weights.safetensors')

@@ -1,0 +1,229 @@
+"""A trained student made smaller, and the files that say how.
+
+Owns `shrink/` of a work directory: `weights.safetensors` and `shrink.json`,
+which a model's code and `load_shrunk` turn into a forward again. What can leave
+and how is in `prune`.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kd_jax import adapters, prune, rules
+from kd_jax.recipe.run import Run
+from kd_jax.storage import lock
+from kd_jax.storage.weights import load_weights, save_weights
+from kd_jax.storage.workdir import read_json, write_json
+from kd_jax.types import Batch, StudentFn
+
+FORMAT = 'kd_jax.shrink.1'
+DIRECTORY, _FILE = 'shrink', 'shrink.json'
+
+
+class Cost(NamedTuple):
+  """The cost of a network.
+
+  Attributes:
+    macs: multiply-accumulates of one example.
+    parameters: entries.
+    bytes: of the parameters.
+  """
+
+  macs: int
+  parameters: int
+  bytes: int
+
+
+class Shrunk(NamedTuple):
+  """What `shrink_student` made.
+
+  Attributes:
+    plan: what could leave: units, or residual blocks.
+    before: cost of the whole student.
+    after: cost of the smaller one.
+    kept: group -> how many units stay, and how many there were.
+    directory: where its files are.
+  """
+
+  plan: prune.Plan | prune.ResidualBlocks
+  before: Cost
+  after: Cost
+  kept: dict[str, list[int]]
+  directory: Path
+
+
+def shrink_student(
+  run: Run,
+  stage: str = 'distill',
+  *,
+  sparsity: float = 0.5,
+  structure: str = 'neurons',
+  scope: str = 'global',
+  keep: Sequence[str] = (),
+  multiple_of: int = 1,
+  overwrite: bool = False,
+) -> Shrunk:
+  """Removes what has the least magnitude from a trained student.
+
+  Args:
+    run: a run whose stage is finished.
+    stage: 'distill' or 'alone'.
+    sparsity: share of the units or blocks that leave, in [0, 1).
+    structure: 'neurons' for channels and heads, 'residual_blocks' for whole
+      blocks; of these one always stays.
+    scope: of neurons, see `prune.choose_units`, and so is `multiple_of`.
+    keep: see `prune.find_groups` and `prune.find_residual_blocks`.
+    multiple_of: of the channels that a group keeps.
+    overwrite: replaces a smaller student that was made before.
+
+  Returns:
+    What could leave, the costs, and the directory with the smaller student.
+
+  Raises:
+    ValueError: if the stage is not finished or unknown, nothing can leave, the
+      smaller student does not run, there is one, another run uses the
+      directory, or for a sparsity outside of [0, 1).
+  """
+  if not 0 <= sparsity < 1:
+    raise ValueError(f'A sparsity is a share in [0, 1), not {sparsity}.')
+  parts = {'distill': 'student', 'alone': 'alone'}
+  part = rules.choose('stage with a student', stage, parts)
+  ways = {'neurons': _without_units, 'residual_blocks': _without_blocks}
+  remove = rules.choose('structure', structure, ways)
+  variables = run.student(stage).variables
+  forward = adapters.from_linen(run.model(part))
+  plan, small, overrides, kept = remove(
+    forward,
+    variables,
+    run.example,
+    sparsity,
+    keep,
+    scope=scope,
+    multiple_of=multiple_of,
+  )
+  about = {
+    'format': FORMAT,
+    'stage': stage,
+    'structure': structure,
+    'sparsity': sparsity,
+    'scope': scope,
+    'kept': kept,
+    'overrides': overrides,
+  }
+  with lock.exclusive(run.workdir.place):
+    if (run.workdir.place / DIRECTORY / _FILE).exists() and not overwrite:
+      raise ValueError(
+        f'{run.workdir.place / DIRECTORY} has a smaller student: give '
+        '--overwrite to replace it.'
+      )
+    directory = run.workdir.stage(DIRECTORY)
+    save_weights(directory / 'weights.safetensors', small)
+    write_json(directory / _FILE, about)
+    run.workdir.send(DIRECTORY)
+  smaller = forward.intercepted(prune.resized(overrides))
+  return Shrunk(
+    plan,
+    _cost(forward, variables, run.example),
+    _cost(smaller, small, run.example),
+    kept,
+    run.workdir.place / DIRECTORY,
+  )
+
+
+# What could leave, the smaller variables, what runs them, and the counts.
+Removed = tuple[
+  prune.Plan | prune.ResidualBlocks,
+  dict[str, Any],
+  Mapping[str, Mapping[str, int] | None],
+  dict[str, list[int]],
+]
+
+
+def _without_units(
+  forward: adapters.LinenForward,
+  variables: Mapping[str, Any],
+  batch: Batch,
+  sparsity: float,
+  keep: Sequence[str],
+  *,
+  scope: str,
+  multiple_of: int,
+) -> Removed:
+  plan = prune.find_groups(forward, variables, batch, keep=keep)
+  if not plan.groups:
+    raise ValueError('Nothing can leave the student.')
+  scores = prune.magnitudes(variables['params'])
+  kept = prune.choose_units(
+    plan, scores, sparsity, scope=scope, multiple_of=multiple_of
+  )
+  prune.check_shrunk(plan, kept, forward, variables, batch)
+  small = prune.shrink(plan, variables, kept)
+  counts = {g.name: [len(kept[g.name]), g.size] for g in plan.groups}
+  return plan, small, plan.overrides(kept), counts
+
+
+def _without_blocks(
+  forward: adapters.LinenForward,
+  variables: Mapping[str, Any],
+  batch: Batch,
+  sparsity: float,
+  keep: Sequence[str],
+  *,
+  scope: str,
+  multiple_of: int,
+) -> Removed:
+  if scope != 'global' or multiple_of != 1:
+    raise ValueError(
+      "scope and multiple_of are of structure='neurons'; residual blocks are "
+      'ranked together.'
+    )
+  blocks = prune.find_residual_blocks(forward, variables, batch, keep=keep)
+  scores = prune.magnitudes(variables['params'])
+  masks = prune.masks_from(
+    scores, sparsity, structure=prune.residual_blocks(blocks)
+  )
+  gone = blocks.gone(masks)
+  small = prune.without_blocks(blocks, variables, gone)
+  counts = {'blocks': [len(blocks.names) - len(gone), len(blocks.names)]}
+  return blocks, small, blocks.overrides(gone), counts
+
+
+def _cost(
+  forward: StudentFn, variables: Mapping[str, Any], batch: Batch
+) -> Cost:
+  rows = prune.layer_costs(forward, variables, batch)
+  return Cost(
+    sum(r.macs for r in rows),
+    sum(r.parameters for r in rows),
+    sum(r.bytes for r in rows),
+  )
+
+
+def load_shrunk(
+  directory: str | os.PathLike[str], model: adapters.LinenModule, **options: Any
+) -> tuple[StudentFn, dict[str, Any]]:
+  """The smaller student of a directory, to run or to train on.
+
+  Args:
+    directory: what `shrink_student` wrote.
+    model: the module that was shrunk, as it is written.
+    **options: others of `adapters.from_linen`.
+
+  Returns:
+    `(forward, variables)`.
+
+  Raises:
+    ValueError: if the files are missing or were not written by kd_jax.
+  """
+  directory = Path(directory)
+  about = read_json(directory / _FILE)
+  if about.get('format') != FORMAT:
+    raise ValueError(
+      f'{directory / _FILE} holds {about.get("format")!r}, not {FORMAT!r}.'
+    )
+  forward = adapters.from_linen(model, **options)
+  return (
+    forward.intercepted(prune.resized(about['overrides'])),
+    load_weights(directory / 'weights.safetensors'),
+  )
