@@ -1,11 +1,12 @@
 """The architecture, read from the source: who imports whom, and docstrings."""
 
 import ast
+import functools
+import graphlib
 import pathlib
+import re
 import subprocess
 import sys
-
-import pytest
 
 import kd_jax
 
@@ -14,30 +15,27 @@ SOURCES = {
   path.relative_to(PACKAGE).as_posix(): path
   for path in sorted(PACKAGE.rglob('*.py'))
 }
-# The core, whose files import each other and nothing else of ours.
-CORE = {
-  'guard',
-  'loops',
-  'losses',
-  'methods',
-  'metrics',
-  'networks',
-  'objectives',
-  'optim',
-  'prune',
-  'quantize',
-  'rules',
-  'step',
-  'terms',
-  'types',
-}
+# The rooms of each floor, from the top of the README's table downwards.
+FLOORS = [
+  {name.rstrip('/') for name in re.findall('`([a-z/]+)`', row)}
+  for row in re.findall(
+    r'^\| ((?:`[a-z/]+`(?:, )?)+) \|',
+    (PACKAGE.parent / 'README.md').read_text().split('## Architecture')[1],
+    re.MULTILINE,
+  )
+]
+HIGH = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+# What a researcher's own step is made of; `models` is for those without any.
+CORE = set().union(*FLOORS[: HIGH['step'] + 1]) - {'models', 'adapters'}
 HEAVY = {'tensorflow', 'tensorflow_datasets', 'matplotlib', 'onnx'}
 
 
+@functools.cache
 def _tree(name):
   return ast.parse(SOURCES[name].read_text())
 
 
+@functools.cache
 def _imports(name):
   """Every module and name that a file imports, as dotted paths."""
   found = set()
@@ -50,36 +48,75 @@ def _imports(name):
   return found
 
 
+def _own_room(name):
+  return pathlib.PurePosixPath(name).parts[0].removesuffix('.py')
+
+
 def _room(dotted):
   """'kd_jax.losses.logits.f' -> 'losses'; None for other packages."""
   parts = dotted.split('.')
   return parts[1] if parts[0] == 'kd_jax' and len(parts) > 1 else None
 
 
-@pytest.mark.parametrize('name', SOURCES)
-def test_only_models_and_adapters_import_linen_or_nnx(name):
-  if name.startswith('models/') or name == 'adapters.py':
-    return
-  for imported in _imports(name):
-    assert not imported.startswith(('flax.linen', 'flax.nnx')), imported
+def _importers(*modules):
+  """The files that import one of these, or something of it."""
+  return {
+    name
+    for name in SOURCES
+    if any(f'{i}.'.startswith(f'{m}.') for i in _imports(name) for m in modules)
+  }
 
 
-@pytest.mark.parametrize('name', SOURCES)
-def test_nothing_imports_the_inside_of_jax(name):
-  for imported in _imports(name):
-    assert not imported.startswith('jax._src'), imported
-  text = SOURCES[name].read_text()
-  assert 'jax._src' not in text and 'jax.core' not in text
+def test_only_models_and_adapters_import_linen_or_nnx():
+  found = _importers('flax.linen', 'flax.nnx')
+  assert {_own_room(name) for name in found} == {'models', 'adapters'}
 
 
-def _is_core(name):
-  return pathlib.PurePosixPath(name).parts[0].removesuffix('.py') in CORE
+def test_nothing_imports_the_inside_of_jax():
+  for name, path in SOURCES.items():
+    assert not re.search(r'jax\._src|jax\.core', path.read_text()), name
 
 
-@pytest.mark.parametrize('name', [n for n in SOURCES if _is_core(n)])
-def test_the_core_imports_nothing_above_it(name):
-  rooms = {_room(imported) for imported in _imports(name)} - {None}
-  assert rooms <= CORE
+def test_the_readme_lists_the_rooms():
+  rooms = {_own_room(name) for name in SOURCES} - {'__init__', '__main__'}
+  assert rooms == set(HIGH)
+  assert sum(map(len, FLOORS)) == len(HIGH)
+
+
+def test_a_room_imports_those_above_it_in_the_table_alone():
+  for name in SOURCES:
+    if (own := _own_room(name)) in HIGH:
+      rooms = {_room(imported) for imported in _imports(name)} & set(HIGH)
+      below = {room for room in rooms if HIGH[room] > HIGH[own]}
+      assert not below, f'{name} imports {below}'
+
+
+def test_the_core_imports_the_core_alone():
+  for name in SOURCES:
+    if _own_room(name) in CORE:
+      rooms = {_room(imported) for imported in _imports(name)} - {None}
+      assert rooms <= CORE, f'{name} imports {rooms - CORE}'
+
+
+def test_no_file_imports_itself_by_way_of_others():
+  files = {}
+  for name in SOURCES:
+    module = f'kd_jax/{name}'.removesuffix('.py').removesuffix('/__init__')
+    files[module.replace('/', '.')] = name
+  imported = {
+    module: {
+      found
+      for i in _imports(name)
+      for found in (i, i.rpartition('.')[0])
+      # What runs first in any case.
+      if found in files
+      and found not in ('kd_jax', module)
+      and not module.startswith(f'{found}.')
+    }
+    for module, name in files.items()
+  }
+  order = list(graphlib.TopologicalSorter(imported).static_order())
+  assert order.index('kd_jax.types') < order.index('kd_jax.step')
 
 
 def test_the_lowest_rooms_import_nothing_of_ours():
@@ -115,16 +152,14 @@ def _public(body, prefix=''):
         yield from _public(node.body, f'{node.name}.')
 
 
-@pytest.mark.parametrize('name', SOURCES)
-def test_everything_public_has_a_docstring(name):
-  tree = _tree(name)
-  if tree.body:
+def test_everything_public_has_a_docstring():
+  for name in SOURCES:
+    tree = _tree(name)
     assert ast.get_docstring(tree), f'{name} has no docstring'
-  missing = [n for n, d in _public(tree.body) if not ast.get_docstring(d)]
-  assert not missing
+    missing = [n for n, d in _public(tree.body) if not ast.get_docstring(d)]
+    assert not missing, f'{name}: {missing}'
 
 
-@pytest.mark.parametrize('name', SOURCES)
-def test_a_room_is_not_too_large(name):
-  """Far above the size at which a file should have been split."""
-  assert len(SOURCES[name].read_text().splitlines()) < 700
+def test_no_file_needs_scrolling_to_be_understood():
+  lines = {n: len(p.read_text().splitlines()) for n, p in SOURCES.items()}
+  assert not {name: n for name, n in lines.items() if n > 700}
