@@ -83,7 +83,7 @@ def make_task(
     data.load_images, dataset, data_dir=data_dir, validation=0.0
   )
   train, test = read('train', max_examples=train_examples), read('test')
-  mean, std = data.channel_statistics(train)
+  mean, std = train.statistics
   preprocess = data.make_preprocess(
     mean=mean,
     std=std,

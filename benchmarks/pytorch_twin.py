@@ -57,7 +57,7 @@ def load(data_dir: str | None, max_examples: int | None = None) -> Digits:
     data.load_images, 'digits', data_dir=data_dir, validation=0.0
   )
   train, test = read('train', max_examples=max_examples), read('test')
-  mean, std = data.channel_statistics(train)
+  mean, std = train.statistics
   preprocess = data.make_preprocess(mean=mean, std=std)
 
   def normalised(split):

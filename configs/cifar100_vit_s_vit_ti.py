@@ -53,5 +53,5 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     train.optimizer = {'name': 'adamw', 'l2': 5e-2}
     train.warmup = 0.05
     train.evaluate_every_epochs = 10
-  config.aims.update({'teacher_accuracy': 0.6, 'parameter_share': 0.5})
+  config.aims.update({'teacher': 0.6, 'parameter_share': 0.5})
   return config

@@ -33,5 +33,5 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     train.epochs = 1 if tiny else epochs
     train.batch_size = 64 if tiny else 128
     train.evaluate_every_epochs = 1
-  config.aims.teacher_accuracy = 0.92
+  config.aims.teacher = 0.92
   return config

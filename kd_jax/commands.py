@@ -108,7 +108,7 @@ def evaluate(values: Any) -> int:
   origin.check(stored)
   scores = assess.scores(stored, assess.applies(stored), values.split)
   size = len(stored.splits[values.split])
-  table = Table(title=f'{values.split} split, {size} images, last step')
+  table = Table(title=f'{values.split} split, {size} examples, last step')
   columns = list(next(iter(scores.values())))
   table.add_column('model')
   for column in columns:

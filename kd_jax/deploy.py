@@ -1,6 +1,6 @@
 """What a trained student becomes: folded, converted, wrapped with its input.
 
-Owns the path from trained variables to a function of raw images; nothing
+Owns the path from trained variables to a function of raw inputs; nothing
 about files, which is `export`.
 """
 
@@ -262,18 +262,19 @@ def fold(
   return quantize.fold_batch_norm(variables, norms)
 
 
-def from_images(
-  forward: StudentFn, preprocess: Preprocess
+def from_raw(
+  forward: StudentFn, preprocess: Preprocess, *, reads: str = 'image'
 ) -> Callable[[Variables, jax.Array], jax.Array]:
-  """`(variables, uint8 images) -> output`, pre-processing included.
+  """`(variables, raw input) -> output`, pre-processing included.
 
   Args:
     forward: a student or teacher function.
     preprocess: `(batch, *, train) -> batch`, see `data.make_preprocess`.
+    reads: the entry of a batch that is the input, such as uint8 images.
   """
 
-  def fn(variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
-    batch = preprocess({'image': images}, train=False)
+  def fn(variables: Mapping[str, Any], raw: jax.Array) -> jax.Array:
+    batch = preprocess({reads: raw}, train=False)
     return forward(variables, batch).output
 
   return fn

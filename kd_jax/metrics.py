@@ -22,13 +22,21 @@ class Metric(NamedTuple):
   Attributes:
     update: `(student, teacher, batch, mask) -> sums`, a pytree of float32.
     result: `(sums) -> float`, on the host, of the sums of all batches.
+    title: what a table calls it; its name if empty.
+    percent: whether it is a share that people read in percent.
+    higher: whether more is better.
   """
 
   update: Callable[[Forward, Forward | None, Batch, jax.Array], Any]
   result: Callable[[Any], float]
+  title: str = ''
+  percent: bool = False
+  higher: bool = True
 
 
-def _mean(value: Callable[[Forward, Forward, Batch], jax.Array]) -> Metric:
+def _mean(
+  value: Callable[[Forward, Forward, Batch], jax.Array], **looks: Any
+) -> Metric:
   def update(student, teacher, batch, mask):
     per_example = value(student, teacher, batch)
     check_same_shape(
@@ -40,7 +48,10 @@ def _mean(value: Callable[[Forward, Forward, Batch], jax.Array]) -> Metric:
     total = jnp.sum(jnp.where(mask > 0, per_example, 0.0))
     return {'sum': total, 'count': jnp.sum(mask > 0).astype(jnp.float32)}
 
-  return Metric(update, lambda sums: float(sums['sum'] / sums['count']))
+  def result(sums):
+    return float(sums['sum'] / sums['count'])
+
+  return Metric(update, result, **looks)
 
 
 def _equal(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -49,7 +60,9 @@ def _equal(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def accuracy() -> Metric:
   """Share of examples whose most likely class is `batch['label']`."""
-  return _mean(lambda s, t, b: _equal(jnp.argmax(s.output, -1), b['label']))
+  return _mean(
+    lambda s, t, b: _equal(jnp.argmax(s.output, -1), b['label']), percent=True
+  )
 
 
 def agreement() -> Metric:
@@ -60,20 +73,27 @@ def agreement() -> Metric:
     arXiv:2106.05945.
   """
   return _mean(
-    lambda s, t, b: _equal(jnp.argmax(s.output, -1), jnp.argmax(t.output, -1))
+    lambda s, t, b: _equal(jnp.argmax(s.output, -1), jnp.argmax(t.output, -1)),
+    percent=True,
   )
 
 
 def kl() -> Metric:
   """Mean KL(teacher || student) in nats, at temperature 1."""
   return _mean(
-    lambda s, t, b: losses.kl_divergence(s.output, t.output, temperature=1.0)
+    lambda s, t, b: losses.kl_divergence(s.output, t.output, temperature=1.0),
+    title='KL',
+    higher=False,
   )
 
 
 def mean_squared_error() -> Metric:
   """Mean squared error to `batch['target']`, over examples and dimensions."""
-  return _mean(lambda s, t, b: losses.squared_error(s.output, b['target']))
+  return _mean(
+    lambda s, t, b: losses.squared_error(s.output, b['target']),
+    title='MSE',
+    higher=False,
+  )
 
 
 def calibration_error(*, bins: int = 15) -> Metric:
@@ -106,7 +126,7 @@ def calibration_error(*, bins: int = 15) -> Metric:
     gap = np.abs(sums['hits'] - sums['confidence'])
     return float(gap.sum() / sums['count'].sum())
 
-  return Metric(update, result)
+  return Metric(update, result, title='ECE', higher=False)
 
 
 def classification(*, with_teacher: bool) -> dict[str, Metric]:
@@ -114,6 +134,24 @@ def classification(*, with_teacher: bool) -> dict[str, Metric]:
   always = {'accuracy': accuracy(), 'calibration_error': calibration_error()}
   compared = {'agreement': agreement(), 'kl': kl()}
   return always | (compared if with_teacher else {})
+
+
+def describe(metrics: Mapping[str, Metric]) -> list[dict[str, Any]]:
+  """How metrics are to be shown, as JSON values, for reports.
+
+  Example:
+    >>> describe({'kl': kl()})
+    [{'name': 'kl', 'title': 'KL', 'percent': False, 'higher': False}]
+  """
+  return [
+    {
+      'name': name,
+      'title': metric.title or name,
+      'percent': metric.percent,
+      'higher': metric.higher,
+    }
+    for name, metric in metrics.items()
+  ]
 
 
 def evaluate(

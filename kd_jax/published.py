@@ -167,8 +167,8 @@ def recipe(
   config.aims.update(
     {
       # Half a point and a point are left to chance and to compression.
-      'teacher_accuracy': round(goal / 100 - 0.005, 4),
-      'accuracy_drop': round((goal - kd) / 100 + 0.01, 4),
+      'teacher': round(goal / 100 - 0.005, 4),
+      'drop': round((goal - kd) / 100 + 0.01, 4),
       'parameter_share': 0.5,
       'size_share': 0.125,
     }

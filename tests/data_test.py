@@ -490,7 +490,7 @@ def test_normalisation_matches_numpy():
 
 def test_statistics_normalise_to_zero_mean_and_unit_deviation():
   images = tiny(2000, channels=2)
-  mean, std = data.channel_statistics(images)
+  mean, std = images.statistics
   assert all(isinstance(x, float) for x in (*mean, *std))
   pixels = images.image / 255
   np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)), rtol=1e-12)

@@ -22,8 +22,9 @@ from kd_jax import (
   networks,
   objectives,
   step,
+  tasks,
 )
-from kd_jax.recipe import assess, compare, distillation
+from kd_jax.recipe import assess, compare
 from kd_jax.recipe.run import Run
 from kd_jax.report import comparison
 from kd_jax.storage import weights
@@ -575,8 +576,8 @@ def test_scaled_terms_leave_the_labels_alone():
   assert terms['decoupled_kd']['weight']['end'] == pytest.approx(0.1)
 
 
-def test_labels_only_is_cross_entropy():
-  objective = distillation.labels_only()
+def test_labels_alone_are_cross_entropy():
+  objective = tasks.TASKS['image_classification'].labels()
   inputs = objectives.Inputs(
     Forward(X),
     None,

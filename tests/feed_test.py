@@ -61,7 +61,7 @@ def _train(
   """A run of the loop on images; `stop` ends it there as a kill would."""
   mesh = sharding.make_mesh(jax.devices()[:devices])
   source = data.make_input(_images(), mesh, where)
-  batches = _Counted(data.train_batches(source.images, batch_size=8, seed=0))
+  batches = _Counted(data.train_batches(source.examples, batch_size=8, seed=0))
   objective, tx = objectives.hard_labels(), optax.adam(0.05)
   start = {'params': jnp.zeros((16, 3))}
   example = data.train_batches(_images(), batch_size=8, seed=0)
@@ -207,7 +207,7 @@ def test_only_row_numbers_cross_for_images_on_the_devices():
 
 def test_where_images_lie_is_checked():
   mesh = sharding.make_mesh()
-  assert data.make_input(_images(), mesh, 'auto').images.image_shape  # a CPU
+  assert data.make_input(_images(), mesh, 'auto').examples.image_shape  # a CPU
   with pytest.raises(ValueError, match="data.input 'gpu'"):
     data.make_input(_images(), mesh, 'gpu')
   streamed = data.StreamedImages([], np.arange(0, dtype='i4'), (), 8)

@@ -10,7 +10,6 @@ import pytest
 from kd_jax import cli, plan, sharding
 from kd_jax.plan import chips, program, rehearsal
 from kd_jax.recipe import fit, stages
-from kd_jax.recipe.distillation import labels_only
 from kd_jax.recipe.run import Run
 from kd_jax.storage.workdir import Workdir
 
@@ -157,7 +156,7 @@ def test_a_rehearsal_is_the_real_run(tmp_path, data_dir):
   config = tiny(**{'data.data_dir': str(data_dir), 'data.max_examples': 0})
   run = Run(config, Workdir(tmp_path, config.to_dict()))
   c = config.alone.train
-  real = fit.make_step(run, 'alone', c, labels_only(), stages.untaught(run))
+  real = fit.make_step(run, 'alone', c, run.task.labels(), stages.untaught(run))
   for made in (config, tiny(**{'data.max_examples': 0})):
     # Prepared or not, the digits are as many.
     step = rehearsal.rehearse(rehearsal.Rehearsal(made), 'alone')

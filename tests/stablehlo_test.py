@@ -37,7 +37,7 @@ def float_model():
   model = models.make_model('mlp', num_classes=10, hidden=(16,))
   batch = preprocess({'image': jnp.asarray(images(4))}, train=False)
   variables = adapters.init_linen(model, jax.random.key(0), batch)
-  return deploy.from_images(adapters.from_linen(model), preprocess), variables
+  return deploy.from_raw(adapters.from_linen(model), preprocess), variables
 
 
 def int8_model():
@@ -57,7 +57,7 @@ def int8_model():
     [('.*/kernel', quantize.INT8_WEIGHTS)],
     activations,
   )
-  return deploy.from_images(deploy.integer_forward(model), preprocess), integers
+  return deploy.from_raw(deploy.integer_forward(model), preprocess), integers
 
 
 @pytest.fixture(scope='module')

@@ -1,20 +1,21 @@
 """Images in memory or streamed, resumable batches, and keyed augmentation."""
 
-from kd_jax.data.augment import channel_statistics as channel_statistics
 from kd_jax.data.augment import make_preprocess as make_preprocess
 from kd_jax.data.augment import renormalize as renormalize
 from kd_jax.data.augment import resize as resize
+from kd_jax.data.builders import describe as describe
+from kd_jax.data.builders import identity as identity
 from kd_jax.data.cache_form import Form as Form
 from kd_jax.data.cache_writer import write_cache as write_cache
+from kd_jax.data.examples import ArrayData as ArrayData
+from kd_jax.data.examples import ImageData as ImageData
+from kd_jax.data.examples import Split as Split
 from kd_jax.data.pipeline import batches_per_epoch as batches_per_epoch
 from kd_jax.data.pipeline import eval_batches as eval_batches
 from kd_jax.data.pipeline import train_batches as train_batches
 from kd_jax.data.resident import Input as Input
 from kd_jax.data.resident import make_input as make_input
-from kd_jax.data.sources import ImageData as ImageData
 from kd_jax.data.sources import Images as Images
-from kd_jax.data.sources import describe as describe
-from kd_jax.data.sources import identity as identity
 from kd_jax.data.sources import load_images as load_images
 from kd_jax.data.streamed import StreamedImages as StreamedImages
 from kd_jax.data.teacher_cache import TeacherCache as TeacherCache

@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.data.sources import ImageData, Images
 from kd_jax.types import Batch
 
-_CHUNK = 1024
 # Beyond every id, so that mixup's keys are none of a crop's.
 _MIXUP = 2**31
 
@@ -32,7 +30,7 @@ def make_preprocess(
   """Makes the function between a batch of `pipeline` and a network.
 
   Args:
-    mean: per channel, of pixels in 0..1, see `channel_statistics`.
+    mean: per channel, of pixels in 0..1, see `ImageData.statistics`.
     std: per channel, likewise; positive.
     crop_padding: in training, pads with this many black pixels on every side
       and crops to the old size at a random place; 0 does neither.
@@ -240,38 +238,6 @@ def _mix(
     mixed['mix_label'] = of_neighbour(batch['label'])
   own = jnp.reshape(mixed['mix_weight'], (-1, 1, 1, 1))
   return own * image + (1 - own) * of_neighbour(image), mixed
-
-
-def channel_statistics(
-  data: Images,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Mean and standard deviation of every channel, of pixels in 0..1.
-
-  Args:
-    data: the images; pass the train split, not what you evaluate on.
-
-  Returns:
-    `(mean, std)`, each with one float per channel, over all pixels; sums are
-    exact, and the deviation is that of the population.
-
-  Raises:
-    ValueError: if the images are streamed: take published numbers.
-  """
-  if not isinstance(data, ImageData):
-    raise ValueError(
-      'channel_statistics: the images are streamed, and a pass over all would '
-      'take long; give their published mean and std.'
-    )
-  total = np.zeros(data.image.shape[-1], np.int64)
-  squares = np.zeros_like(total)
-  for start in range(0, len(data), _CHUNK):
-    chunk = data.image[start : start + _CHUNK].astype(np.int64)
-    total += chunk.sum((0, 1, 2))
-    squares += (chunk**2).sum((0, 1, 2))
-  pixels = data.image.size // data.image.shape[-1]
-  mean = total / pixels
-  std = np.sqrt(squares / pixels - mean**2)
-  return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
 def _checked_image(batch: Mapping[str, jax.Array], channels: int) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax.data import cache_form, pipeline, teacher_cache
 from kd_jax.data.cache_form import Form
-from kd_jax.data.sources import Images
+from kd_jax.data.examples import Split
 from kd_jax.data.teacher_cache import CacheError
 from kd_jax.storage import checkpoint_format, mirror, workdir
 from kd_jax.types import Batch, StudentFn, Variables
@@ -36,7 +36,7 @@ def write_cache(
   directory: str | Path,
   forward: StudentFn,
   variables: Variables,
-  images: Images,
+  examples: Split,
   preprocess: Callable[..., Batch],
   *,
   fingerprint: Mapping[str, Any],
@@ -62,7 +62,7 @@ def write_cache(
       all can see.
     forward: the teacher, in evaluation mode, with the taps of `form`.
     variables: the teacher's.
-    images: what students are trained on.
+    examples: what students are trained on.
     preprocess: from `make_preprocess`, with training's augmentation.
     fingerprint: from `teacher_cache.make_fingerprint`.
     seed: of the order and of the crops of streamed images, that of
@@ -95,7 +95,7 @@ def write_cache(
   mesh = Mesh(np.array(jax.local_devices()), ('data',))
   batch_size = -(-batch_size // (2 * mesh.size)) * 2 * mesh.size
   run = _Teacher(forward, preprocess, form, mesh)
-  plan = _plan(run, variables, images, fingerprint, constant)
+  plan = _plan(run, variables, examples, fingerprint, constant)
   held = _held(directory, plan, overwrite)
   barrier('teacher cache: looked at')
   if process_index == 0:
@@ -113,7 +113,7 @@ def write_cache(
   for file in mine:
     if not _whole(directory / file.name, held.get(file.name)):
       batches = pipeline.epoch_batches(
-        images,
+        examples,
         batch_size=batch_size,
         seed=seed,
         epoch=file.epoch,
@@ -205,18 +205,20 @@ class _Teacher:
 def _plan(
   run: _Teacher,
   variables: Variables,
-  images: Images,
+  examples: Split,
   fingerprint: Mapping[str, Any],
   constant: bool,
 ) -> dict[str, Any]:
   """The manifest as far as it is known before anything is run."""
-  batch = images.read(np.arange(2) % len(images), key=(0, 0))
+  batch = examples.read(np.arange(2) % len(examples), key=(0, 0))
   batch = {**batch, 'epoch': np.zeros(2, np.int32)}
   shapes = jax.eval_shape(run.stored, variables, batch)
   arrays = {teacher_cache.ID: jax.ShapeDtypeStruct((2,), np.int32), **shapes}
   each = cache_form.row_bytes(arrays)
   # Mixed pairs are neighbours in the order; the last one may have none.
-  rows = len(images) - len(images) % 2 if fingerprint['order'] else len(images)
+  rows = len(examples)
+  if fingerprint['order']:
+    rows -= rows % 2
   return {
     'format': teacher_cache.FORMAT,
     'fingerprint': dict(fingerprint),

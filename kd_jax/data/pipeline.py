@@ -11,7 +11,7 @@ import os
 import grain
 import numpy as np
 
-from kd_jax.data.sources import Examples
+from kd_jax.data.examples import Examples
 from kd_jax.data.streamed import StreamedImages
 from kd_jax.data.workers import WorkerBatches
 from kd_jax.types import BatchStream

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kd_jax import rules, sharding
-from kd_jax.data.sources import Examples, ImageData, Images
+from kd_jax.data.examples import Examples, ImageData, Split
 from kd_jax.types import Batch
 
 # Of each device's memory; the rest is for parameters and activations.
@@ -26,20 +26,20 @@ class Input(NamedTuple):
   """Where a training run's batches come from.
 
   Attributes:
-    images: what `pipeline.train_batches` makes batches of.
+    examples: what `pipeline.train_batches` makes batches of.
     put: `(batch, stacked=False) -> batch` on the devices, as
       `sharding.shard_batch`; the images are among its arrays.
   """
 
-  images: Examples
+  examples: Examples
   put: Callable[..., Batch]
 
 
-def make_input(images: Images, mesh: Mesh, where: str = 'auto') -> Input:
+def make_input(examples: Split, mesh: Mesh, where: str = 'auto') -> Input:
   """Puts images on the devices if they are to lie there.
 
   Args:
-    images: of a split.
+    examples: of a split.
     mesh: see `sharding.make_mesh`.
     where: 'device' puts a copy of all images on every device, once; 'host'
       sends the images of every batch. 'auto' is 'device' for images in memory
@@ -52,21 +52,21 @@ def make_input(images: Images, mesh: Mesh, where: str = 'auto') -> Input:
   rules.choose('data.input', where, dict.fromkeys(WHERE))
   if where == 'auto':
     limit = SHARE * min(map(_memory, mesh.local_devices))
-    fits = isinstance(images, ImageData) and images.image.nbytes <= limit
+    fits = isinstance(examples, ImageData) and examples.image.nbytes <= limit
     where = 'device' if fits else 'host'
   if where == 'device':
-    if not isinstance(images, ImageData):
+    if not isinstance(examples, ImageData):
       raise ValueError(
-        "data.input='device' is for images in memory; streamed ones, with a "
-        "data.image_size, need 'host' or 'auto'."
+        "data.input='device' is for images in memory; other examples, such as "
+        "those streamed with a data.image_size, need 'host' or 'auto'."
       )
-    resident = ResidentImages(images, mesh)
+    resident = ResidentImages(examples, mesh)
     return Input(resident, resident.put)
 
   def put(batch, *, stacked=False):
     return sharding.shard_batch(batch, mesh, stacked=stacked)
 
-  return Input(images, put)
+  return Input(examples, put)
 
 
 def _memory(device: jax.Device) -> int:

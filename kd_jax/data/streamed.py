@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from kd_jax.data import crops
@@ -92,6 +93,19 @@ class StreamedImages:
   def image_shape(self) -> tuple[int, int, int]:
     """Height, width and channels of what `read` returns."""
     return self.image_size, self.image_size, 3
+
+  @property
+  def input(self) -> jax.ShapeDtypeStruct:
+    """One image: uint8 `[S, S, 3]`."""
+    return jax.ShapeDtypeStruct(self.image_shape, np.uint8)
+
+  @property
+  def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Those of `ImageData` would take a pass over all records: a ValueError."""
+    raise ValueError(
+      'The images are streamed, and the statistics of their channels would '
+      'take a pass over all: give data.mean and data.std as published.'
+    )
 
   def read(
     self,

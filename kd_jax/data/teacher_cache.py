@@ -22,7 +22,8 @@ import numpy as np
 
 from kd_jax import rules
 from kd_jax.data import cache_form
-from kd_jax.data.sources import ImageData, Images
+from kd_jax.data.examples import ImageData, Split
+from kd_jax.data.streamed import StreamedImages
 from kd_jax.storage import checkpoint_format, mirror, workdir
 from kd_jax.types import BatchStream, Variables
 
@@ -232,7 +233,7 @@ class CachedBatches:
 
 def make_fingerprint(
   variables: Variables,
-  images: Images,
+  examples: Split,
   *,
   network: Mapping[str, Any],
   augmentation: Mapping[str, Any],
@@ -242,7 +243,7 @@ def make_fingerprint(
 
   Args:
     variables: of the teacher; their names, shapes, dtypes and values count.
-    images: the examples; ids and pixels count, of streamed images the bytes
+    examples: their ids and values count, of streamed images the bytes
       of some that are spread evenly.
     network: what else the teacher's function is made from, such as the words
       of its model and its precision.
@@ -261,9 +262,9 @@ def make_fingerprint(
       'matmul_precision': jax.config.values['jax_default_matmul_precision'],
     },
     'data': {
-      'examples': len(images),
-      'ids': _digest([images.id]),
-      'images': _digest(_pixels(images)),
+      'examples': len(examples),
+      'ids': _digest([examples.id]),
+      'images': _digest(_values(examples)),
     },
     'augmentation': dict(augmentation),
     'order': order,
@@ -280,12 +281,19 @@ def _variables_digest(variables: Variables) -> str:
   return _digest(parts)
 
 
-def _pixels(images: Images) -> Iterable[Any]:
-  if isinstance(images, ImageData):
-    return [str(images.image.shape).encode(), images.image]
-  count = min(_SAMPLED, len(images))
-  chosen = np.linspace(0, len(images) - 1, count).astype(int)
-  return (images.records[i]['image'] for i in images.id[chosen].tolist())
+def _values(examples: Split) -> Iterable[Any]:
+  if isinstance(examples, ImageData):
+    return [str(examples.image.shape).encode(), examples.image]
+  if isinstance(examples, StreamedImages):
+    count = min(_SAMPLED, len(examples))
+    chosen = np.linspace(0, len(examples) - 1, count).astype(int)
+    ids = examples.id[chosen].tolist()
+    return (examples.records[i]['image'] for i in ids)
+  return (
+    part
+    for name, array in sorted(examples.read(np.arange(len(examples))).items())
+    for part in (f'{name} {array.dtype} {array.shape}'.encode(), array)
+  )
 
 
 def _digest(parts: Iterable[Any]) -> str:

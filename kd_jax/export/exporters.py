@@ -29,21 +29,21 @@ class Model(NamedTuple):
   """What is exported.
 
   Attributes:
-    integer: `(variables, images) -> logits`, uint8 `[B, H, W, C]` to float32
-      `[B, classes]`, on integers, pre-processing included.
+    integer: `(variables, inputs) -> output`, such as uint8 `[B, H, W, C]` to
+      float32 `[B, classes]`, on integers, pre-processing included.
     simulated: the same numbers with codes that are rounded again before every
       layer, for formats whose runtime makes integers of that.
     variables: of both.
-    image: shape `[1, H, W, C]` and dtype of images; the 1 stands for any batch.
-    golden: uint8 `[N, H, W, C]`, a few real images.
-    class_names: one per logit.
+    input: shape `[1, ...]` and dtype of inputs; the 1 stands for any batch.
+    golden: `[N, ...]`, a few real inputs.
+    class_names: one per output; may be empty.
     metadata: what a file may say of where it comes from.
   """
 
   integer: Callable[[Variables, jax.Array], jax.Array]
   simulated: Callable[[Variables, jax.Array], jax.Array]
   variables: Variables
-  image: jax.ShapeDtypeStruct
+  input: jax.ShapeDtypeStruct
   golden: np.ndarray
   class_names: Sequence[str]
   metadata: Mapping[str, str]
@@ -59,7 +59,7 @@ class Exporter(NamedTuple):
   Attributes:
     file: name of its file or directory.
     write: `(model, path)`, whole or not at all; replaces what is there.
-    load: `path -> (uint8 images -> logits)`, after checking what it reads.
+    load: `path -> (inputs -> output)`, after checking what it reads.
     size: `path -> bytes` of what a server needs.
     note: `path -> str`, said beside its row of the report.
     extra: of kd_jax, which installs `packages`.
@@ -84,7 +84,7 @@ def _write_stablehlo(model: Model, path: Path) -> None:
   export_stablehlo(
     model.integer,
     model.variables,
-    model.image,
+    model.input,
     path,
     class_names=model.class_names,
     golden_images=model.golden,
@@ -96,7 +96,7 @@ def _write_stablehlo(model: Model, path: Path) -> None:
 def _write_onnx(model: Model, path: Path) -> None:
   onnx.export_onnx(
     functools.partial(model.simulated, model.variables),
-    model.image,
+    model.input,
     path,
     class_names=model.class_names,
     metadata=model.metadata,
@@ -160,7 +160,7 @@ def left_out() -> str:
 
 
 def load(directory: Path) -> dict[str, Predict]:
-  """What `write` wrote, by name, as functions of images.
+  """What `write` wrote, by name, as functions of raw inputs.
 
   Args:
     directory: as for `write`.

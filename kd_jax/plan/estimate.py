@@ -113,7 +113,7 @@ def plan(
     alternatives: of `ALTERNATIVES`, each compiled too.
     estimate: whether alternatives are estimated from the step instead, which
       takes no time.
-    measured: whether the step is run, on random images: only on devices that
+    measured: whether the step is run, on random examples: only on devices that
       are there.
     examples: of the train split, if it is not prepared and not well known.
     say: is told what is compiled.
@@ -324,7 +324,7 @@ def measure_step(
   target: chips.Topology,
   say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
-  """Times real steps on random images, from the weights that start a run.
+  """Times real steps on random examples, from the weights that start a run.
 
   Args:
     step: from `rehearsal.rehearse`, of a run on this process's devices.
@@ -348,7 +348,7 @@ def measure_step(
   classes = run.splits['train'].num_classes
   host = {}
   for name, leaf in step.batch.items():
-    end = 256 if name == 'image' else classes
+    end = 256 if leaf.dtype == np.uint8 else classes
     host[name] = random.integers(0, end, leaf.shape).astype(leaf.dtype)
   batch = sharding.shard_batch(host, run.mesh)
   times = []

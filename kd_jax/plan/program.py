@@ -218,7 +218,7 @@ def _text(compiled: jax.stages.Compiled) -> str:
 
 def len_of(batch: Mapping[str, Any]) -> int:
   """The examples of a batch, of arrays or shapes."""
-  return batch['image'].shape[0]
+  return batch['id'].shape[0]
 
 
 def fits(total: int, topology: chips.Topology) -> bool | None:

@@ -21,46 +21,19 @@ from kd_jax.recipe.run import TEACHER, Network, Run
 from kd_jax.types import Batch, TrainState, Variables
 
 STAGES = ('teacher', 'alone', 'distill', 'compress')
-# Images of the train split, for sets that are not prepared here.
-_TRAIN = {
-  'cifar10': 50_000,
-  'cifar100': 50_000,
-  'digits': 1_438,
-  'fashion_mnist': 60_000,
-  'imagenet2012': 1_281_167,
-  'mnist': 60_000,
-}
-
-
-class _Unread(data.StreamedImages):
-  """Streamed images of which none is read."""
-
-  def read(
-    self,
-    rows: Sequence[int] | np.ndarray,
-    *,
-    key: tuple[int, int] | None = None,
-  ) -> dict[str, np.ndarray]:
-    del key
-    shape = (len(rows), *self.image_shape)
-    batch = {
-      'image': np.zeros(shape, np.uint8),
-      'id': self.id[np.asarray(rows)],
-    }
-    return batch | {'label': np.zeros(len(rows), np.int32)}
 
 
 class Rehearsal(Run):
   """A run that reads no data set and no file.
 
-  Images are black, trained networks have the weights that they start with: make
-  both under `jax.eval_shape`, and they cost nothing. A teacher cache of the
-  configuration need not be there.
+  Examples are the task's `stand_in`, trained networks have the weights that
+  they start with: make both under `jax.eval_shape`, and they cost nothing. A
+  teacher cache of the configuration need not be there.
 
   Args:
     config: as for `Run`.
     devices: of the mesh; all of them when None.
-    examples: images of the train split; 0 for as many as are known to be there.
+    examples: of the train split; 0 for as many as are known to be there.
   """
 
   def __init__(
@@ -77,60 +50,27 @@ class Rehearsal(Run):
     self._examples = examples
 
   @functools.cached_property
-  def splits(self) -> dict[str, data.Images]:
-    """The train split alone, black."""
-    c = self.config.data
-    return {'train': self._images(c.name, self._limit('train'), c.validation)}
+  def splits(self) -> dict[str, data.Split]:
+    """The train split alone, of no values that matter."""
+    return {'train': self._stand_in('train')}
 
   @functools.cached_property
-  def transfer(self) -> data.Images:
-    """The images to learn from a teacher on, black."""
-    c = self.config.data.transfer
-    if not c.name:
+  def transfer(self) -> data.Split:
+    """The examples to learn from a teacher on, likewise."""
+    if not self.config.data.transfer.name:
       return self.splits['train']
-    return self._images(c.name, c.max_examples, 0.0)
+    return self._stand_in('transfer')
 
-  def _images(self, name: str, limit: int, validation: float) -> data.Images:
-    c = self.config.data
-    known = data.describe(name, data_dir=c.data_dir or None)
-    total = self._examples or known.train_examples or _TRAIN.get(name)
-    if total is None:
-      raise ValueError(
-        f'{name!r} is not prepared here, and how many images it has is not '
-        'known: give --examples.'
-      )
-    left = total - round(total * validation)
-    ids = np.arange(min(left, limit or left), dtype=np.int32)
-    if c.image_size:
-      return _Unread((), ids, known.class_names, c.image_size)
-    shape = [n for n in known.image_shape if n is not None]
-    if len(shape) < len(known.image_shape):
-      raise ValueError(
-        f'The images of {name!r} differ in shape: give data.image_size.'
-      )
-    black = np.zeros((), np.uint8)
-    return data.ImageData(
-      image=np.broadcast_to(black, (len(ids), *shape)),
-      label=ids % len(known.class_names),
-      id=ids,
-      class_names=known.class_names,
-    )
-
-  @functools.cached_property
-  def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
-    """Those of the configuration, or others: the step costs the same."""
-    c = self.config.data
-    channels = self.splits['train'].image_shape[-1]
-    return tuple(c.mean) or (0.0,) * channels, tuple(c.std) or (1.0,) * channels
+  def _stand_in(self, split: str) -> data.Split:
+    c, make = self.config.data, self.task.stand_in
+    return make(c, split, self._examples) if make else self.task.load(c, split)
 
   @functools.cached_property
   def example(self) -> Batch:
-    """A batch of one black image, pre-processed."""
-    batch = self.splits['train'].read([0])
-    batch['image'] = batch['image'].astype(np.float32)
+    """A batch of one example, pre-processed."""
     # Kept for later: no value of what is traced now.
     with jax.ensure_compile_time_eval():
-      return jax.tree.map(jax.numpy.asarray, batch)
+      return self.preprocess(self.splits['train'].read([0]), train=False)
 
   def again(self) -> 'Rehearsal':
     """The same run, which has made nothing yet."""
@@ -229,23 +169,19 @@ def rehearse(run: Rehearsal, stage: str, *, cached: bool = False) -> Step:
       cache = _Unwritten(own, _cached(teacher), made['reads'])
       objective, student, teacher = _parts(own, stage, cache)
       made['entries'] = cache.placeholder()
-    images = fit.images_for(own, teacher)
-    made['steps'] = fit.total_steps(c, images)
-    made['labelled'] = images.labelled
+    examples = fit.examples_for(own, teacher)
+    made['steps'] = fit.total_steps(c, examples)
+    made['example'] = {**examples.read([0]), 'epoch': np.zeros(1, np.int32)}
     made['networks'] = _networks(student, teacher)
     prepared = fit.make_step(own, stage, c, objective, student, teacher)
     made['step'] = prepared.step
     return prepared.state
 
   state = jax.eval_shape(start)
-  shape = (c.batch_size, *run.splits['train'].image_shape)
-  batch = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}
-  for name in ('id', 'epoch', *(['label'] if made['labelled'] else [])):
-    batch[name] = jax.ShapeDtypeStruct((c.batch_size,), np.int32)
-  for name, row in made['entries'].items():
-    batch[name] = jax.ShapeDtypeStruct(
-      (c.batch_size, *row.shape[1:]), row.dtype
-    )
+  batch = {
+    name: jax.ShapeDtypeStruct((c.batch_size, *row.shape[1:]), row.dtype)
+    for name, row in (made['example'] | made['entries']).items()
+  }
   return Step(
     run,
     made['step'],
@@ -279,9 +215,9 @@ def _parts(
   if stage == 'teacher':
     model = run.make_model(c.teacher.model.to_dict())
     student = distillation.future_teacher(run, stage, model)
-    return distillation.labels_only(), student, None
+    return run.task.labels(), student, None
   if stage == 'alone':
-    return distillation.labels_only(), stages.untaught(run), None
+    return run.task.labels(), stages.untaught(run), None
   if stage == 'compress':
     teacher = stages.compress_teacher(run)
     teacher = dataclasses.replace(teacher, cache=cache)

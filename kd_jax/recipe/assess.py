@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from kd_jax import deploy, guard, terms
+from kd_jax import guard, metrics, terms
 from kd_jax.export import exporters
 from kd_jax.prune import layer_costs, sparsity_report
 from kd_jax.quantize import dequantize_params
@@ -37,17 +37,17 @@ BATCHES = (1, 32)
 Apply = Callable[[Mapping[str, Any]], Any]
 
 
-def exported(directory: Path) -> dict[str, Apply]:
+def exported(run: Run, directory: Path) -> dict[str, Apply]:
   """The exports in a directory, by name."""
   return {
-    name: _of_batch(predict)
+    name: _of_batch(predict, run.task.reads)
     for name, predict in exporters.load(directory).items()
   }
 
 
-def _of_batch(predict: Callable[[np.ndarray], Any]) -> Apply:
+def _of_batch(predict: Callable[[np.ndarray], Any], reads: str) -> Apply:
   # Exports are for one device, whatever the batch lies on.
-  return lambda batch: predict(np.asarray(batch['image']))
+  return lambda batch: predict(np.asarray(batch[reads]))
 
 
 def networks(run: Run) -> dict[str, Network]:
@@ -69,7 +69,7 @@ def applies(run: Run) -> dict[str, Apply]:
   }
   if run.workdir.done('export'):
     run.workdir.verify('export')
-    found |= exported(run.workdir.stage('export'))
+    found |= exported(run, run.workdir.stage('export'))
   return found
 
 
@@ -106,6 +106,7 @@ def assemble(run: Run) -> dict[str, Any]:
       **{f'{name}_examples': len(split) for name, split in splits.items()},
       'classes': list(splits['test'].class_names),
     },
+    'metrics': metrics.describe(run.task.measured(with_teacher=True)),
     'protocol': _protocol(run),
     'models': rows,
     'curves': _curves(run),
@@ -143,7 +144,7 @@ def _models(run: Run) -> list[dict[str, Any]]:
         'parameters': parameters,
         'nonzero_parameters': nonzero,
         'bytes': path.stat().st_size if path else exports[name]['bytes'],
-        'flops': 2 * _multiply_accumulates(run, counted),
+        'flops': 2 * run.multiply_accumulates(counted),
         'latency': {size: latency[size][name] for size in latency},
         'train_seconds': _train_seconds(run, stage),
         'note': notes.get(name, ''),
@@ -155,24 +156,13 @@ def _models(run: Run) -> list[dict[str, Any]]:
 def _latency(
   run: Run, found: Mapping[str, Apply]
 ) -> dict[str, dict[str, dict[str, float]]]:
-  test = run.splits['test']
-  images = test.read(np.arange(min(max(BATCHES), len(test))))['image']
   return {
     str(size): measure.latencies(
-      {name: measure.of_images(f) for name, f in found.items()},
-      np.resize(images, (size, *images.shape[1:])),
+      {name: run.of_raw(apply) for name, apply in found.items()},
+      run.raw('test', size),
     )
     for size in BATCHES
   }
-
-
-def _multiply_accumulates(run: Run, network: Network) -> int:
-  image = np.zeros((1, *run.splits['test'].image_shape), np.uint8)
-  return measure.multiply_accumulates(
-    deploy.from_images(network.forward, run.preprocess),
-    network.variables,
-    image,
-  )
 
 
 def _train_seconds(run: Run, stage: str | None) -> float | None:
@@ -183,24 +173,24 @@ def _train_seconds(run: Run, stage: str | None) -> float | None:
 
 def _curves(run: Run) -> dict[str, Any]:
   return {
-    name: _curve(run.workdir.result(stage)['history'])
+    name: _curve(run.workdir.result(stage)['history'], run.task.quality)
     for stage, name in TRAINED.items()
     if run.workdir.done(stage)
   }
 
 
 def _curve(
-  history: Sequence[Mapping[str, float]],
+  history: Sequence[Mapping[str, float]], quality: str
 ) -> dict[str, list[float | None]]:
-  evaluated = [row for row in history if 'eval/accuracy' in row]
+  evaluated = [row for row in history if f'eval/{quality}' in row]
   curve: dict[str, list[float | None]] = {
     'step': [row['step'] for row in history],
     # None where every step was dropped.
     'loss': [row.get('loss/total') for row in history],
-    # No term on the labels, no accuracy while training.
-    'accuracy': [row.get('accuracy') for row in history],
+    # Without a term on the labels it is not known while training.
+    quality: [row.get(quality) for row in history],
     'eval_step': [row['step'] for row in evaluated],
-    'eval_accuracy': [row['eval/accuracy'] for row in evaluated],
+    f'eval_{quality}': [row[f'eval/{quality}'] for row in evaluated],
   }
   if any('sparsity' in row for row in history):
     curve['sparsity'] = [row.get('sparsity') for row in history]
@@ -303,20 +293,27 @@ def _parity(run: Run) -> list[dict[str, Any]]:
   ]
 
 
+_MEANING = {
+  'kl': 'Agreement and KL compare with the teacher, at temperature 1.',
+  'calibration_error': 'ECE is the expected calibration error with 15 bins.',
+}
+
+
 def _protocol(run: Run) -> list[str]:
   c, test = run.config, len(run.splits['test'])
   curves = 'the validation split'
   if 'validation' not in run.splits:
-    curves = 'training batches, as no images are held out for validation'
+    curves = 'training batches, as nothing is held out for validation'
   distilled, compressed = (
     terms.describe(part.terms.to_dict()) for part in (c.distill, c.compress)
   )
+  named = run.task.measured(with_teacher=True)
+  titles = ', '.join(metric.title or name for name, metric in named.items())
   return [
-    f'Accuracy, agreement, KL and calibration error: test split of {test} '
-    f'images, last step, one seed ({c.seed}). The test split is used for '
-    f'nothing else; curves show {curves}.',
-    'Agreement and KL compare with the teacher, at temperature 1; calibration '
-    'error is the expected one with 15 bins.',
+    f'{titles}: test split of {test} examples, last step, one seed '
+    f'({c.seed}). The test split is used for nothing else; curves show '
+    f'{curves}.',
+    *(_MEANING[name] for name in named if name in _MEANING),
     f'distilled: {distilled}{_scheme(c.distill.scheme)}.',
     f'pruned + int8: {compressed}; from the distilled student.',
     'Every term is a mean over the batch; soft targets are KL(teacher || '
@@ -324,9 +321,9 @@ def _protocol(run: Run) -> list[str]:
     'student alone and distilled start from the same weights and see the same '
     'crops for the same number of steps.',
     'FLOPs: 2 x multiply-accumulates of convolutions and matrix products for '
-    'one image; zeros are counted.',
+    'one example; zeros are counted.',
     'Latency: median (quartiles) of 30 calls, all models in turns, from raw '
-    'images in host memory to logits.',
+    'inputs in host memory to outputs.',
     'Bytes: the file on disk; float32 weights of the teacher and the float '
     'students.',
     'Training time: wall time of the training loop, compilation and '
@@ -352,12 +349,16 @@ def aims(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   student = by_name['student alone']
   parities = {p['name']: p for p in run.workdir.result('export')['parity']}
   share = student['parameters'] / teacher['parameters']
-  drop = teacher['accuracy'] - integer['accuracy']
+  look = run.quality
+  reached, kept = teacher[look.name], integer[look.name]
+  drop = run.task.worth(reached) - run.task.worth(kept)
+  worse = 'below' if reached >= kept else 'above'
   found = [
     _aim(
-      f'teacher accuracy at least {c.teacher_accuracy:.1%}',
-      f'{teacher["accuracy"]:.2%}',
-      teacher['accuracy'] >= c.teacher_accuracy,
+      f'teacher {look.title} at {"least" if look.higher else "most"} '
+      f'{look.written(c.teacher)}',
+      look.written(reached, 2),
+      run.task.worth(reached) >= run.task.worth(c.teacher),
     ),
     _aim(
       f'student has at most {c.parameter_share:.0%} of the parameters',
@@ -365,10 +366,9 @@ def aims(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
       share <= c.parameter_share,
     ),
     _aim(
-      f'integer student within {100 * c.accuracy_drop:.1f} points of the '
-      'teacher',
-      f'{100 * abs(drop):.2f} points {"below" if drop >= 0 else "above"}',
-      drop <= c.accuracy_drop,
+      f'integer student within {look.distance(c.drop)} of the teacher',
+      f'{look.distance(drop, 2)} {worse}',
+      drop <= c.drop,
     ),
   ]
   for name in exporters.EXPORTERS:

@@ -21,8 +21,6 @@ from kd_jax.storage.progress import ProgressBar
 # Of the teacher's configuration: what does not change its function, given its
 # weights.
 _NOT_FUNCTION = ('train', 'pretrained', 'cache', 'split')
-# Of the data's: entries that are zero where nothing random is done.
-_RANDOM = ('crop_padding', 'flip', 'mixup', 'image_size')
 
 
 def open_teacher(run: Run) -> Network:
@@ -51,9 +49,7 @@ def fingerprint(run: Run, teacher: Network) -> dict[str, Any]:
     teacher: of the run.
   """
   c, seed = run.config.data, run.config.seed
-  mean, std = run.statistics
-  augmentation = {name: c[name] for name in _RANDOM}
-  augmentation |= {'mean': list(mean), 'std': list(std)}
+  augmentation = {name: c[name] for name in run.task.drawn} | run.statistics
   augmentation['seed'] = None if _constant(run) else seed
   words = run.config.teacher.to_dict()
   return data.make_fingerprint(
@@ -67,7 +63,7 @@ def fingerprint(run: Run, teacher: Network) -> dict[str, Any]:
 
 
 def _constant(run: Run) -> bool:
-  return not any(run.config.data[name] for name in _RANDOM)
+  return not any(run.config.data[name] for name in run.task.drawn)
 
 
 def kept(form: data.Form) -> terms.Kept:

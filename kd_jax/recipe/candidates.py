@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-import numpy as np
 
 from kd_jax import adapters, data, deploy, prune, quantize
 from kd_jax import rules as rules_lib
@@ -126,7 +125,7 @@ def price(
       candidates[name] = made
       rows[name] = {'name': name, 'channels': share, 'weights': weights}
       rows[name] |= cost(run, network(made, converted, simulate=True), name)
-      rows[name]['untrained'] = accuracy(run, made, made.converted)
+      rows[name]['untrained'] = quality(run, made, made.converted)
       rows[name] |= {'trained': None, 'chosen': False}
   latency = _latencies(run, dense, candidates)
   for name, row in rows.items():
@@ -294,10 +293,10 @@ def network(
   return Network(candidate.name, make, converted.variables)
 
 
-def accuracy(run: Run, candidate: Candidate, converted: Converted) -> float:
-  """The share of held-out images that a candidate on integers gets right."""
+def quality(run: Run, candidate: Candidate, converted: Converted) -> float:
+  """How good a candidate on integers is on the held-out examples."""
   apply = run.apply(network(candidate, converted))
-  return run.evaluate(apply, 'validation')['accuracy']
+  return run.evaluate(apply, 'validation')[run.task.quality]
 
 
 def cost(run: Run, network: Network, name: str) -> dict[str, Any]:
@@ -305,12 +304,7 @@ def cost(run: Run, network: Network, name: str) -> dict[str, Any]:
   file = f'untrained{jax.process_index()}.safetensors'
   path = run.workdir.stage(f'candidates/{name}') / file
   save_weights(path, network.variables)
-  image = np.zeros((1, *run.splits['train'].image_shape), np.uint8)
-  macs = measure.multiply_accumulates(
-    deploy.from_images(network.forward, run.preprocess),
-    network.variables,
-    image,
-  )
+  macs = run.multiply_accumulates(network)
   size = path.stat().st_size
   path.unlink()
   return {'bytes': size, 'flops': 2 * macs}
@@ -320,17 +314,14 @@ def _latencies(
   run: Run, dense: Network, candidates: Mapping[str, Candidate]
 ) -> dict[str, dict[str, float]]:
   """name -> times of a batch, of all candidates in turns."""
-  size = run.config.search.latency_batch
-  train = run.splits['train']
-  images = train.read(np.arange(min(size, len(train))))['image']
   applies = {
     name: run.apply(network(made, made.converted))
     for name, made in candidates.items()
   }
   applies['dense'] = run.apply(dense)
   return measure.latencies(
-    {name: measure.of_images(f) for name, f in applies.items()},
-    np.resize(images, (size, *images.shape[1:])),
+    {name: run.of_raw(apply) for name, apply in applies.items()},
+    run.raw('train', run.config.search.latency_batch),
   )
 
 
@@ -339,17 +330,20 @@ def finalists(
   fitting: Sequence[str],
   budget: Budget,
   count: int,
+  *,
+  worth: Callable[[float], float] = float,
 ) -> list[str]:
   """The candidates to train.
 
   Those that remove least come first: of each format of weights the costliest,
-  in the order of their accuracy without training; then the next ones.
+  in the order of how good they are without training; then the next ones.
 
   Args:
     rows: of `price`.
     fitting: names of those within the budget.
     budget: the limit.
     count: how many to train, at least 1.
+    worth: of a row's 'untrained': more is better.
 
   Raises:
     ValueError: for another count.
@@ -370,5 +364,7 @@ def finalists(
   order = []
   for rank in range(max(map(len, formats.values()))):
     ranked = [names[rank] for names in formats.values() if rank < len(names)]
-    order += sorted(ranked, key=lambda n: rows[n]['untrained'], reverse=True)
+    order += sorted(
+      ranked, key=lambda n: worth(rows[n]['untrained']), reverse=True
+    )
   return order[:count]

@@ -18,7 +18,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from kd_jax import methods, rules, sharding
+from kd_jax import methods, metrics, rules, sharding
 from kd_jax.data import train_batches
 from kd_jax.recipe import distillation, fit, origin
 from kd_jax.recipe.run import Run
@@ -29,7 +29,6 @@ from kd_jax.storage.workdir import Workdir, read_json, write_json
 from kd_jax.terms import describe
 
 TEACHER = 'teacher'
-METRICS = ('accuracy', 'agreement', 'kl', 'calibration_error')
 
 
 def compare(
@@ -106,15 +105,15 @@ def _ensure(run: Run, name: str, scale: float) -> None:
 
 
 def _best_scale(run: Run, name: str, scales: Sequence[float]) -> float:
-  """The scale with the best accuracy on validation; the first of equals."""
+  """The scale that is best on the validation split; the first of equals."""
   if len(scales) == 1 or scaled_terms(name, 2.0) == scaled_terms(name, 1.0):
     return scales[0]
-  accuracy = {}
+  worth = {}
   for scale in scales:
     _ensure(run, name, scale)
     history = run.workdir.result(place(name, scale))['history']
-    accuracy[scale] = history[-1]['eval/accuracy']
-  return max(scales, key=accuracy.__getitem__)
+    worth[scale] = run.task.worth(history[-1][f'eval/{run.task.quality}'])
+  return max(scales, key=worth.__getitem__)
 
 
 def scaled_terms(name: str, scale: float) -> dict[str, dict[str, Any]]:
@@ -183,8 +182,11 @@ def _test_once(
     numbers = _test(run, name, scale)
     write_json(tested, numbers)
     run.workdir.send(place(name, scale))
-    accuracy = f'{numbers["accuracy"]:.2%}'
-    say(f'seed {run.config.seed}, {name}: {accuracy} on the test split')
+    look = run.quality
+    found = look.written(numbers[look.name], 2)
+    say(
+      f'seed {run.config.seed}, {name}: {look.title} {found} on the test split'
+    )
   return read_json(tested)
 
 
@@ -266,6 +268,7 @@ def _assemble(
 ) -> dict[str, Any]:
   c = run.config
   kd = times['kd']['median_ms']
+  measured = run.task.measured(with_teacher=True)
   table = []
   for name, results in rows.items():
     method = methods.METHODS.get(name)
@@ -280,7 +283,7 @@ def _assemble(
       'scale': chosen[name],
       'parameters': results[0]['parameters'],
     }
-    for metric in METRICS:
+    for metric in measured:
       row[metric] = [r[metric] for r in results]
     if name in times:
       row['step_ms'] = times[name]
@@ -304,5 +307,6 @@ def _assemble(
     'student': c.student.model.to_dict(),
     'train': json.loads(json.dumps(c.distill.train.to_dict())),
     'seeds': len(next(iter(rows.values()))),
+    'metrics': metrics.describe(measured),
     'rows': table,
   }

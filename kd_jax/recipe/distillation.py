@@ -23,12 +23,7 @@ from kd_jax.recipe.run import TEACHER, Network, Run
 from kd_jax.sharding import hosts
 from kd_jax.storage import lock
 from kd_jax.storage.weights import load_weights, save_weights
-from kd_jax.types import Batch, StudentFn
-
-
-def labels_only() -> Objective:
-  """Cross-entropy with the labels."""
-  return objectives.weighted_sum({'ce': (1.0, objectives.hard_labels())})
+from kd_jax.types import Batch, Forward, StudentFn
 
 
 def fit_teachers(run: Run) -> Result:
@@ -45,14 +40,14 @@ def fit_teachers(run: Run) -> Result:
 def _fit_teacher(run: Run, where: str, options: Mapping[str, Any]) -> Result:
   model, c = run.make_model(options), run.config.teacher
   if where == TEACHER and c.pretrained:
-    shape = example_for_teacher(run)['image'].shape[1:]
+    shape = example_for_teacher(run)[run.task.reads].shape[1:]
     variables = load_pretrained(c.pretrained, model, input_shape=shape)
     path = run.workdir.stage(where) / 'weights.safetensors'
     hosts.on_first(lambda: save_weights(path, variables))
     result = {'history': [], 'train_seconds': 0.0, 'steps': 0}
   else:
     student = future_teacher(run, where, model)
-    result = fit.fit(run, where, c.train, labels_only(), student)
+    result = fit.fit(run, where, c.train, run.task.labels(), student)
   if c.precision == 'int8':
     hosts.on_first(lambda: _save_integers(run, where, model))
   return result
@@ -85,27 +80,30 @@ def _teacher_forward(
 
 
 def example_for_teacher(run: Run) -> Batch:
-  """A batch of one image in the teacher's resolution."""
-  size = run.config.teacher.input.size
-  example = run.example
-  if not size:
-    return example
-  return {**example, 'image': data.resize(example['image'], size=size)}
+  """A batch of one example as the teacher's own network sees it."""
+  return _seen_by_teacher(run, run.example)
+
+
+def _seen_by_teacher(run: Run, batch: Batch) -> Batch:
+  reads = run.task.reads
+
+  def capture(variables, batch, rng=None, *, train=False):
+    return Forward(batch[reads])
+
+  return {**batch, reads: run.teacher_input(capture)({}, batch).output}
 
 
 def _save_integers(run: Run, where: str, model: adapters.LinenModule) -> None:
   directory = run.workdir.stage(where)
   variables = load_weights(directory / 'weights.safetensors')
-  transform = run.teacher_input(
-    lambda variables, batch, rng=None, *, train=False: batch
-  )
   batches = data.train_batches(
     run.splits['train'],
     batch_size=min(run.config.eval_batch_size, len(run.splits['train'])),
     seed=run.config.seed,
   )
   calibration: Iterator[Any] = (
-    transform({}, run.preprocess(next(batches), train=False)) for _ in range(8)
+    _seen_by_teacher(run, run.preprocess(next(batches), train=False))
+    for _ in range(8)
   )
   integers = deploy.post_training_quantize(model, variables, calibration)
   save_weights(directory / 'weights.int8.safetensors', integers)
@@ -137,7 +135,7 @@ def make_objective(
   train = run.splits['train']
   own = train.label if isinstance(train, data.ImageData) else None
   labels = None
-  # Ids of other images are not those of the labels.
+  # Ids of other examples are not those of the labels.
   if own is not None and run.transfer is train:
     labels = np.full(int(train.id.max()) + 1, -1, np.int32)
     labels[train.id] = own
@@ -202,13 +200,13 @@ def link(
     key: names the random key of its weights.
   """
   c = run.config.distill
-  images = fit.images_for(run, None if c.scheme.ema else teacher)
+  examples = fit.examples_for(run, None if c.scheme.ema else teacher)
   objective = functools.partial(
     make_objective,
     run,
     c.terms,
     student=model.taps,
-    steps=fit.total_steps(c.train, images),
+    steps=fit.total_steps(c.train, examples),
   )
   variables = adapters.init_linen(model, run.rng(key), run.example)
   make = functools.partial(adapters.from_linen, model)

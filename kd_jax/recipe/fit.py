@@ -60,13 +60,13 @@ class Student:
   finish: Callable[[Variables], Variables] = dict
 
 
-def total_steps(c: ml_collections.ConfigDict, images: data.Images) -> int:
-  """The steps of a training configuration on some images."""
-  return c.epochs * data.batches_per_epoch(images, c.batch_size)
+def total_steps(c: ml_collections.ConfigDict, examples: data.Split) -> int:
+  """The steps of a training configuration on some examples."""
+  return c.epochs * data.batches_per_epoch(examples, c.batch_size)
 
 
-def images_for(run: Run, teacher: Network | None) -> data.Images:
-  """Who learns from a teacher may learn on other images, without labels."""
+def examples_for(run: Run, teacher: Network | None) -> data.Split:
+  """Who learns from a teacher may learn on other examples, without labels."""
   return run.splits['train'] if teacher is None else run.transfer
 
 
@@ -114,7 +114,7 @@ def make_step(
     student: the network.
     teacher: of the objective, if it has one.
   """
-  steps = total_steps(c, images_for(run, teacher))
+  steps = total_steps(c, examples_for(run, teacher))
   tx = _optimizer(c, steps, student.frozen)
   tx = optim.average_params(tx, decay=c.average) if c.average else tx
   tx = student.wrap(tx)
@@ -192,10 +192,10 @@ def fit(
   """
   key = key or where
   prepared = make_step(run, key, c, objective, student, teacher)
-  images = images_for(run, teacher)
+  examples = examples_for(run, teacher)
   evaluate = _evaluator(run, student)
   cache = None if teacher is None else teacher.cache
-  trained = _train(run, where, key, c, images, prepared, evaluate, cache)
+  trained = _train(run, where, key, c, examples, prepared, evaluate, cache)
   path = run.workdir.stage(where) / 'weights.safetensors'
   variables = hosts.fetch(student.served(_averaged(trained.state)))
 
@@ -218,17 +218,17 @@ def _train(
   where: str,
   key: str,
   c: ml_collections.ConfigDict,
-  images: data.Images,
+  examples: data.Split,
   prepared: Prepared,
   evaluate: Callable[[TrainState], dict[str, float]],
   cache: Any,
 ) -> train_lib.Trained:
-  per_epoch = data.batches_per_epoch(images, c.batch_size)
+  per_epoch = data.batches_per_epoch(examples, c.batch_size)
   part, readers = sharding.readers(run.mesh)
   sharding.connect(run.mesh)
-  source = data.make_input(images, run.mesh, run.config.data.input)
+  source = data.make_input(examples, run.mesh, run.config.data.input)
   batches = data.train_batches(
-    source.images,
+    source.examples,
     batch_size=c.batch_size,
     seed=run.config.seed,
     process_index=part,
@@ -260,7 +260,8 @@ def _train(
   with Checkpoints(
     run.workdir.checkpoints(where),
     fingerprint=fingerprint,
-    best='eval/accuracy',
+    best=f'eval/{run.task.quality}',
+    higher=run.task.metrics[run.task.quality].higher,
     keep=2,  # one to fall back on if the last is damaged
   ) as checkpoints:
     return train_lib.train(
@@ -268,7 +269,7 @@ def _train(
       state,
       batches,
       rng=run.rng(key),
-      total_steps=total_steps(c, images),
+      total_steps=total_steps(c, examples),
       put=source.put,
       checkpoints=checkpoints,
       evaluate=evaluate,
@@ -287,7 +288,8 @@ def _evaluator(
   if 'validation' not in run.splits:
     return lambda state: {}
   forward = (student.served_make or student.make)()
-  fn = jax.jit(deploy.from_images(forward, run.preprocess))
+  reads = run.task.reads
+  fn = jax.jit(deploy.from_raw(forward, run.preprocess, reads=reads))
   params_at = jax.jit(with_step(student.params_fn))
   mesh = run.own_mesh if run.config.compiler == 'pmap' else run.mesh
 
@@ -295,7 +297,7 @@ def _evaluator(
     variables = dict(student.served(_averaged(state)))
     variables['params'] = params_at(variables['params'], state.step)
     numbers = run.evaluate(
-      lambda b: fn(variables, b['image']), 'validation', mesh=mesh
+      lambda b: fn(variables, b[reads]), 'validation', mesh=mesh
     )
     masks = prune.masks_of(state.opt_state)
     if masks:

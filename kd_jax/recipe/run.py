@@ -23,8 +23,11 @@ from kd_jax import (
   networks,
   rules,
   sharding,
+  tasks,
 )
 from kd_jax.recipe.compression import Compression
+from kd_jax.report import measure
+from kd_jax.report.looks import Look, looks_of
 from kd_jax.sharding import layout
 from kd_jax.step import make_eval_step
 from kd_jax.storage.weights import load_weights
@@ -68,7 +71,7 @@ class Run:
     config: see `kd_jax.defaults` for the fields.
     workdir: opened for that configuration; None for a `rehearsal`, which has
       none.
-    like: a run of the same data, whose images in memory are used.
+    like: a run of the same data, whose examples in memory are used.
     devices: of the mesh; all of them when None.
     profile: whether trainings measure where their time goes.
   """
@@ -98,7 +101,7 @@ class Run:
     return self._workdir
 
   def with_config(self, config: ml_collections.ConfigDict) -> 'Run':
-    """The same files and images, with another configuration."""
+    """The same files and examples, with another configuration."""
     return Run(config, self._workdir, like=self)
 
   @functools.cached_property
@@ -115,71 +118,48 @@ class Run:
     return sharding.own_mesh(self.mesh)
 
   @functools.cached_property
-  def splits(self) -> dict[str, data.Images]:
-    """The images of the splits; no 'validation' where its share is 0."""
+  def task(self) -> tasks.Task:
+    """What kind of problem it is."""
+    return rules.choose('task', self.config.data.task, tasks.TASKS)
+
+  @property
+  def quality(self) -> Look:
+    """The metric that decides, and how it is written."""
+    return looks_of({'metrics': metrics.describe(self.task.metrics)})[0]
+
+  @functools.cached_property
+  def splits(self) -> dict[str, data.Split]:
+    """The examples of the splits; no 'validation' where its share is 0."""
     c = self.config.data
     held_out = ('validation',) if c.validation else ()
     return {
-      split: data.load_images(
-        c.name,
-        split,
-        data_dir=c.data_dir or None,
-        validation=c.validation,
-        max_examples=self._limit(split) or None,
-        image_size=c.image_size or None,
-      )
-      for split in ('train', *held_out, 'test')
+      split: self.task.load(c, split) for split in ('train', *held_out, 'test')
     }
 
-  def _limit(self, split: str) -> int:
-    c = self.config.data
-    own = c.train_examples if split == 'train' else 0
-    return own or c.max_examples
-
   @functools.cached_property
-  def transfer(self) -> data.Images:
-    """The images on which students learn from their teacher.
+  def transfer(self) -> data.Split:
+    """The examples on which students learn from their teacher.
 
     Those of the train split, or of another data set without its labels.
     """
     c = self.config.data
     if not c.transfer.name:
       return self.splits['train']
-    return data.load_images(
-      c.transfer.name,
-      'train',
-      data_dir=c.data_dir or None,
-      validation=0.0,
-      max_examples=c.transfer.max_examples or None,
-      image_size=c.image_size or None,
-      labelled=False,
-    )
+    return self.task.load(c, 'transfer')
 
   @functools.cached_property
-  def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of every channel of the train split."""
-    c = self.config.data
-    if c.mean:
-      return tuple(c.mean), tuple(c.std)
-    return data.channel_statistics(self.splits['train'])
+  def statistics(self) -> dict[str, Any]:
+    """What pre-processing has to know of the train split."""
+    return self.task.statistics(self.config.data, self.splits['train'])
 
   @functools.cached_property
   def preprocess(self) -> deploy.Preprocess:
-    """Normalisation by the train split's statistics, and augmentation."""
-    c = self.config.data
-    mean, std = self.statistics
-    return data.make_preprocess(
-      mean=mean,
-      std=std,
-      crop_padding=c.crop_padding,
-      flip=c.flip,
-      mixup=c.mixup,
-      seed=self.config.seed,
-    )
+    """From raw batches to what networks see, with augmentation in training."""
+    return self.task.preprocess(self.config, self.statistics)
 
   @functools.cached_property
   def example(self) -> Batch:
-    """A pre-processed batch of one image, for shapes."""
+    """A pre-processed batch of one example, for shapes."""
     return self.preprocess(self.splits['train'].read([0]), train=False)
 
   def rng(self, stage: str) -> jax.Array:
@@ -300,20 +280,8 @@ class Run:
     return Network(TEACHER, make, variables, model.taps)
 
   def teacher_input(self, forward: StudentFn) -> StudentFn:
-    """A teacher's function behind its own normalisation and resolution."""
-    c = self.config.teacher.input
-    mean, std = self.statistics
-    if c.mean:
-      forward = networks.with_input(
-        forward,
-        functools.partial(
-          data.renormalize, mean=mean, std=std, to_mean=c.mean, to_std=c.std
-        ),
-      )
-    if c.size:
-      resize = functools.partial(data.resize, size=c.size)
-      forward = networks.with_input(forward, resize)
-    return forward
+    """A teacher's function behind an input of its own."""
+    return self.task.teacher_input(self.config, self.statistics, forward)
 
   def student(self, stage: str) -> Network:
     """The float student that 'alone' or 'distill' trained."""
@@ -346,17 +314,42 @@ class Run:
     It runs where the batch lies: on the first device, or on all of those that
     `batches` splits it over.
     """
-    fn = jax.jit(deploy.from_images(network.forward, self.preprocess))
+    fn = jax.jit(self.from_raw(network))
     everywhere = functools.cache(
       lambda: sharding.replicate(network.variables, self.own_mesh)
     )
 
     def apply(batch):
-      image = batch['image']
-      split = isinstance(image, jax.Array) and len(image.devices()) > 1
-      return fn(everywhere() if split else network.variables, image)
+      raw = batch[self.task.reads]
+      split = isinstance(raw, jax.Array) and len(raw.devices()) > 1
+      return fn(everywhere() if split else network.variables, raw)
 
     return apply
+
+  def from_raw(self, network: Network) -> Callable[..., jax.Array]:
+    """`(variables, raw input) -> output` of a network, not compiled."""
+    return deploy.from_raw(
+      network.forward, self.preprocess, reads=self.task.reads
+    )
+
+  def of_raw(self, apply: Callable[[Batch], Any]) -> Callable[[Any], Any]:
+    """`raw input -> output` of a function `(raw batch) -> output`."""
+    return lambda raw: apply({self.task.reads: raw})
+
+  def raw(self, split: str, count: int) -> np.ndarray:
+    """The first raw inputs of a split, repeated where it has not as many."""
+    found = self.splits[split]
+    first = found.read(np.arange(min(count, len(found))))[self.task.reads]
+    return np.resize(first, (count, *first.shape[1:]))
+
+  def multiply_accumulates(self, network: Network) -> int:
+    """Of one example, from its raw input on."""
+    spec = self.splits['train'].input
+    return measure.multiply_accumulates(
+      self.from_raw(network),
+      network.variables,
+      np.zeros((1, *spec.shape), spec.dtype),
+    )
 
   def batches(
     self, split: str, mesh: jax.sharding.Mesh | None = None
@@ -368,12 +361,12 @@ class Run:
       mesh: over whose devices each batch is split, all processes of which read
         it; `own_mesh` when None. With one device they stay host arrays.
     """
-    images = rules.choose('split of this run', split, self.splits)
+    examples = rules.choose('split of this run', split, self.splits)
     mesh = self.own_mesh if mesh is None else mesh
     parts = layout.batch_parts(mesh)
     part, readers = sharding.readers(mesh)
     batches = data.eval_batches(
-      images,
+      examples,
       batch_size=-(-self.config.eval_batch_size // parts) * parts,
       process_index=part,
       process_count=readers,
@@ -393,21 +386,23 @@ class Run:
     """The metrics of anything that maps raw batches to outputs.
 
     Args:
-      apply: `(raw batch) -> [B, C]`: `self.apply(network)`, or a runtime
+      apply: `(raw batch) -> output`: `self.apply(network)`, or a runtime
         outside of JAX.
       split: 'train', 'validation' or 'test'.
-      teacher: the same for the teacher; adds agreement and KL.
+      teacher: the same for the teacher; adds what compares with it.
       mesh: as for `batches`.
     """
     mesh = self.own_mesh if mesh is None else mesh
-    measured, eval_step = _measurement(mesh, with_teacher=teacher is not None)
+    measured, eval_step = _measurement(
+      mesh, self.config.data.task, with_teacher=teacher is not None
+    )
 
     def run(batch):
       outputs = {'output': apply(batch)}
       if teacher is not None:
         outputs['teacher'] = teacher(batch)
-      labels = {k: batch[k] for k in ('label', 'mask')}
-      return eval_step({'params': {}}, None, labels | outputs)
+      known = {k: v for k, v in batch.items() if k != self.task.reads}
+      return eval_step({'params': {}}, None, known | outputs)
 
     return metrics.evaluate(run, self.batches(split, mesh), measured)
 
@@ -440,10 +435,10 @@ def _ensemble(
 
 @functools.cache
 def _measurement(
-  mesh: jax.sharding.Mesh, *, with_teacher: bool
+  mesh: jax.sharding.Mesh, task: str, *, with_teacher: bool
 ) -> tuple[dict[str, metrics.Metric], Callable[..., Any]]:
   """The metrics, and the compiled step that takes outputs as its batch."""
-  measured = metrics.classification(with_teacher=with_teacher)
+  measured = tasks.TASKS[task].measured(with_teacher=with_teacher)
 
   def teacher_fn(variables, batch):
     return Forward(batch['teacher'])

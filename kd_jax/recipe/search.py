@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from kd_jax import adapters, deploy, prune
+from kd_jax import adapters, deploy, metrics, prune
 from kd_jax import rules as rules_lib
 from kd_jax.models import load_pretrained
 from kd_jax.recipe import assess, distillation, origin
@@ -74,7 +74,7 @@ def open_run(
   opened = Run(config, Workdir(workdir, config.to_dict()))
   if 'validation' not in opened.splits:
     raise ValueError(
-      'The search chooses on held-out images: data.validation must not be 0.'
+      'The search chooses on held-out examples: data.validation must not be 0.'
     )
   return opened
 
@@ -89,7 +89,7 @@ def dense_network(run: Run) -> Network:
     try:
       variables = load_weights(path)
     except ValueError:
-      shape = run.example['image'].shape[1:]
+      shape = run.example[run.task.reads].shape[1:]
       variables = load_pretrained(path, model, input_shape=shape)
   return run.network('dense', model, variables)
 
@@ -102,7 +102,7 @@ def compress(
   Channels leave by magnitude, in the shares of `search.channels`, and weights
   are stored in the formats of `search.weights`; 'mixed' gives each kernel 8 or
   4 bits by its sensitivity, as the size budget allows. All are quantized after
-  training first, which gives their cost and a first accuracy. Of those within
+  training first, which gives their cost and a first quality. Of those within
   the budget `search.finalists` are trained as `config.compress` says, with the
   uncompressed network as teacher: first the costliest of each format. The best
   of them on the validation split is the result. A walk that was stopped goes
@@ -140,14 +140,19 @@ def _walk(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
       f'{least["name"]}, needs {least[budget.cost]:g} {budget.cost}.'
     )
   count = run.config.search.finalists
-  finalists = candidates_lib.finalists(rows, fitting, budget, count)
+  worth = run.task.worth
+  finalists = candidates_lib.finalists(
+    rows, fitting, budget, count, worth=worth
+  )
   for name in finalists:
     say(f'{name}: {rows[name][budget.cost]:g} {budget.cost}, training')
     rows[name] |= _train(run, dense, candidates[name])
-    say(f'{name}: validation accuracy {rows[name]["trained"]:.2%}')
-  best = max(finalists, key=lambda name: rows[name]['trained'])
+    found = run.quality.written(rows[name]['trained'], 2)
+    say(f'{name}: {run.quality.title} {found} on the validation split')
+  best = max(finalists, key=lambda name: worth(rows[name]['trained']))
   rows[best]['chosen'] = True
   result = {
+    'metrics': metrics.describe(run.task.metrics),
     'budget': budget._asdict(),
     'dense': hosts.on_first(lambda: _dense_row(run, dense)),
     'candidates': list(rows.values()),
@@ -159,10 +164,10 @@ def _walk(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _dense_row(run: Run, dense: Network) -> dict[str, Any]:
-  accuracy = run.evaluate(run.apply(dense), 'validation')['accuracy']
+  found = run.evaluate(run.apply(dense), 'validation')
   return {
     'name': dense.name,
-    'accuracy': accuracy,
+    'quality': found[run.task.quality],
     **candidates_lib.cost(run, dense, 'dense'),
   }
 
@@ -191,10 +196,10 @@ def _train(
 
 def _trained(run: Run, candidate: candidates_lib.Candidate) -> dict[str, Any]:
   converted = _converted(run, candidate)
-  accuracy = candidates_lib.accuracy(run, candidate, converted)
+  quality = candidates_lib.quality(run, candidate, converted)
   network = candidates_lib.network(candidate, converted, simulate=True)
   return {
-    'trained': accuracy,
+    'trained': quality,
     **candidates_lib.cost(run, network, candidate.name),
   }
 
@@ -224,10 +229,11 @@ def _publish(
   made = functools.partial(candidates_lib.network, candidate, converted)
   export_files(run, made, directory)
   run.workdir.send('artefact')
+  quality = run.task.quality
   test = {
     'name': candidate.name,
-    'dense': run.evaluate(run.apply(dense), 'test')['accuracy'],
-    'accuracy': run.evaluate(run.apply(made()), 'test')['accuracy'],
+    'dense': run.evaluate(run.apply(dense), 'test')[quality],
+    'quality': run.evaluate(run.apply(made()), 'test')[quality],
     'examples': len(run.splits['test']),
   }
   return {

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from kd_jax import adapters, deploy, parity, rules
+from kd_jax import adapters, parity, rules
 from kd_jax.export import exporters
 from kd_jax.recipe import assess, cached_teacher, distillation, origin
 from kd_jax.recipe.compression import Compression
@@ -35,7 +34,7 @@ def train_teacher(run: Run) -> Result:
 def train_alone(run: Run) -> Result:
   """Trains the student on the labels, without the teacher."""
   c, student = run.config.alone.train, untaught(run)
-  return fit(run, 'alone', c, distillation.labels_only(), student)
+  return fit(run, 'alone', c, run.task.labels(), student)
 
 
 def untaught(run: Run) -> Student:
@@ -109,7 +108,7 @@ def export_files(
   """Writes an integer network in the formats of `exporters`.
 
   Args:
-    run: whose images it is for.
+    run: whose input it is for.
     make: `(simulate=False) -> network`.
     directory: where to.
 
@@ -118,11 +117,11 @@ def export_files(
   """
   test, integer = run.splits['test'], make()
   model = exporters.Model(
-    integer=deploy.from_images(integer.forward, run.preprocess),
-    simulated=deploy.from_images(make(simulate=True).forward, run.preprocess),
+    integer=run.from_raw(integer),
+    simulated=run.from_raw(make(simulate=True)),
     variables=integer.variables,
-    image=jax.ShapeDtypeStruct((1, *test.image_shape), np.uint8),
-    golden=test.read(np.arange(min(8, len(test))))['image'],
+    input=jax.ShapeDtypeStruct((1, *test.input.shape), test.input.dtype),
+    golden=run.raw('test', min(8, len(test))),
     class_names=test.class_names,
     metadata={
       'config': run.workdir.fingerprint,
@@ -143,7 +142,7 @@ def _parities(run: Run, directory: Path) -> list[dict[str, Any]]:
       run.apply(run.compressed()),
     )
   ]
-  for name, apply in assess.exported(directory).items():
+  for name, apply in assess.exported(run, directory).items():
     pairs.append((name, apply, 'integer (JAX)', integer))
   found = []
   for name, apply, against, reference in pairs:

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from kd_jax.report import plots
+from kd_jax.report.looks import Look, looks_of, quality_of
 from kd_jax.storage import files
 
 FORMAT = 1
 NAMES = ('comparison.json', 'comparison.md', 'comparison.png')
 Comparison = Mapping[str, Any]
 _BASELINES = ('alone', 'kd')
-# What a terminal shows: all columns need so many characters, these need 80.
+# All columns need so many characters; a narrower terminal shows some.
 _WIDTH = 128
-_BRIEF = ('method', 'accuracy %', 'vs alone', 'agreement %', 'step')
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -36,35 +36,36 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ranked(comparison: Comparison) -> list[dict[str, Any]]:
-  """The rows, the teacher first and then by mean accuracy, best first."""
+  """The rows, the teacher first and then by mean quality, best first."""
+  look = quality_of(comparison)
   teacher = [r for r in comparison['rows'] if r['name'] == 'teacher']
   others = [r for r in comparison['rows'] if r['name'] != 'teacher']
-  others.sort(key=lambda row: -spread(row['accuracy'])[0])
+  sign = -1 if look.higher else 1
+  others.sort(key=lambda row: sign * spread(row[look.name])[0])
   return teacher + others
 
 
 def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
   """Header and rows of the table, as text."""
-  header = ['method', 'accuracy %', 'vs alone', 'agreement %', 'KL', 'ECE %']
-  header += ['parameters', 'step']
+  quality, *others = looks_of(comparison)
+  header = ['method', _heading(quality), 'vs alone']
+  header += [*map(_heading, others), 'parameters', 'step']
   alone = {r['name']: r for r in comparison['rows']}.get('alone')
   rows = []
   for row in ranked(comparison):
     gain = '-'
     if alone is not None and row['name'] not in ('teacher', 'alone'):
       # The same seeds, so the difference is taken seed by seed.
-      pairs = zip(row['accuracy'], alone['accuracy'], strict=True)
-      mean, deviation = spread([100 * (a - b) for a, b in pairs])
+      pairs = zip(row[quality.name], alone[quality.name], strict=True)
+      mean, deviation = spread([quality.scaled(a - b) for a, b in pairs])
       gain = f'{mean:+.2f} ± {deviation:.2f}'
     step = row.get('relative_step')
     rows.append(
       [
         row['title'],
-        _percent(row['accuracy']),
+        _written(quality, row),
         gain,
-        _percent(row['agreement']),
-        '{:.4f} ± {:.4f}'.format(*spread(row['kl'])),
-        _percent(row['calibration_error']),
+        *(_written(look, row) for look in others),
         f'{row["parameters"]:,}',
         '-' if step is None else f'{step:.2f}x',
       ]
@@ -72,18 +73,24 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
   return header, rows
 
 
-def _percent(values: Sequence[float]) -> str:
-  mean, deviation = spread([100 * v for v in values])
-  return f'{mean:.2f} ± {deviation:.2f}'
+def _heading(look: Look) -> str:
+  return f'{look.title} %' if look.percent else look.title
+
+
+def _written(look: Look, row: Mapping[str, Any]) -> str:
+  mean, deviation = spread([look.scaled(v) for v in row[look.name]])
+  digits = 2 if look.percent else 4
+  return f'{mean:.{digits}f} ± {deviation:.{digits}f}'
 
 
 def notes(comparison: Comparison) -> list[str]:
   """How the numbers were made, one sentence each."""
   data, seeds = comparison['dataset'], comparison['seeds']
-  train = comparison['train']
+  train, look = comparison['train'], quality_of(comparison)
+  points = 'points of ' if look.percent else ''
   return [
-    f'{data["name"]}: {data["train_examples"]} training images, '
-    f'{data["test_examples"]} test images; mean ± sample standard deviation '
+    f'{data["name"]}: {data["train_examples"]} training examples, '
+    f'{data["test_examples"]} test examples; mean ± sample standard deviation '
     f'over {seeds} seeds, each with its own teacher; test split, last step.',
     f'Every student: {_words(comparison["student"])}; teacher: '
     f'{_words(comparison["teacher"])}; {train["epochs"]} epochs, batch '
@@ -93,8 +100,8 @@ def notes(comparison: Comparison) -> list[str]:
     'Weights of the terms on the teacher: the published ones times the factor '
     'of the table below, chosen for each method on the validation split of '
     'the first seed.',
-    'vs alone: points of accuracy above the student trained without teacher, '
-    'seed by seed.',
+    f'vs alone: {points}{look.title} more than the student trained without '
+    'teacher, seed by seed.',
     'Agreement and KL(teacher || student) in nats compare with the teacher, at '
     'temperature 1; ECE is the expected calibration error with 15 bins.',
     "step: the median time of a training step relative to plain KD's, all "
@@ -143,10 +150,13 @@ def print_table(comparison: Comparison) -> None:
   if not console.is_terminal and not console.is_jupyter:
     console = Console(width=_WIDTH)
   header, rows = cells(comparison)
+  brief = {'method', 'vs alone', 'step'}
+  brief |= {_heading(look) for look in looks_of(comparison) if look.percent}
+  brief.add(_heading(quality_of(comparison)))
   shown = [
     i
     for i, name in enumerate(header)
-    if console.width >= _WIDTH or name in _BRIEF
+    if console.width >= _WIDTH or name in brief
   ]
   table = Table()
   for i in shown:
@@ -160,8 +170,8 @@ def print_table(comparison: Comparison) -> None:
     console.print(note, style='dim')
 
 
-def accuracy_figure(comparison: Comparison) -> Any:
-  """Accuracy of every method: each seed a dot, the mean with its deviation.
+def quality_figure(comparison: Comparison) -> Any:
+  """How good every method is: each seed a dot, the mean with its deviation.
 
   Returns:
     A matplotlib Figure; the student alone and plain KD are marked by lines.
@@ -174,9 +184,9 @@ def _draw(ax: Any, comparison: Comparison) -> bool:
   rows = [r for r in ranked(comparison) if r['name'] != 'teacher'][::-1]
   if not rows:
     return False
-  places = np.arange(len(rows))
+  look, places = quality_of(comparison), np.arange(len(rows))
   for y, row in zip(places, rows, strict=True):
-    values = [100 * v for v in row['accuracy']]
+    values = [look.scaled(v) for v in row[look.name]]
     color = plots.COLORS['distilled']
     if row['name'] in _BASELINES:
       color = plots.COLORS['student alone']
@@ -188,20 +198,20 @@ def _draw(ax: Any, comparison: Comparison) -> bool:
   named = {row['name']: row for row in comparison['rows']}
   for name, style in (('alone', ':'), ('kd', '--')):
     if name in named:
-      mean = 100 * spread(named[name]['accuracy'])[0]
+      mean = look.scaled(spread(named[name][look.name])[0])
       color = plots.COLORS['student alone']
       ax.axvline(mean, ls=style, lw=1.0, color=color, zorder=0)
   ax.set_yticks(places, [row['title'] for row in rows])
   ax.set_ylim(-0.7, len(rows) - 0.3)
   ax.grid(axis='y', visible=False)
   ax.set_xlabel(
-    f'test accuracy %, last step, {comparison["seeds"]} seeds: dots, mean, '
-    'standard deviation'
+    f'test {_heading(look)}, last step, {comparison["seeds"]} seeds: dots, '
+    'mean, standard deviation'
   )
   teacher = named.get('teacher')
   title = f'{comparison["dataset"]["name"]}: methods of distillation'
   if teacher:
-    title += f' (teacher {_percent(teacher["accuracy"])} %)'
+    title += f' (teacher {_written(look, teacher)}{" %" * look.percent})'
   ax.set_title(title, loc='left')
   return True
 
@@ -217,7 +227,7 @@ def write(comparison: Comparison, directory: Path) -> dict[str, Path]:
   files.write(paths['comparison.json'], text.encode())
   files.write(paths['comparison.md'], markdown(comparison).encode())
   half = directory / 'comparison.tmp.png'
-  accuracy_figure(comparison).savefig(half, dpi=150)
+  quality_figure(comparison).savefig(half, dpi=150)
   os.replace(half, paths['comparison.png'])
   return paths
 

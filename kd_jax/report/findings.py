@@ -8,14 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from kd_jax.report.units import (
-  DASH,
-  fraction,
-  milliseconds,
-  number,
-  percent,
-  size,
-)
+from kd_jax.report.looks import quality_of
+from kd_jax.report.units import DASH, fraction, milliseconds, number, size
 
 Report = Mapping[str, Any]
 
@@ -49,7 +43,7 @@ def find_model(report: Report, name: str) -> Mapping[str, Any]:
 
 
 def examples_of(report: Report) -> int | None:
-  """How many examples the accuracies were measured on, if it was said."""
+  """How many examples the metrics were measured on, if it was said."""
   value = number((report.get('dataset') or {}).get('test_examples'))
   return int(value) if value and value > 0 else None
 
@@ -59,10 +53,11 @@ def digits_of(report: Report) -> int:
   return 2 if (examples_of(report) or 0) >= 5000 else 1
 
 
-def standard_error(report: Report, accuracy: Any) -> float | None:
-  """The sampling error of an accuracy, sqrt(p (1 - p) / n), if n is known."""
-  n, p = examples_of(report), number(accuracy)
-  if not n or p is None or not 0 <= p <= 1:
+def standard_error(report: Report, quality: Any) -> float | None:
+  """The sampling error of a share, sqrt(p (1 - p) / n), if n is known."""
+  n, p = examples_of(report), number(quality)
+  shared = quality_of(report).percent
+  if not n or not shared or p is None or not 0 <= p <= 1:
     return None
   return math.sqrt(p * (1 - p) / n)
 
@@ -96,27 +91,28 @@ def aims(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _shipped(report: Report) -> Mapping[str, Any]:
-  """The last model with an accuracy that is not the teacher."""
+  """The last measured model that is not the teacher."""
+  look = quality_of(report)
   measured = [m for m in models_of(report) if m.get('name') != 'teacher']
-  measured = [m for m in measured if number(m.get('accuracy')) is not None]
+  measured = [m for m in measured if look.of(m) is not None]
   return measured[-1] if measured else {}
 
 
 def _result(report: Report) -> str:
-  """The sentence about accuracy and size of what would be shipped."""
+  """The sentence about quality and size of what would be shipped."""
   model, teacher = _shipped(report), find_model(report, 'teacher')
-  a, b = number(model.get('accuracy')), number(teacher.get('accuracy'))
+  look, digits = quality_of(report), digits_of(report)
+  a, b = look.of(model), look.of(teacher)
   if a is None:
     return 'No model but the teacher was measured.'
-  digits = digits_of(report)
-  text = f'{model.get("name", DASH)} scores {percent(a, digits)}'
+  text = f'{model.get("name", DASH)} scores {look.written(a, digits)}'
   if b is not None:
-    points = f'{100 * abs(a - b):.{digits}f} points'
     where = 'below' if a < b else 'above'
     text += (
       ', the same as the teacher'
       if a == b
-      else (f", {points} {where} the teacher's {percent(b, digits)}")
+      else f", {look.distance(a - b, digits)} {where} the teacher's "
+      f'{look.written(b, digits)}'
     )
   if number(model.get('bytes')):
     text += f', in {size(model["bytes"])}'
@@ -162,8 +158,9 @@ def _overlap(a: Spread, b: Spread) -> bool:
 
 def _gain(report: Report) -> str:
   """The sentence on what distillation gained, or that nobody knows."""
-  distilled = number(find_model(report, 'distilled').get('accuracy'))
-  alone = number(find_model(report, 'student alone').get('accuracy'))
+  look = quality_of(report)
+  distilled = look.of(find_model(report, 'distilled'))
+  alone = look.of(find_model(report, 'student alone'))
   if distilled is None:
     return ''
   if alone is None:
@@ -172,11 +169,12 @@ def _gain(report: Report) -> str:
       'gained is unknown.'
     )
   digits, gain = digits_of(report), distilled - alone
-  word = 'a gain' if gain > 0 else 'a loss' if gain < 0 else 'a difference'
+  better = gain if look.higher else -gain
+  word = 'a gain' if better > 0 else 'a loss' if better else 'a difference'
   text = (
-    f'Distilled, the student scores {percent(distilled, digits)}; trained '
-    f'alone, {percent(alone, digits)}: {word} of '
-    f'{100 * abs(gain):.{digits}f} points'
+    f'Distilled, the student scores {look.written(distilled, digits)}; trained '
+    f'alone, {look.written(alone, digits)}: {word} of '
+    f'{look.distance(gain, digits)}'
   )
   own, other = (standard_error(report, p) for p in (distilled, alone))
   if own is None or other is None:

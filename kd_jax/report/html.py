@@ -13,6 +13,7 @@ from typing import Any
 
 from kd_jax.report import plots
 from kd_jax.report.findings import Report, aims, models_of, summary
+from kd_jax.report.looks import quality_of
 from kd_jax.report.table import (
   INTEGERS,
   Cell,
@@ -254,9 +255,9 @@ def _training(report: Report) -> str:
   """The panels of the training curves, side by side where there is room."""
   found = [
     _figure(
-      'accuracy',
+      'quality',
       report,
-      plots.draw_accuracy,
+      plots.draw_quality,
       'Evaluations during training. The axis starts where learning has begun, '
       'not at zero.',
     ),
@@ -303,12 +304,14 @@ def _details(label: str, titles: list[str], rows: list[list[str]]) -> str:
 
 
 def _size(report: Report) -> str:
+  look = quality_of(report)
+  up = 'Up' if look.higher else 'Down'
   return _figure(
     'size',
     report,
     plots.draw_size,
-    'Up and to the left is better. A model without a size or an accuracy is '
-    'not shown.',
+    f'{up} and to the left is better. A model without a size or '
+    f'{look.title} is not shown.',
     height=3.7,
   )
 

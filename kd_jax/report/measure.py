@@ -51,16 +51,9 @@ def _count(jaxpr: Any) -> int:
   return total
 
 
-def of_images(
-  apply: Callable[[Mapping[str, Any]], Any],
-) -> Callable[[np.ndarray], Any]:
-  """`images -> output` of a function `(raw batch) -> output`."""
-  return lambda images: apply({'image': images})
-
-
 def latencies(
   applies: Mapping[str, Callable[[np.ndarray], Any]],
-  images: np.ndarray,
+  inputs: np.ndarray,
   *,
   runs: int = 30,
 ) -> dict[str, dict[str, float]]:
@@ -72,8 +65,8 @@ def latencies(
   same program timed in two fixed places differed by a quarter.
 
   Args:
-    applies: name -> `(images) -> output`.
-    images: the batch.
+    applies: name -> `(inputs) -> output`.
+    inputs: the batch.
     runs: counted rounds.
 
   Returns:
@@ -85,7 +78,7 @@ def latencies(
     rng.shuffle(order)
     for name in order:
       started = time.perf_counter()
-      jax.block_until_ready(applies[name](images))
+      jax.block_until_ready(applies[name](inputs))
       if i >= 3:
         times[name].append(1e3 * (time.perf_counter() - started))
   return {name: _spread(values) for name, values in times.items()}

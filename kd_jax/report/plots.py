@@ -19,6 +19,7 @@ from kd_jax.report.findings import (
   standard_error,
 )
 from kd_jax.report.labels import name_points
+from kd_jax.report.looks import quality_of
 from kd_jax.report.units import count, number, percent, size
 
 INK, MUTED, GRID, PAPER = '#1b1f24', '#5f6872', '#dde1e5', '#ffffff'
@@ -68,7 +69,7 @@ _STYLE: Style = {
 
 
 def curves_figure(report: Report) -> Any:
-  """Training curves: accuracy, loss and, where pruned, sparsity by step.
+  """Training curves: quality, loss and, where pruned, sparsity by step.
 
   Args:
     report: the report; reads `curves`.
@@ -76,7 +77,7 @@ def curves_figure(report: Report) -> Any:
   Returns:
     A matplotlib Figure with two panels, or three when a stage was pruned.
   """
-  draws = [draw_accuracy, draw_loss]
+  draws = [draw_quality, draw_loss]
   if any(_series(c, 'step', 'sparsity') for c in _curves(report).values()):
     draws.append(draw_sparsity_schedule)
   return figure(report, *draws)
@@ -86,7 +87,7 @@ def size_figure(report: Report) -> Any:
   """Accuracy against size on disk (log scale), each model named beside it.
 
   Args:
-    report: the report; reads `models`, leaving out those without an accuracy
+    report: the report; reads `models`, leaving out those without a quality
       or a size.
 
   Returns:
@@ -154,31 +155,37 @@ def figure(
   return fig
 
 
-def draw_accuracy(ax: Any, report: Report) -> bool:
-  """Draws accuracy by step: of evaluations, else of training batches."""
-  _label(ax, 'Accuracy', 'training step', 'accuracy (%)')
-  low = []
+def draw_quality(ax: Any, report: Report) -> bool:
+  """Draws the quality by step: of evaluations, else of training batches."""
+  look = quality_of(report)
+  name = look.title.capitalize() if look.title.islower() else look.title
+  _label(ax, name, 'training step', f'{look.title}{look.unit}')
+  ends = []
   for i, (stage, curve) in enumerate(_curves(report).items()):
     color, line = _look(stage, i)
-    batches = _series(curve, 'step', 'accuracy')
-    evaluated = _series(curve, 'eval_step', 'eval_accuracy')
+    batches = _series(curve, 'step', look.name)
+    evaluated = _series(curve, 'eval_step', f'eval_{look.name}')
     if evaluated:
       steps, values = evaluated
-      look = {'marker': MARKERS[i % len(MARKERS)], 'ms': 4, 'label': stage}
+      style = {'marker': MARKERS[i % len(MARKERS)], 'ms': 4, 'label': stage}
     elif batches:
       steps, values = batches[0], _smooth(batches[1])
-      look = {'label': f'{stage} (training batches)'}
+      style = {'label': f'{stage} (training batches)'}
     else:
       continue
-    ax.plot(steps, 100 * values, line, color=color, **look)
+    ax.plot(steps, look.scaled(values), line, color=color, **style)
     # The first steps are chance level and would flatten all that follows.
     tail = values[len(values) // 5 :]
-    low.append(np.nanmin(tail if np.isfinite(tail).any() else values))
-  if low:
-    bottom = max(0.0, 100 * min(low) - 4)
+    worst = np.nanmin if look.higher else np.nanmax
+    ends.append(worst(tail if np.isfinite(tail).any() else values))
+  if ends and look.percent and look.higher:
+    bottom = max(0.0, 100 * min(ends) - 4)
     ax.set_ylim(bottom, 100 + (100 - bottom) * 0.03)
-    _legend(ax, loc='lower right')
-  return bool(low)
+  elif ends and not look.higher:
+    ax.set_ylim(0, look.scaled(1.1 * max(ends)))
+  if ends:
+    _legend(ax, loc='lower right' if look.higher else 'upper right')
+  return bool(ends)
 
 
 def draw_loss(ax: Any, report: Report) -> bool:
@@ -222,19 +229,20 @@ def draw_sparsity_schedule(ax: Any, report: Report) -> bool:
 
 
 def draw_size(ax: Any, report: Report) -> bool:
-  """Draws accuracy by bytes, with a name at every point."""
-  _label(ax, '', 'size on disk (log scale)', 'accuracy (%)')
+  """Draws the quality by bytes, with a name at every point."""
+  look = quality_of(report)
+  _label(ax, '', 'size on disk (log scale)', f'{look.title}{look.unit}')
   known = [
-    (str(m.get('name')), number(m.get('bytes')), number(m.get('accuracy')))
+    (str(m.get('name')), number(m.get('bytes')), look.of(m))
     for m in models_of(report)
   ]
   points = [(n, b, a) for n, b, a in known if b and b > 0 and a is not None]
   if not points:
     return False
-  sizes, scores = [p[1] for p in points], [100 * p[2] for p in points]
+  sizes, scores = [p[1] for p in points], [look.scaled(p[2]) for p in points]
   ax.set_xscale('log')
   ax.set_xlim(min(sizes) / 3, max(sizes) * 2.2)
-  spread = max(max(scores) - min(scores), 1.0)
+  spread = max(max(scores) - min(scores), 1.0 if look.percent else 1e-3)
   ax.set_ylim(min(scores) - 0.45 * spread, max(scores) + 0.45 * spread)
   ax.set_xticks(list(_decades(*ax.get_xlim())))
   ax.xaxis.set_major_formatter(lambda v, _: re.sub(r'\.0+', '', size(v)))

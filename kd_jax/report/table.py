@@ -25,6 +25,7 @@ from kd_jax.report.findings import (
   summary,
   timing,
 )
+from kd_jax.report.looks import looks_of
 from kd_jax.report.units import (
   DASH,
   count,
@@ -41,6 +42,15 @@ INTEGERS = (
   'integers against fake-quant'
 )
 WIDTH = 100  # columns of a terminal that the printed table never exceeds
+
+
+# Of metrics whose title does not say all.
+_MEANING = {
+  'agreement': 'Agreement: share of examples on which the model and the '
+  'teacher predict the same class.',
+  'kl': 'KL: divergence from the teacher.',
+  'calibration_error': 'ECE: expected calibration error.',
+}
 
 
 class Cell(NamedTuple):
@@ -69,6 +79,10 @@ def model_columns(report: Report) -> list[Column]:
   """
   models, digits = models_of(report), digits_of(report)
   teacher = find_model(report, 'teacher')
+  quality, *others = looks_of(report)
+
+  def write(look):
+    return lambda value: look.written(value, digits if look.percent else 1)
 
   def plain(key, write):
     return [Cell(write(m.get(key))) for m in models]
@@ -76,15 +90,12 @@ def model_columns(report: Report) -> list[Column]:
   def beside(key, write, detail):
     return [Cell(write(m.get(key)), detail(m)) for m in models]
 
-  def fixed(value):
-    value = number(value)
-    return DASH if value is None else f'{value:.3f}'
-
   def gap(m):
-    a, b = number(m.get('accuracy')), number(teacher.get('accuracy'))
+    a, b = quality.of(m), quality.of(teacher)
     if m is teacher or a is None or b is None:
       return ''
-    return f'{100 * (a - b):+.{digits}f} pt'
+    shown = f'{quality.scaled(a - b):+.{digits if quality.percent else 3}f}'
+    return f'{shown} pt' if quality.percent else shown
 
   def nonzero(m):
     left = number(m.get('nonzero_parameters'))
@@ -92,10 +103,11 @@ def model_columns(report: Report) -> list[Column]:
 
   columns = [
     Column('model', [Cell(str(m.get('name') or DASH)) for m in models]),
-    Column('accuracy', beside('accuracy', lambda v: percent(v, digits), gap)),
-    Column('agreement', plain('agreement', lambda v: percent(v, digits))),
-    Column('KL', plain('kl', fixed), brief=False),
-    Column('ECE', plain('calibration_error', fixed), brief=False),
+    Column(quality.title, beside(quality.name, write(quality), gap)),
+    *(
+      Column(look.title, plain(look.name, write(look)), brief=look.percent)
+      for look in others
+    ),
     Column('parameters', beside('parameters', count, nonzero)),
     Column(
       'size',
@@ -127,20 +139,21 @@ def reading_notes(report: Report) -> list[str]:
     for t in (m.get('latency') or {}).values()
     if (r := number((t or {}).get('runs')))
   }
-  error = standard_error(report, find_model(report, 'teacher').get('accuracy'))
+  quality, *others = looks_of(report)
+  error = standard_error(report, quality.of(find_model(report, 'teacher')))
+  points = ' in percentage points' if quality.percent else ''
   notes = [
-    'Accuracy: beside or under it, the difference from the teacher in '
-    'percentage points.'
+    f'{quality.title.capitalize()}: beside or under it, the difference from '
+    f'the teacher{points}.'
   ]
   if n and error is not None:
     notes[0] += (
       f" One standard error of the teacher's, on {n} test examples, is "
       f'{100 * error:.{digits_of(report)}f} points.'
     )
+  named = {look.name for look in others}
   notes += [
-    'Agreement: share of examples on which the model and the teacher predict '
-    'the same class. KL: divergence from the teacher. ECE: expected '
-    'calibration error.',
+    ' '.join(text for name, text in _MEANING.items() if name in named),
     'Size: 1 KB is 1000 bytes; beside or under it, the size relative to the '
     'teacher.',
   ]

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_jax.report import plots
+from kd_jax.report.looks import Look, quality_of
 from kd_jax.report.sensitivity import sensitivity_figure
 from kd_jax.report.table import INTEGERS, integer_rows, layer_rows
 from kd_jax.report.units import count, size
@@ -36,7 +37,7 @@ _HEADER = (
 
 def cells(result: Mapping[str, Any]) -> list[list[str]]:
   """The rows of the table, as text: the dense network, then the candidates."""
-  dense = result['dense']
+  dense, look = result['dense'], quality_of(result)
   rows = [
     [
       dense['name'],
@@ -46,7 +47,7 @@ def cells(result: Mapping[str, Any]) -> list[list[str]]:
       '-',
       '-',
       '-',
-      _percent(dense['accuracy']),
+      _number(look, dense['quality']),
     ]
   ]
   for row in result['candidates']:
@@ -58,32 +59,35 @@ def cells(result: Mapping[str, Any]) -> list[list[str]]:
         count(row['flops']),
         f'{row["ms"]:.3f}',
         'yes' if row['within'] else 'no',
-        _percent(row['untrained']),
-        '-' if row['trained'] is None else _percent(row['trained']),
+        _number(look, row['untrained']),
+        '-' if row['trained'] is None else _number(look, row['trained']),
       ]
     )
   return rows
 
 
-def _percent(share: float) -> str:
-  return f'{100 * share:.2f}'
+def _number(look: Look, value: float) -> str:
+  return f'{look.scaled(value):.{2 if look.percent else 4}f}'
 
 
 def summary(result: Mapping[str, Any]) -> str:
   """What was found, in one sentence."""
   test, budget = result['test'], result['budget']
+  look = quality_of(result)
   return (
     f'{test["name"]} is the best that was found within '
-    f'{budget["limit"]:g} {budget["cost"]}: {test["accuracy"]:.2%} on '
-    f'{test["examples"]} test images, where the uncompressed network has '
-    f'{test["dense"]:.2%}.'
+    f'{budget["limit"]:g} {budget["cost"]}: {look.title} '
+    f'{look.written(test["quality"], 2)} on {test["examples"]} test examples, '
+    f'where the uncompressed network has {look.written(test["dense"], 2)}.'
   )
 
 
 def print_table(result: Mapping[str, Any]) -> None:
   """Prints the walk."""
+  look = quality_of(result)
   table = Table(
-    title='Validation accuracy in % before and after training, * chosen'
+    title=f'Validation {look.title}{look.unit} before and after training, * '
+    'chosen'
   )
   for i, name in enumerate(_HEADER):
     table.add_column(name, justify='right' if i else 'left', no_wrap=True)
@@ -94,7 +98,7 @@ def print_table(result: Mapping[str, Any]) -> None:
 
 
 def figure(result: Mapping[str, Any]) -> Any:
-  """Accuracy against cost, of everything that was looked at.
+  """Quality against cost, of everything that was looked at.
 
   Args:
     result: what `search.compress` returned.
@@ -108,8 +112,8 @@ def figure(result: Mapping[str, Any]) -> Any:
 def draw(ax: Any, result: Mapping[str, Any]) -> bool:
   """Draws each candidate, trained and untrained, and the budget."""
   cost, limit = result['budget']['cost'], result['budget']['limit']
-  rows, colors = result['candidates'], plots.COLORS
-  untrained = [(row[cost], 100 * row['untrained']) for row in rows]
+  rows, colors, look = result['candidates'], plots.COLORS, quality_of(result)
+  untrained = [(row[cost], look.scaled(row['untrained'])) for row in rows]
   trained = [r for r in rows if r['trained'] is not None]
   ax.plot(
     *zip(*untrained, strict=True),
@@ -119,17 +123,17 @@ def draw(ax: Any, result: Mapping[str, Any]) -> bool:
     label='quantized without training',
   )
   for row in trained:
-    ends = (100 * row['untrained'], 100 * row['trained'])
+    ends = (look.scaled(row['untrained']), look.scaled(row['trained']))
     ax.plot([row[cost]] * 2, ends, color=plots.GRID, zorder=1)
   ax.plot(
-    *zip(*((r[cost], 100 * r['trained']) for r in trained), strict=True),
+    *zip(*((r[cost], look.scaled(r['trained'])) for r in trained), strict=True),
     'o',
     color=colors[plots.COMPRESSED],
     label='trained',
   )
   for row in trained:
     if row['chosen']:
-      point = (row[cost], 100 * row['trained'])
+      point = (row[cost], look.scaled(row['trained']))
       ax.plot(*point, '*', ms=15, color=colors['distilled'], label='chosen')
       ax.annotate(
         row['name'],
@@ -139,27 +143,29 @@ def draw(ax: Any, result: Mapping[str, Any]) -> bool:
         ha='right',
       )
   ax.axhline(
-    100 * result['dense']['accuracy'],
+    look.scaled(result['dense']['quality']),
     color=colors['teacher'],
     ls='--',
     label='uncompressed',
   )
   ax.axvline(limit, color=colors['student alone'], ls=':', label='budget')
   ax.set_xlabel(_AXES[cost])
-  ax.set_ylabel('Validation accuracy in %')
-  ax.set_title('Accuracy against cost', loc='left')
+  ax.set_ylabel(f'Validation {look.title}{look.unit}')
+  ax.set_title('Quality against cost', loc='left')
   ax.legend(loc='center left', bbox_to_anchor=(1.0, 0.5))
   return True
 
 
 def markdown(result: Mapping[str, Any]) -> str:
   """The walk, the layers and their integers as Markdown."""
+  look = quality_of(result)
   lines = [summary(result), '', *_table(_HEADER, cells(result)), '']
   lines += [
-    'Gone: the share of channels and heads that were removed. Accuracy is that '
-    'of the validation split, before training (quantized after the channels '
-    'were removed) and trained; * is chosen. Size is that of the weights file, '
-    'FLOPs of one image, ms the median of 30 calls of all candidates in turns.',
+    'Gone: the share of channels and heads that were removed. Before and after '
+    f'training: {look.title}{look.unit} on the validation split, quantized '
+    'after the channels were removed and trained; * is chosen. Size is that of '
+    'the weights file, FLOPs of one example, ms the median of 30 calls of all '
+    'candidates in turns.',
     '',
   ]
   lines += [*_table(*layer_rows(result)), '', INTEGERS + '.', '']

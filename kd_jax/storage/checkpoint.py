@@ -33,8 +33,9 @@ class Checkpoints:
       `etils.epath` reads, such as 'gs://...'.
     fingerprint: JSON values that must be the same when the run resumes, such
       as the config and the order of the data.
-    best: the metric whose highest value is kept beside the last steps; None
+    best: the metric whose best value is kept beside the last steps; None
       keeps only those. A step saved without it, or with NaN, is never best.
+    higher: whether its highest value is the best, or its lowest.
     keep: how many of the last steps are kept, > 0.
 
   Raises:
@@ -57,6 +58,7 @@ class Checkpoints:
     *,
     fingerprint: Mapping[str, JSON] = {},
     best: str | None = None,
+    higher: bool = True,
     keep: int = 1,
   ):
     if keep < 1:
@@ -65,7 +67,7 @@ class Checkpoints:
     form.check_ours(self._directory)
     self._fingerprint = form.as_json(dict(fingerprint), 'The fingerprint')
     self._best = best
-    self._policy = _Preserve(keep, {}, {})
+    self._policy = _Preserve(keep, 1 if higher else -1, {}, {})
     self._manager: ocp.CheckpointManager | None = None
     self._due: int | None = None
     self._resources = contextlib.ExitStack()
@@ -173,7 +175,7 @@ class Checkpoints:
     return max(self._good_steps(), default=None)
 
   def best_step(self) -> int | None:
-    """The step with the highest `best` metric, the newest of equals."""
+    """The step with the best `best` metric, the newest of equals."""
     return self._policy.best(self._good_steps())
 
   def check(self) -> None:
@@ -324,11 +326,14 @@ class _Preserve(NamedTuple):
   """Orbax's preservation policy: damaged steps take no good one's place."""
 
   keep: int
+  sign: int  # of a metric of which more is better; else -1
   metric: dict[int, float]  # step -> value, NaN if it has none
   damaged: dict[int, str]  # step -> why
 
   def best(self, steps: Iterable[int]) -> int | None:
-    scored = [(self.metric[s], s) for s in steps if s in self.metric]
+    scored = [
+      (self.sign * self.metric[s], s) for s in steps if s in self.metric
+    ]
     return max((x for x in scored if x[0] == x[0]), default=(0, None))[1]
 
   def should_preserve(

@@ -1,0 +1,81 @@
+"""What a run knows of its problem: data, input, labels, and what is good.
+
+Owns the interface alone. The step, the loop, the stages and the report are the
+same for every task; what they ask is answered here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from kd_jax.data import Split
+from kd_jax.deploy import Preprocess
+from kd_jax.metrics import Metric
+from kd_jax.objectives import Objective
+from kd_jax.types import StudentFn
+
+
+def _as_it_is(
+  c: ml_collections.ConfigDict, statistics: Mapping[str, Any]
+) -> Preprocess:
+  return lambda batch, *, train: batch
+
+
+class Task(NamedTuple):
+  """One kind of problem.
+
+  Attributes:
+    reads: the entry of a raw batch that networks see and servers are sent;
+      pre-processing keeps its name.
+    load: `(config.data, split) -> examples` of 'train', 'validation' or 'test';
+      of 'transfer', those on which students learn from their teacher, if
+      `config.data.transfer.name` says which.
+    metrics: name -> metric of a network alone. The first is what decides:
+      checkpoints, the search and the aims go by it.
+    compared: name -> metric that compares a network with the teacher.
+    labels: `() -> objective` of who learns without a teacher.
+    statistics: `(config.data, train split) -> JSON values`, what
+      pre-processing has to know of the data.
+    preprocess: `(config, statistics) -> preprocess`, and that
+      `(batch, *, train) -> batch`, on the devices.
+    teacher_input: `(config, statistics, forward) -> forward`: a teacher's
+      function behind an input of its own.
+    drawn: fields of `config.data` for what pre-processing draws at random in
+      training; zero where nothing is drawn.
+    stand_in: `(config.data, split, count) -> examples` whose values do not
+      matter, for plans of runs whose data is not here; `count` is 0 for as many
+      as are known to be there. None to load them.
+  """
+
+  reads: str
+  load: Callable[[ml_collections.ConfigDict, str], Split]
+  metrics: Mapping[str, Metric]
+  labels: Callable[[], Objective]
+  compared: Mapping[str, Metric] = {}
+  statistics: Callable[[ml_collections.ConfigDict, Any], dict[str, Any]] = (
+    lambda c, train: {}
+  )
+  preprocess: Callable[
+    [ml_collections.ConfigDict, Mapping[str, Any]], Preprocess
+  ] = _as_it_is
+  teacher_input: Callable[
+    [ml_collections.ConfigDict, Mapping[str, Any], StudentFn], StudentFn
+  ] = lambda c, statistics, forward: forward
+  drawn: tuple[str, ...] = ()
+  stand_in: Callable[[ml_collections.ConfigDict, str, int], Split] | None = None
+
+  @property
+  def quality(self) -> str:
+    """The name of the metric that decides."""
+    return next(iter(self.metrics))
+
+  def worth(self, value: float) -> float:
+    """A value of that metric as a number of which more is better."""
+    return value if self.metrics[self.quality].higher else -value
+
+  def measured(self, *, with_teacher: bool) -> dict[str, Metric]:
+    """All metrics, those that need a teacher included or not, as shown."""
+    compared = self.compared if with_teacher else {}
+    first = {self.quality: self.metrics[self.quality]}
+    return first | dict(compared) | dict(self.metrics)
