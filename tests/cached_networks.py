@@ -73,7 +73,7 @@ def write(directory, **options):
   options = {
     'forward': network,
     'variables': TEACHER,
-    'images': images(),
+    'examples': images(),
     'preprocess': preprocess(),
     'fingerprint': fingerprint(),
     'seed': SEED,

@@ -268,7 +268,7 @@ def test_what_does_not_match_is_refused_by_name(written, field):
 def test_labels_do_not_matter(written):
   images = nets.images()
   bare = data.ImageData(images.image, None, images.id, ())
-  data.TeacherCache(written).check(nets.fingerprint(examples=bare))
+  data.TeacherCache(written).check(nets.fingerprint(images=bare))
 
 
 def test_only_a_cache_is_overwritten_and_only_if_asked(tmp_path):
@@ -393,7 +393,7 @@ def test_streamed_images_are_told_apart_by_their_bytes():
     return data.StreamedImages(records, ids, ('a',), image_size=8)
 
   digests = {
-    nets.fingerprint(examples=streamed(n))['data']['images'] for n in 'aab'
+    nets.fingerprint(images=streamed(n))['data']['images'] for n in 'aab'
   }
   assert len(digests) == 2
   assert teacher_cache.differences({'a': {'b': 1}}, {'a': {'b': 1}}) == []

@@ -162,6 +162,17 @@ def silenced() -> Iterator[None]:
 
 
 def tfds_split(name: str, split: str, builder: Any, labelled: bool) -> str:
+  """Which of TFDS' splits is meant by 'train', 'validation' or 'test'.
+
+  Args:
+    name: of the data set, for messages.
+    split: see `sources.load_images`.
+    builder: of the data set, prepared.
+    labelled: whether its labels are needed, which secret ones are not.
+
+  Raises:
+    ValueError: if it has no such split.
+  """
   splits = builder.info.splits
   wanted = ('test', 'validation') if split == 'test' else ('train',)
   found = [candidate for candidate in wanted if candidate in splits]
