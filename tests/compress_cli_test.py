@@ -10,8 +10,9 @@ import pytest
 from untrained_run import CONFIGS, config_of, finish_distill
 
 from kd_jax import cli
-from kd_jax.recipe import search
-from kd_jax.recipe.run import Network, Run
+from kd_jax.recipe import evaluation, search
+from kd_jax.recipe.network import Network
+from kd_jax.recipe.run import Run
 from kd_jax.report import tradeoff
 from kd_jax.storage import workdir
 from kd_jax.storage.weights import load_weights
@@ -91,8 +92,9 @@ def test_the_artefact_runs_in_jax_and_as_files(finished, trained):
   assert logits.shape == (64, 10) and 'int8' in variables
   assert (directory / 'stablehlo').is_dir()
   assert (directory / 'student.int8.onnx').is_file()
-  fn = run.apply(Network('small', lambda **_: forward, variables))
-  assert run.evaluate(fn, 'test')['accuracy'] == result['test']['accuracy']
+  small = Network('small', lambda **_: forward, variables)
+  found = evaluation.quality(run, small, 'test')
+  assert found == result['test']['quality']
   about = json.loads((directory / 'compressed.json').read_text())
   about['format'] = 'other'
   foreign = finished.parent / 'foreign'

@@ -17,7 +17,8 @@ from kd_jax import adapters, data, deploy, rules
 from kd_jax.data import cache_form
 from kd_jax.objectives import Objective
 from kd_jax.recipe import cached_teacher, distillation, fit, stages
-from kd_jax.recipe.run import TEACHER, Network, Run
+from kd_jax.recipe.network import TEACHER, Network
+from kd_jax.recipe.run import Run
 from kd_jax.types import Batch, TrainState, Variables
 
 STAGES = ('teacher', 'alone', 'distill', 'compress')

@@ -19,8 +19,9 @@ from kd_jax import guard, metrics, terms
 from kd_jax.export import exporters
 from kd_jax.prune import layer_costs, sparsity_report
 from kd_jax.quantize import dequantize_params
-from kd_jax.recipe import origin
-from kd_jax.recipe.run import Network, Run
+from kd_jax.recipe import evaluation, origin
+from kd_jax.recipe.network import Network
+from kd_jax.recipe.run import Run
 from kd_jax.report import measure
 from kd_jax.rules import leaf_names, named_leaves
 from kd_jax.storage import weights
@@ -65,7 +66,7 @@ def networks(run: Run) -> dict[str, Network]:
 def applies(run: Run) -> dict[str, Apply]:
   """Everything that the run made, by name."""
   found: dict[str, Apply] = {
-    n.name: run.apply(n) for n in networks(run).values()
+    n.name: evaluation.apply(run, n) for n in networks(run).values()
   }
   if run.workdir.done('export'):
     run.workdir.verify('export')
@@ -82,7 +83,7 @@ def scores(
       f'{run.workdir.place} has no finished teacher: run kd-jax run first.'
     )
   return {
-    name: run.evaluate(apply, split, teacher=found['teacher'])
+    name: evaluation.evaluate(run, apply, split, teacher=found['teacher'])
     for name, apply in found.items()
   }
 
@@ -144,7 +145,7 @@ def _models(run: Run) -> list[dict[str, Any]]:
         'parameters': parameters,
         'nonzero_parameters': nonzero,
         'bytes': path.stat().st_size if path else exports[name]['bytes'],
-        'flops': 2 * run.multiply_accumulates(counted),
+        'flops': 2 * evaluation.multiply_accumulates(run, counted),
         'latency': {size: latency[size][name] for size in latency},
         'train_seconds': _train_seconds(run, stage),
         'note': notes.get(name, ''),
@@ -158,8 +159,8 @@ def _latency(
 ) -> dict[str, dict[str, dict[str, float]]]:
   return {
     str(size): measure.latencies(
-      {name: run.of_raw(apply) for name, apply in found.items()},
-      run.raw('test', size),
+      {name: evaluation.of_raw(run, apply) for name, apply in found.items()},
+      evaluation.raw(run, 'test', size),
     )
     for size in BATCHES
   }
@@ -310,8 +311,8 @@ def _protocol(run: Run) -> list[str]:
   named = run.task.measured(with_teacher=True)
   titles = ', '.join(metric.title or name for name, metric in named.items())
   return [
-    f'{titles}: test split of {test} examples, last step, one seed '
-    f'({c.seed}). The test split is used for nothing else; curves show '
+    f'{titles[:1].upper()}{titles[1:]}: test split of {test} examples, last '
+    f'step, one seed ({c.seed}). The test split is used for nothing else; curves show '
     f'{curves}.',
     *(_MEANING[name] for name in named if name in _MEANING),
     f'distilled: {distilled}{_scheme(c.distill.scheme)}.',

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 
 from kd_jax import data, terms
-from kd_jax.recipe.run import Network, Run
+from kd_jax.recipe.network import Network
+from kd_jax.recipe.run import Run
 from kd_jax.sharding import hosts
 from kd_jax.storage.progress import ProgressBar
 

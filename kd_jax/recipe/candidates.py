@@ -15,8 +15,10 @@ import ml_collections
 
 from kd_jax import adapters, data, deploy, prune, quantize
 from kd_jax import rules as rules_lib
+from kd_jax.recipe import evaluation
 from kd_jax.recipe.compression import Compression, Converted
-from kd_jax.recipe.run import Network, Run
+from kd_jax.recipe.network import Network
+from kd_jax.recipe.run import Run
 from kd_jax.recipe.words import INTEGER_WEIGHTS, SPECS
 from kd_jax.report import measure
 from kd_jax.storage.weights import save_weights
@@ -295,8 +297,8 @@ def network(
 
 def quality(run: Run, candidate: Candidate, converted: Converted) -> float:
   """How good a candidate on integers is on the held-out examples."""
-  apply = run.apply(network(candidate, converted))
-  return run.evaluate(apply, 'validation')[run.task.quality]
+  made = network(candidate, converted)
+  return evaluation.quality(run, made, 'validation')
 
 
 def cost(run: Run, network: Network, name: str) -> dict[str, Any]:
@@ -304,7 +306,7 @@ def cost(run: Run, network: Network, name: str) -> dict[str, Any]:
   file = f'untrained{jax.process_index()}.safetensors'
   path = run.workdir.stage(f'candidates/{name}') / file
   save_weights(path, network.variables)
-  macs = run.multiply_accumulates(network)
+  macs = evaluation.multiply_accumulates(run, network)
   size = path.stat().st_size
   path.unlink()
   return {'bytes': size, 'flops': 2 * macs}
@@ -315,13 +317,13 @@ def _latencies(
 ) -> dict[str, dict[str, float]]:
   """name -> times of a batch, of all candidates in turns."""
   applies = {
-    name: run.apply(network(made, made.converted))
+    name: evaluation.apply(run, network(made, made.converted))
     for name, made in candidates.items()
   }
-  applies['dense'] = run.apply(dense)
+  applies['dense'] = evaluation.apply(run, dense)
   return measure.latencies(
-    {name: run.of_raw(apply) for name, apply in applies.items()},
-    run.raw('train', run.config.search.latency_batch),
+    {name: evaluation.of_raw(run, apply) for name, apply in applies.items()},
+    evaluation.raw(run, 'train', run.config.search.latency_batch),
   )
 
 

@@ -20,15 +20,14 @@ import numpy as np
 
 from kd_jax import methods, metrics, rules, sharding
 from kd_jax.data import train_batches
-from kd_jax.recipe import distillation, fit, origin
+from kd_jax.recipe import distillation, evaluation, fit, origin
+from kd_jax.recipe.network import TEACHER
 from kd_jax.recipe.run import Run
 from kd_jax.report import comparison, measure
 from kd_jax.sharding import hosts
 from kd_jax.storage import lock, mirror, weights
 from kd_jax.storage.workdir import Workdir, read_json, write_json
 from kd_jax.terms import describe
-
-TEACHER = 'teacher'
 
 
 def compare(
@@ -196,7 +195,8 @@ def _test(run: Run, name: str, scale: float) -> dict[str, Any]:
     own = with_method(run, name)
     stored = weights.load_weights(run.workdir.weights(place(name, scale)))
     network = own.network(name, own.model('student'), stored)
-  numbers = run.evaluate(run.apply(network), 'test', teacher=run.apply(teacher))
+  apply, reference = (evaluation.apply(run, n) for n in (network, teacher))
+  numbers = evaluation.evaluate(run, apply, 'test', teacher=reference)
   return numbers | {'parameters': weights.count(network.variables)[0]}
 
 

@@ -19,7 +19,8 @@ from kd_jax.models import load_pretrained
 from kd_jax.objectives import Objective
 from kd_jax.recipe import cached_teacher, fit
 from kd_jax.recipe.fit import Result, Student
-from kd_jax.recipe.run import TEACHER, Network, Run
+from kd_jax.recipe.network import TEACHER, Network
+from kd_jax.recipe.run import Run
 from kd_jax.sharding import hosts
 from kd_jax.storage import lock
 from kd_jax.storage.weights import load_weights, save_weights

@@ -18,7 +18,9 @@ from kd_jax import data, deploy, models, optim, prune, rules, sharding
 from kd_jax import train as train_lib
 from kd_jax.guard import drop_nonfinite
 from kd_jax.objectives import Objective
-from kd_jax.recipe.run import Network, Run
+from kd_jax.recipe import evaluation
+from kd_jax.recipe.network import Network
+from kd_jax.recipe.run import Run
 from kd_jax.sharding import hosts, layout
 from kd_jax.step import init_state, make_train_step, with_step
 from kd_jax.storage.checkpoint import Checkpoints
@@ -296,8 +298,8 @@ def _evaluator(
   def evaluate(state: TrainState) -> dict[str, float]:
     variables = dict(student.served(_averaged(state)))
     variables['params'] = params_at(variables['params'], state.step)
-    numbers = run.evaluate(
-      lambda b: fn(variables, b[reads]), 'validation', mesh=mesh
+    numbers = evaluation.evaluate(
+      run, lambda b: fn(variables, b[reads]), 'validation', mesh=mesh
     )
     masks = prune.masks_of(state.opt_state)
     if masks:

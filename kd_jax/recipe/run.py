@@ -1,13 +1,13 @@
 """One configuration in one work directory: its data, models and networks.
 
 Owns how a configuration becomes objects of the library; nothing is trained
-here. The stages that train and export are in `recipe`.
+here. What they compute on the data is `evaluation`, and the stages
+that train and export are `stages`.
 """
 
-import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,42 +26,15 @@ from kd_jax import (
   tasks,
 )
 from kd_jax.recipe.compression import Compression
-from kd_jax.report import measure
+from kd_jax.recipe.network import TEACHER, Network, ensemble
 from kd_jax.report.looks import Look, looks_of
 from kd_jax.sharding import layout
-from kd_jax.step import make_eval_step
 from kd_jax.storage.weights import load_weights
 from kd_jax.storage.workdir import Workdir
-from kd_jax.types import Batch, Forward, StudentFn, Variables
+from kd_jax.types import Batch, StudentFn, Variables
 
 # Stages whose networks start from the same random weights share a number.
 _RNG = {'teacher': 0, 'alone': 1, 'distill': 1, 'compress': 2}
-TEACHER = 'teacher'
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-  """A trained network in evaluation mode.
-
-  Attributes:
-    name: as the report calls it.
-    make: `(taps=(), axis_name=None) -> forward`, of pre-processed batches.
-    variables: what to run it with.
-    taps: where its features are; of an ensemble, name -> the member's.
-    cache: its stored outputs, to train with instead of running it; None for
-      the live network.
-  """
-
-  name: str
-  make: Callable[..., StudentFn]
-  variables: Variables
-  taps: Any = None
-  cache: data.TeacherCache | None = None
-
-  @functools.cached_property
-  def forward(self) -> StudentFn:
-    """The function without taps."""
-    return self.make()
 
 
 class Run:
@@ -255,7 +228,7 @@ class Run:
       members[name] = self._teacher(where, options.to_dict())
     if len(members) == 1:
       return members[TEACHER]
-    make = functools.partial(_ensemble, members, c.space, c.weights.to_dict())
+    make = functools.partial(ensemble, members, c.space, c.weights.to_dict())
     variables = {n: m.variables for n, m in members.items()}
     taps = {n: m.taps for n, m in members.items()}
     return Network(TEACHER, make, networks.combine_variables(variables), taps)
@@ -308,147 +281,5 @@ class Run:
     weights = load_weights(self.workdir.weights('convert'))
     return Network('integer (JAX)', make, weights)
 
-  def apply(self, network: Network) -> Callable[[Batch], jax.Array]:
-    """`(raw batch) -> output` of a network, compiled.
-
-    It runs where the batch lies: on the first device, or on all of those that
-    `batches` splits it over.
-    """
-    fn = jax.jit(self.from_raw(network))
-    everywhere = functools.cache(
-      lambda: sharding.replicate(network.variables, self.own_mesh)
-    )
-
-    def apply(batch):
-      raw = batch[self.task.reads]
-      split = isinstance(raw, jax.Array) and len(raw.devices()) > 1
-      return fn(everywhere() if split else network.variables, raw)
-
-    return apply
-
-  def from_raw(self, network: Network) -> Callable[..., jax.Array]:
-    """`(variables, raw input) -> output` of a network, not compiled."""
-    return deploy.from_raw(
-      network.forward, self.preprocess, reads=self.task.reads
-    )
-
-  def of_raw(self, apply: Callable[[Batch], Any]) -> Callable[[Any], Any]:
-    """`raw input -> output` of a function `(raw batch) -> output`."""
-    return lambda raw: apply({self.task.reads: raw})
-
-  def raw(self, split: str, count: int) -> np.ndarray:
-    """The first raw inputs of a split, repeated where it has not as many."""
-    found = self.splits[split]
-    first = found.read(np.arange(min(count, len(found))))[self.task.reads]
-    return np.resize(first, (count, *first.shape[1:]))
-
-  def multiply_accumulates(self, network: Network) -> int:
-    """Of one example, from its raw input on."""
-    spec = self.splits['train'].input
-    return measure.multiply_accumulates(
-      self.from_raw(network),
-      network.variables,
-      np.zeros((1, *spec.shape), spec.dtype),
-    )
-
-  def batches(
-    self, split: str, mesh: jax.sharding.Mesh | None = None
-  ) -> Iterator[Batch]:
-    """The raw batches of a split, in order, the last one padded.
-
-    Args:
-      split: 'train', 'validation' or 'test'.
-      mesh: over whose devices each batch is split, all processes of which read
-        it; `own_mesh` when None. With one device they stay host arrays.
-    """
-    examples = rules.choose('split of this run', split, self.splits)
-    mesh = self.own_mesh if mesh is None else mesh
-    parts = layout.batch_parts(mesh)
-    part, readers = sharding.readers(mesh)
-    batches = data.eval_batches(
-      examples,
-      batch_size=-(-self.config.eval_batch_size // parts) * parts,
-      process_index=part,
-      process_count=readers,
-    )
-    if mesh.devices.size == 1:
-      return batches
-    return (sharding.shard_batch(batch, mesh) for batch in batches)
-
-  def evaluate(
-    self,
-    apply: Callable[[Batch], Any],
-    split: str,
-    *,
-    teacher: Callable[[Batch], Any] | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-  ) -> dict[str, float]:
-    """The metrics of anything that maps raw batches to outputs.
-
-    Args:
-      apply: `(raw batch) -> output`: `self.apply(network)`, or a runtime
-        outside of JAX.
-      split: 'train', 'validation' or 'test'.
-      teacher: the same for the teacher; adds what compares with it.
-      mesh: as for `batches`.
-    """
-    mesh = self.own_mesh if mesh is None else mesh
-    measured, eval_step = _measurement(
-      mesh, self.config.data.task, with_teacher=teacher is not None
-    )
-
-    def run(batch):
-      outputs = {'output': apply(batch)}
-      if teacher is not None:
-        outputs['teacher'] = teacher(batch)
-      known = {k: v for k, v in batch.items() if k != self.task.reads}
-      return eval_step({'params': {}}, None, known | outputs)
-
-    return metrics.evaluate(run, self.batches(split, mesh), measured)
-
 
 _PRECISIONS = dict.fromkeys(('float32', 'bfloat16', 'int8'))
-
-
-def _ensemble(
-  members: Mapping[str, Network],
-  space: str,
-  weights: Mapping[str, float] | None,
-  taps: Sequence[str] = (),
-  axis_name: str | None = None,
-) -> StudentFn:
-  """The ensemble's function; a tap is '<member>/<path>'."""
-
-  def own(name):
-    return [
-      t.removeprefix(f'{name}/') for t in taps if t.startswith(f'{name}/')
-    ]
-
-  made = {
-    name: member.make(taps=own(name), axis_name=axis_name)
-    for name, member in members.items()
-  }
-  # Losses are averaged by the objective; what is measured is the mean logits.
-  space = 'logits' if space == 'losses' else space
-  return networks.combine(made, space=space, weights=weights or None)
-
-
-@functools.cache
-def _measurement(
-  mesh: jax.sharding.Mesh, task: str, *, with_teacher: bool
-) -> tuple[dict[str, metrics.Metric], Callable[..., Any]]:
-  """The metrics, and the compiled step that takes outputs as its batch."""
-  measured = tasks.TASKS[task].measured(with_teacher=with_teacher)
-
-  def teacher_fn(variables, batch):
-    return Forward(batch['teacher'])
-
-  eval_step = make_eval_step(
-    lambda variables, batch, rng, *, train: Forward(batch['output']),
-    measured,
-    teacher_fn=teacher_fn if with_teacher else None,
-  )
-  everywhere = (
-    jax.NamedSharding(mesh, jax.P()) if mesh.devices.size > 1 else None
-  )
-  return measured, jax.jit(eval_step, out_shardings=everywhere)

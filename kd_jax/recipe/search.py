@@ -15,11 +15,12 @@ import ml_collections
 from kd_jax import adapters, deploy, metrics, prune
 from kd_jax import rules as rules_lib
 from kd_jax.models import load_pretrained
-from kd_jax.recipe import assess, distillation, origin
+from kd_jax.recipe import assess, distillation, evaluation, origin
 from kd_jax.recipe import candidates as candidates_lib
 from kd_jax.recipe.compression import Converted
 from kd_jax.recipe.fit import fit
-from kd_jax.recipe.run import Network, Run
+from kd_jax.recipe.network import Network
+from kd_jax.recipe.run import Run
 from kd_jax.recipe.stages import export_files, student_of
 from kd_jax.recipe.words import SPECS
 from kd_jax.sharding import hosts
@@ -164,10 +165,9 @@ def _walk(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _dense_row(run: Run, dense: Network) -> dict[str, Any]:
-  found = run.evaluate(run.apply(dense), 'validation')
   return {
     'name': dense.name,
-    'quality': found[run.task.quality],
+    'quality': evaluation.quality(run, dense, 'validation'),
     **candidates_lib.cost(run, dense, 'dense'),
   }
 
@@ -229,11 +229,10 @@ def _publish(
   made = functools.partial(candidates_lib.network, candidate, converted)
   export_files(run, made, directory)
   run.workdir.send('artefact')
-  quality = run.task.quality
   test = {
     'name': candidate.name,
-    'dense': run.evaluate(run.apply(dense), 'test')[quality],
-    'quality': run.evaluate(run.apply(made()), 'test')[quality],
+    'dense': evaluation.quality(run, dense, 'test'),
+    'quality': evaluation.quality(run, made(), 'test'),
     'examples': len(run.splits['test']),
   }
   return {

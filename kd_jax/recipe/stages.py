@@ -16,10 +16,17 @@ import jax
 
 from kd_jax import adapters, parity, rules
 from kd_jax.export import exporters
-from kd_jax.recipe import assess, cached_teacher, distillation, origin
+from kd_jax.recipe import (
+  assess,
+  cached_teacher,
+  distillation,
+  evaluation,
+  origin,
+)
 from kd_jax.recipe.compression import Compression
 from kd_jax.recipe.fit import Result, Student, fit
-from kd_jax.recipe.run import Network, Run
+from kd_jax.recipe.network import Network
+from kd_jax.recipe.run import Run
 from kd_jax.report import write_report
 from kd_jax.sharding import hosts, preemption
 from kd_jax.storage import lock
@@ -117,11 +124,11 @@ def export_files(
   """
   test, integer = run.splits['test'], make()
   model = exporters.Model(
-    integer=run.from_raw(integer),
-    simulated=run.from_raw(make(simulate=True)),
+    integer=evaluation.from_raw(run, integer),
+    simulated=evaluation.from_raw(run, make(simulate=True)),
     variables=integer.variables,
     input=jax.ShapeDtypeStruct((1, *test.input.shape), test.input.dtype),
-    golden=run.raw('test', min(8, len(test))),
+    golden=evaluation.raw(run, 'test', min(8, len(test))),
     class_names=test.class_names,
     metadata={
       'config': run.workdir.fingerprint,
@@ -133,20 +140,20 @@ def export_files(
 
 def _parities(run: Run, directory: Path) -> list[dict[str, Any]]:
   """Each form of the integer student against the form it came from."""
-  integer = run.apply(run.integer())
+  integer = evaluation.apply(run, run.integer())
   pairs: list[tuple[str, assess.Apply, str, assess.Apply]] = [
     (
       'integer (JAX)',
       integer,
       run.compressed().name,
-      run.apply(run.compressed()),
+      evaluation.apply(run, run.compressed()),
     )
   ]
   for name, apply in assess.exported(run, directory).items():
     pairs.append((name, apply, 'integer (JAX)', integer))
   found = []
   for name, apply, against, reference in pairs:
-    compared = parity.compare(apply, reference, run.batches('test'))
+    compared = parity.compare(apply, reference, evaluation.batches(run, 'test'))
     if against == 'integer (JAX)':
       parity.require(
         compared, name=name, agreement=run.config.aims.export_agreement
