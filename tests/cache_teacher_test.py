@@ -62,9 +62,9 @@ def _like(taught, path, change=lambda config: None, cache=''):
   return run
 
 
-def _train(run, *stages):
-  stages.run_stages(run, stages, say=lambda line: None)
-  return [run.workdir.result(stage)['history'] for stage in stages]
+def _train(run, *names):
+  stages.run_stages(run, names, say=lambda line: None)
+  return [run.workdir.result(name)['history'] for name in names]
 
 
 def _close(got, want, tolerance):

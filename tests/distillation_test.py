@@ -212,13 +212,13 @@ def _config():
   return ml_collections.ConfigDict(config.to_dict())
 
 
-def _run(tmp_path, data_dir, change=lambda config: None, stages=('distill',)):
+def _run(tmp_path, data_dir, change=lambda config: None, then=('distill',)):
   config = _config()
   config.data.data_dir = str(data_dir)
   with config.unlocked():
     change(config)
   run = Run(config, Workdir(tmp_path / 'run', config.to_dict()))
-  stages.run_stages(run, ['teacher', *stages], say=lambda line: None)
+  stages.run_stages(run, ['teacher', *then], say=lambda line: None)
   return run
 
 
@@ -340,7 +340,7 @@ def test_a_reused_head_is_the_teachers_and_the_whole_run_goes_on(
     tmp_path,
     data_dir,
     change,
-    stages=('alone', 'distill', 'compress', 'convert'),
+    then=('alone', 'distill', 'compress', 'convert'),
   )
   student = weights.load_weights(run.workdir.weights('distill'))
   teacher = weights.load_weights(run.workdir.weights('teacher'))
@@ -516,7 +516,7 @@ def test_comparison_is_printed_whole(compared, width, monkeypatch, capsys):
   for row in rows:
     for name, cell in zip(header, row, strict=True):
       assert cell in shown or (
-        width == 80 and name in ('KL', 'ECE %', 'parameters')
+        width == 80 and name in ('KL', 'ECE', 'parameters')
       )
   assert '…' not in shown
 

@@ -60,7 +60,7 @@ def fake_dir(session_dir):
   return shared
 
 
-def run(name, variant, fake_dir, workdir, *stages):
+def run(name, variant, fake_dir, workdir, *names):
   """`kd-jax run` in this process."""
   return cli.main(
     [
@@ -68,7 +68,7 @@ def run(name, variant, fake_dir, workdir, *stages):
       f'--config={CONFIGS / name}.py:{variant}',
       f'--workdir={workdir}',
       f'--config.data.data_dir={fake_dir}',
-      f'--stages={",".join(stages)}',
+      f'--stages={",".join(names)}',
     ]
   )
 
@@ -134,8 +134,8 @@ def test_config_runs_every_stage(name, fake_dir, tmp_path, monkeypatch):
   ],
 )
 def test_config_runs_with_a_method(name, method, term, fake_dir, tmp_path):
-  stages = ('teacher', 'distill')
-  assert run(name, f'tiny,{method}', fake_dir, tmp_path, *stages) == 0
+  names = ('teacher', 'distill')
+  assert run(name, f'tiny,{method}', fake_dir, tmp_path, *names) == 0
   history = read_json(tmp_path / 'distill' / 'result.json')['history']
   assert history[-1]['step'] == 4
   assert {'loss/ce', f'loss/{term}'} <= history[-1].keys()

@@ -312,8 +312,8 @@ def _protocol(run: Run) -> list[str]:
   titles = ', '.join(metric.title or name for name, metric in named.items())
   return [
     f'{titles[:1].upper()}{titles[1:]}: test split of {test} examples, last '
-    f'step, one seed ({c.seed}). The test split is used for nothing else; curves show '
-    f'{curves}.',
+    f'step, one seed ({c.seed}). The test split is used for nothing else; '
+    f'curves show {curves}.',
     *(_MEANING[name] for name in named if name in _MEANING),
     f'distilled: {distilled}{_scheme(c.distill.scheme)}.',
     f'pruned + int8: {compressed}; from the distilled student.',

@@ -1,8 +1,8 @@
 """One configuration in one work directory: its data, models and networks.
 
 Owns how a configuration becomes objects of the library; nothing is trained
-here. What they compute on the data is `evaluation`, and the stages
-that train and export are `stages`.
+here. What networks compute on the data is `evaluation`, and the stages that
+train and export are `stages`.
 """
 
 import functools
