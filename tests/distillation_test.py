@@ -24,7 +24,7 @@ from kd_jax import (
   step,
   tasks,
 )
-from kd_jax.recipe import assess, compare
+from kd_jax.recipe import assess, compare, stages
 from kd_jax.recipe.run import Run
 from kd_jax.report import comparison
 from kd_jax.storage import weights
