@@ -60,7 +60,7 @@ def from_linen(
   taps: Sequence[str] = (),
   interceptors: Sequence[Interceptor] = (),
   axis_name: str | None = None,
-  image: str = 'image',
+  image: str | None = None,
   train_argument: str | None = 'train',
   dtype: str | None = None,
   remat: str = '',
@@ -111,6 +111,7 @@ def from_linen(
     >>> out.output.shape, out.features['layers_0'].shape
     ((2, 3), (2, 4))
   """
+  image = image or getattr(model, 'reads', 'image')
   wanted = frozenset(taps)
   given = tuple(interceptors)
   if axis_name is not None:
@@ -360,7 +361,7 @@ def init_linen(
   rng: jax.Array,
   batch: Batch,
   *,
-  image: str = 'image',
+  image: str | None = None,
 ) -> dict[str, Any]:
   """The initial variables of a linen module, in evaluation mode, compiled.
 
@@ -370,6 +371,7 @@ def init_linen(
     batch: one batch; only the input's shape and dtype matter.
     image: the key of the model's input in the batch.
   """
+  image = image or getattr(model, 'reads', 'image')
   x = jax.numpy.zeros(batch[image].shape, batch[image].dtype)
   # A part of another program is compiled with it.
   options = _QUICKLY if _is_concrete(x) else None

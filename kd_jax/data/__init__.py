@@ -10,6 +10,8 @@ from kd_jax.data.cache_writer import write_cache as write_cache
 from kd_jax.data.examples import ArrayData as ArrayData
 from kd_jax.data.examples import ImageData as ImageData
 from kd_jax.data.examples import Split as Split
+from kd_jax.data.fingerprint import digest as digest
+from kd_jax.data.fingerprint import make_fingerprint as make_fingerprint
 from kd_jax.data.pipeline import batches_per_epoch as batches_per_epoch
 from kd_jax.data.pipeline import eval_batches as eval_batches
 from kd_jax.data.pipeline import train_batches as train_batches
@@ -19,4 +21,3 @@ from kd_jax.data.sources import Images as Images
 from kd_jax.data.sources import load_images as load_images
 from kd_jax.data.streamed import StreamedImages as StreamedImages
 from kd_jax.data.teacher_cache import TeacherCache as TeacherCache
-from kd_jax.data.teacher_cache import make_fingerprint as make_fingerprint

@@ -12,26 +12,21 @@ plan.json, *.sha256              while it is being written
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax import rules
 from kd_jax.data import cache_form
-from kd_jax.data.examples import ImageData, Split
-from kd_jax.data.streamed import StreamedImages
+from kd_jax.data.fingerprint import differences
 from kd_jax.storage import checkpoint_format, mirror, workdir
-from kd_jax.types import BatchStream, Variables
+from kd_jax.types import BatchStream
 
 FORMAT = 1
 MANIFEST, PLAN = 'manifest.json', 'plan.json'
 ID = 'id'
-# Encoded images of a streamed set that its digest looks at.
-_SAMPLED = 256
 
 
 class CacheError(ValueError):
@@ -229,91 +224,6 @@ class CachedBatches:
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes to where batches stood."""
     self.batches.set_state(state)
-
-
-def make_fingerprint(
-  variables: Variables,
-  examples: Split,
-  *,
-  network: Mapping[str, Any],
-  augmentation: Mapping[str, Any],
-  order: Any = None,
-) -> dict[str, Any]:
-  """What a teacher's outputs depend on, as JSON values.
-
-  Args:
-    variables: of the teacher; their names, shapes, dtypes and values count.
-    examples: their ids and values count, of streamed images the bytes
-      of some that are spread evenly.
-    network: what else the teacher's function is made from, such as the words
-      of its model and its precision.
-    augmentation: all that changes what the teacher sees of an image, with the
-      seed.
-    order: where an example's partners in a batch matter, what decides them,
-      such as the seed of the order; None where they do not.
-
-  Raises:
-    ValueError: for values that are not JSON.
-  """
-  made = {
-    'teacher': {
-      'weights': _variables_digest(variables),
-      'network': dict(network),
-      'matmul_precision': jax.config.values['jax_default_matmul_precision'],
-    },
-    'data': {
-      'examples': len(examples),
-      'ids': _digest([examples.id]),
-      'images': _digest(_values(examples)),
-    },
-    'augmentation': dict(augmentation),
-    'order': order,
-  }
-  return checkpoint_format.as_json(made, 'The fingerprint')
-
-
-def _variables_digest(variables: Variables) -> str:
-  parts: list[Any] = []
-  leaves = jax.device_get(jax.tree.leaves(variables))
-  for name, leaf in zip(rules.leaf_names(variables), leaves, strict=True):
-    about = f'{name} {leaf.dtype} {leaf.shape}'
-    parts += [about.encode(), leaf]
-  return _digest(parts)
-
-
-def _values(examples: Split) -> Iterable[Any]:
-  if isinstance(examples, ImageData):
-    return [str(examples.image.shape).encode(), examples.image]
-  if isinstance(examples, StreamedImages):
-    count = min(_SAMPLED, len(examples))
-    chosen = np.linspace(0, len(examples) - 1, count).astype(int)
-    ids = examples.id[chosen].tolist()
-    return (examples.records[i]['image'] for i in ids)
-  return (
-    part
-    for name, array in sorted(examples.read(np.arange(len(examples))).items())
-    for part in (f'{name} {array.dtype} {array.shape}'.encode(), array)
-  )
-
-
-def _digest(parts: Iterable[Any]) -> str:
-  digest = hashlib.sha256()
-  for part in parts:
-    if isinstance(part, bytes):
-      digest.update(part)
-    else:
-      digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-  return digest.hexdigest()
-
-
-def differences(there: Any, here: Any) -> list[str]:
-  """Phrases that name the entries in which two fingerprints differ."""
-  return checkpoint_format.differences(
-    *(
-      {k: json.dumps(v) for k, v in workdir.flatten(values).items()}
-      for values in (there, here)
-    )
-  )
 
 
 def shard_names(layout: Mapping[str, Any], epoch: int) -> list[str]:

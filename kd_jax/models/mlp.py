@@ -19,12 +19,14 @@ class MLP(nn.Module):
     hidden: width of each hidden layer.
     dropout: rate after each hidden layer.
     dtype: dtype of the computation; parameters are float32.
+    reads: the entry of a batch that it sees.
   """
 
   num_classes: int
   hidden: Sequence[int] = (256, 256)
   dropout: float = 0.0
   dtype: jax.typing.DTypeLike = 'float32'
+  reads: str = 'image'
 
   @property
   def taps(self) -> layers.Taps:

@@ -320,7 +320,7 @@ def _protocol(run: Run) -> list[str]:
     'Every term is a mean over the batch; soft targets are KL(teacher || '
     'student), summed over classes, times T squared.',
     'student alone and distilled start from the same weights and see the same '
-    'crops for the same number of steps.',
+    'batches, equally augmented, for the same number of steps.',
     'FLOPs: 2 x multiply-accumulates of convolutions and matrix products for '
     'one example; zeros are counted.',
     'Latency: median (quartiles) of 30 calls, all models in turns, from raw '

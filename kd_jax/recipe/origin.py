@@ -78,14 +78,16 @@ def check(run: Run) -> dict[str, dict[str, str]]:
   """What identifies the data of a run, the same as it was.
 
   Returns:
-    name of a data set -> see `data.identity`.
+    name of a data set -> see `tasks.Task.identity`.
 
   Raises:
     ValueError: if a directory that was started has other data.
   """
-  c = run.config.data
-  names = filter(None, (c.name, c.transfer.name))
-  found = {n: data.identity(n, data_dir=c.data_dir or None) for n in names}
+  c, identity = run.config.data, run.task.identity
+  if identity is None:
+    found = {c.name: {'train': data.digest(run.splits['train'])}}
+  else:
+    found = identity(c)
   path = run.workdir.place / _FILE
   if path.exists():
     for name, files in read_json(path)['data'].items():

@@ -19,6 +19,11 @@ class Look(NamedTuple):
   higher: bool
 
   @property
+  def heading(self) -> str:
+    """Its title as the first word of a line."""
+    return f'{self.title[:1].upper()}{self.title[1:]}'
+
+  @property
   def unit(self) -> str:
     """What follows its title on axes and over columns; '' without one."""
     return ' (%)' if self.percent else ''

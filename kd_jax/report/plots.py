@@ -158,8 +158,7 @@ def figure(
 def draw_quality(ax: Any, report: Report) -> bool:
   """Draws the quality by step: of evaluations, else of training batches."""
   look = quality_of(report)
-  name = look.title.capitalize() if look.title.islower() else look.title
-  _label(ax, name, 'training step', f'{look.title}{look.unit}')
+  _label(ax, look.heading, 'training step', f'{look.title}{look.unit}')
   ends = []
   for i, (stage, curve) in enumerate(_curves(report).items()):
     color, line = _look(stage, i)

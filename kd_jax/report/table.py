@@ -143,7 +143,7 @@ def reading_notes(report: Report) -> list[str]:
   error = standard_error(report, quality.of(find_model(report, 'teacher')))
   points = ' in percentage points' if quality.percent else ''
   notes = [
-    f'{quality.title.capitalize()}: beside or under it, the difference from '
+    f'{quality.heading}: beside or under it, the difference from '
     f'the teacher{points}.'
   ]
   if n and error is not None:
@@ -152,8 +152,9 @@ def reading_notes(report: Report) -> list[str]:
       f'{100 * error:.{digits_of(report)}f} points.'
     )
   named = {look.name for look in others}
+  meaning = ' '.join(t for name, t in _MEANING.items() if name in named)
+  notes += [meaning] if meaning else []
   notes += [
-    ' '.join(text for name, text in _MEANING.items() if name in named),
     'Size: 1 KB is 1000 bytes; beside or under it, the size relative to the '
     'teacher.',
   ]

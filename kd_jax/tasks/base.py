@@ -39,6 +39,8 @@ class Task(NamedTuple):
       pre-processing has to know of the data.
     preprocess: `(config, statistics) -> preprocess`, and that
       `(batch, *, train) -> batch`, on the devices.
+    identity: `(config.data) -> data set -> file -> digest`, what a run that
+      goes on must find as it was; None for a digest of the train split.
     teacher_input: `(config, statistics, forward) -> forward`: a teacher's
       function behind an input of its own.
     drawn: fields of `config.data` for what pre-processing draws at random in
@@ -59,6 +61,9 @@ class Task(NamedTuple):
   preprocess: Callable[
     [ml_collections.ConfigDict, Mapping[str, Any]], Preprocess
   ] = _as_it_is
+  identity: (
+    Callable[[ml_collections.ConfigDict], dict[str, dict[str, str]]] | None
+  ) = None
   teacher_input: Callable[
     [ml_collections.ConfigDict, Mapping[str, Any], StudentFn], StudentFn
   ] = lambda c, statistics, forward: forward

@@ -40,6 +40,11 @@ def _load(c: ml_collections.ConfigDict, split: str) -> data.Split:
   )
 
 
+def _identity(c: ml_collections.ConfigDict) -> dict[str, dict[str, str]]:
+  names = filter(None, (c.name, c.transfer.name))
+  return {n: data.identity(n, data_dir=c.data_dir or None) for n in names}
+
+
 def _limit(c: ml_collections.ConfigDict, split: str) -> int:
   if split == 'transfer':
     return c.transfer.max_examples
@@ -162,6 +167,7 @@ CLASSIFICATION = Task(
   labels=_labels,
   statistics=_statistics,
   preprocess=_preprocess,
+  identity=_identity,
   teacher_input=_teacher_input,
   drawn=('crop_padding', 'flip', 'mixup', 'image_size'),
   stand_in=_stand_in,
