@@ -1,4 +1,5 @@
-"""The files of the README's section "Extend it": one run with all of them."""
+"""The files of the README's section "Extend it": one run with most of them,
+and one for the task, whose networks see no images."""
 
 import functools
 import pathlib
@@ -6,7 +7,7 @@ import re
 
 import pytest
 
-from kd_jax import cli, models, terms
+from kd_jax import cli, models, tasks, terms
 from kd_jax.export import exporters
 from kd_jax.recipe import words
 from kd_jax.report import measure, read_report
@@ -49,7 +50,7 @@ def get_config():
 
 
 def test_there_is_a_file_for_each_kind():
-  kinds = ('loss', 'model', 'data', 'score', 'observer', 'exporter')
+  kinds = ('loss', 'model', 'data', 'task', 'score', 'observer', 'exporter')
   assert sorted(FILES) == sorted(f'my_{kind}.py' for kind in kinds)
 
 
@@ -58,7 +59,8 @@ def test_there_is_a_file_for_each_kind():
 @pytest.mark.usefixtures('quick_compilation')
 def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
   for name, text in {**FILES, 'together.py': TOGETHER}.items():
-    (tmp_path / name).write_text(text)
+    if name != 'my_task.py':
+      (tmp_path / name).write_text(text)
   # What the files register goes when this test ends.
   monkeypatch.setitem(terms.TERMS, 'cosine', None)
   monkeypatch.setitem(models.MODELS, 'shallow', None)
@@ -86,3 +88,29 @@ def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
   assert own['accuracy'] == integer['accuracy'] and own['bytes'] > 0
   assert own['note'] == 'for the platform of the run'
   assert pruned['nonzero_parameters'] < 0.25 * pruned['parameters']
+
+
+@pytest.mark.slow
+@pytest.mark.once
+@pytest.mark.usefixtures('quick_compilation')
+def test_a_run_of_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(tasks.TASKS, 'diabetes', None)
+  latencies = functools.partial(measure.latencies, runs=2)
+  monkeypatch.setattr(measure, 'latencies', latencies)
+  config, workdir = tmp_path / 'my_task.py', tmp_path / 'run'
+  config.write_text(FILES['my_task.py'])
+  arguments = [f'--config={config}', f'--workdir={workdir}']
+  assert cli.main(['run', *arguments]) == 0
+
+  report = read_report(workdir / 'report')
+  rows = {row['name']: row for row in report['models']}
+  # The mean predicts with an error of 1: what was learned stays to the end.
+  assert all(row['mse'] < 0.8 for row in rows.values())
+  assert rows['ONNX int8']['mse'] == pytest.approx(
+    rows['integer (JAX)']['mse'], abs=1e-3
+  )
+  assert report['curves']['distilled']['eval_mse'][-1] < 0.8
+  aims = {aim['text']: aim['met'] for aim in report['aims']}
+  assert aims['teacher MSE at most 0.600'] == (rows['teacher']['mse'] <= 0.6)
+  shown = capsys.readouterr().out
+  assert 'MSE' in shown and 'accuracy' not in shown
