@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from kd_jax.cli import parsing
 from kd_jax.cli.flags import COMMANDS as COMMANDS
 from kd_jax.cli.usage import USAGE
-from kd_jax.sharding import hosts
+from kd_jax.sharding import processes
 from kd_jax.sharding.preemption import REQUEUE, Preempted, stoppable
 
 
@@ -56,12 +56,12 @@ def _run(command: str, *words: str) -> int:
   work = getattr(commands, command.replace('-', '_'))
   if not COMMANDS[command].several:
     return work(values)
-  hosts.initialize(
+  processes.initialize(
     values.coordinator,
     values.num_processes,
     values.process_id,
     initialization_timeout=values.initialization_timeout,
     heartbeat_timeout=values.heartbeat_timeout,
   )
-  with hosts.as_one():
+  with processes.as_one():
     return work(values)
