@@ -84,6 +84,7 @@ def _broadcast(graph: Graph, eqn: Any, x: Value) -> Value:
 
 
 def concatenate(graph: Graph, eqn: Any, *values: Value) -> Value:
+  """Values one after the other along an axis."""
   axis = eqn.params['dimension']
   parts = [
     graph.full(graph.real(v), atom.aval.shape)
