@@ -18,7 +18,7 @@ from kd_jax.recipe import compare as compare_lib
 from kd_jax.recipe.run import Run
 from kd_jax.report import comparison, tradeoff
 from kd_jax.report.plan import print_plan
-from kd_jax.sharding import hosts
+from kd_jax.sharding import hosts, processes
 from kd_jax.storage import mirror
 from kd_jax.storage.workdir import Workdir, flatten, frozen, write_json
 from kd_jax.train import compile_cache
@@ -162,7 +162,7 @@ def _agree(config: Mapping[str, Any], **options: Any) -> None:
     for key, value in flatten(config).items()
     if key != 'data.data_dir'  # hosts may keep their data where they like
   }
-  hosts.check_agreement(settings | options)
+  processes.check_agreement(settings | options)
 
 
 def launch(values: Any) -> int:

@@ -1,10 +1,12 @@
 """Messages and exit codes of the command line."""
 
 import pathlib
+import re
 
 import pytest
 
-from kd_jax import cli
+from kd_jax import cli, launch
+from kd_jax.cli import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / 'configs' / 'digits.py') + ':tiny'
@@ -103,3 +105,16 @@ def test_help_names_every_command(capsys):
   printed = capsys.readouterr().out
   for command in cli.COMMANDS:
     assert f'kd-jax {command}' in printed
+
+
+def test_help_names_every_flag(capsys):
+  cli.main(['--help'])
+  told = set(re.findall(r'--([a-z_]+)', capsys.readouterr().out))
+  known = [flags.DEBUG, *flags.PROCESSES]
+  known += [f for command in flags.COMMANDS.values() for f in command.flags]
+  known += [f for place in flags.PLACES.values() for f in place]
+  names = {flag.name for flag in known}
+  names |= {command.config for command in flags.COMMANDS.values()}
+  # The place is no flag to those who type.
+  assert told == names - {'', 'place'}
+  assert tuple(flags.PLACES) == launch.PLACES

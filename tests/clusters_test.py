@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from kd_jax.sharding import clusters, hosts
+from kd_jax.sharding import clusters, hosts, processes
 
 SLURM = {
   'SLURM_JOB_ID': '7',
@@ -120,7 +120,7 @@ def test_the_cpu_of_a_machine_without_one_is_not(tmp_path, files, devices):
 )
 def test_wrong_addresses_are_named(arguments, message):
   with pytest.raises(ValueError, match=message):
-    hosts.initialize(*arguments)
+    processes.initialize(*arguments)
 
 
 def test_one_process_needs_nothing(monkeypatch):
@@ -128,8 +128,8 @@ def test_one_process_needs_nothing(monkeypatch):
     raise AssertionError(arguments)
 
   monkeypatch.setattr('jax.distributed.initialize', refuse)
-  hosts.initialize()
-  hosts.initialize(':1', 1, 0)
+  processes.initialize()
+  processes.initialize(':1', 1, 0)
 
 
 def _joined(monkeypatch, *arguments):
@@ -138,7 +138,9 @@ def _joined(monkeypatch, *arguments):
   monkeypatch.setattr(
     'jax.distributed.initialize', lambda **options: calls.append(options)
   )
-  hosts.initialize(*arguments, initialization_timeout=7, heartbeat_timeout=9)
+  processes.initialize(
+    *arguments, initialization_timeout=7, heartbeat_timeout=9
+  )
   return calls[0]
 
 

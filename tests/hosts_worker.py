@@ -18,7 +18,7 @@ import optax
 
 from kd_jax import adapters, data, models, objectives, prune, sharding, step
 from kd_jax import train as train_lib
-from kd_jax.sharding import hosts
+from kd_jax.sharding import hosts, processes
 from kd_jax.sharding.layout import Layout
 from kd_jax.storage import checkpoint as checkpoint_lib
 from kd_jax.storage import lock
@@ -146,15 +146,15 @@ def main(index, port, directory):
   """What one of two processes does."""
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 2)
-  hosts.initialize(f':{port}', 2, index, initialization_timeout=240)
+  processes.initialize(f':{port}', 2, index, initialization_timeout=240)
   found = {
     'processes': jax.process_count(),
     'first': hosts.is_first(),
     'exchanged': hosts.exchange('ä' * index),
-    'agreed': error_of(lambda: hosts.check_agreement({'seed': 1})),
-    'settings': error_of(lambda: hosts.check_agreement({'seed': index})),
+    'agreed': error_of(lambda: processes.check_agreement({'seed': 1})),
+    'settings': error_of(lambda: processes.check_agreement({'seed': index})),
     'packages': error_of(
-      lambda: hosts.check_agreement({}, packages={'jax': f'0.{index}'})
+      lambda: processes.check_agreement({}, packages={'jax': f'0.{index}'})
     ),
     'value': hosts.on_first(lambda: {'by': index}),
     'failed': error_of(lambda: hosts.on_first(lambda: {}['missing'])),

@@ -12,7 +12,7 @@ import pytest
 
 import kd_jax
 from kd_jax import cli, launch
-from kd_jax.launch import gcloud, jobset
+from kd_jax.launch import accelerators, gcloud, jobset
 from kd_jax.sharding import preemption
 
 pytestmark = pytest.mark.once
@@ -250,9 +250,9 @@ def test_every_worker_gets_the_same_library(tmp_path):
 @pytest.mark.parametrize('text', ['v5e', 'v9-8', 'v6e'])
 def test_an_unknown_accelerator_gets_one_sentence(text):
   with pytest.raises(ValueError, match='accelerator'):
-    gcloud.runtime_version(text)
+    accelerators.runtime_version(text)
   with pytest.raises(ValueError, match='accelerator'):
-    jobset.slice_of(text)
+    accelerators.slice_of(text)
 
 
 def test_a_jobset_asks_for_all_chips_of_the_slice():
@@ -289,10 +289,10 @@ def test_a_jobset_asks_for_all_chips_of_the_slice():
     ('v5p-8', 1, 4),
     ('v4-32', 4, 4),
   ):
-    found = jobset.slice_of(accelerator)
+    found = accelerators.slice_of(accelerator)
     assert (found.hosts, found.chips) == (hosts, chips)
   with pytest.raises(ValueError, match="size of v6e '3'"):
-    jobset.slice_of('v6e-3')
+    accelerators.slice_of('v6e-3')
   for name in ('Run 1', '-x', 'a;b', ''):
     with pytest.raises(ValueError, match='lower-case'):
       jobset.jobset(name, 'v6e-8', RUN, image='i', config='{}')

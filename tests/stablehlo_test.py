@@ -14,8 +14,8 @@ import pytest
 import safetensors.flax
 
 from kd_jax import adapters, deploy, export, models, quantize
+from kd_jax.export import artefact as artefact_lib
 from kd_jax.export import manifest as manifest_lib
-from kd_jax.export import stablehlo
 from kd_jax.export.manifest import FILES, FIXED, GOLDEN, NAME, SYMBOLIC, WEIGHTS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -384,7 +384,7 @@ def unreadable(program):
 def test_falls_back_to_the_twin_for_one_image(artefact, monkeypatch):
   rewrite_manifest(artefact, lambda m: m['versions'].update(jax='99.1'))
   expected = export.load_stablehlo(artefact).predict(images(7))
-  monkeypatch.setattr(stablehlo, '_any_batch', unreadable)
+  monkeypatch.setattr(artefact_lib, '_any_batch', unreadable)
   with pytest.warns(UserWarning) as warned:
     loaded = export.load_stablehlo(artefact)
   [message] = [str(w.message) for w in warned]
@@ -397,8 +397,8 @@ def test_falls_back_to_the_twin_for_one_image(artefact, monkeypatch):
 
 
 def test_neither_program_runs(artefact, monkeypatch):
-  monkeypatch.setattr(stablehlo, '_any_batch', unreadable)
-  monkeypatch.setattr(stablehlo, '_one_by_one', unreadable)
+  monkeypatch.setattr(artefact_lib, '_any_batch', unreadable)
+  monkeypatch.setattr(artefact_lib, '_one_by_one', unreadable)
   with pytest.raises(export.ArtefactError) as e:
     export.load_stablehlo(artefact)
   assert str(artefact / FIXED) in str(e.value)

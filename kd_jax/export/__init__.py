@@ -3,8 +3,8 @@
 Loads no ONNX package: that format is in `kd_jax.export.onnx`.
 """
 
+from kd_jax.export.artefact import Artefact as Artefact
+from kd_jax.export.artefact import load_stablehlo as load_stablehlo
 from kd_jax.export.manifest import ArtefactError as ArtefactError
 from kd_jax.export.manifest import artefact_bytes as artefact_bytes
-from kd_jax.export.stablehlo import Artefact as Artefact
 from kd_jax.export.stablehlo import export_stablehlo as export_stablehlo
-from kd_jax.export.stablehlo import load_stablehlo as load_stablehlo

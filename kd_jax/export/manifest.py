@@ -3,7 +3,8 @@
 An artefact is a directory of `FILES` and `manifest.json`, which says what they
 are and holds the SHA-256 of each, and its own. One flipped byte in an exported
 program is accepted by JAX and gives wrong numbers, so nothing is used that was
-not verified. Owns neither programs nor arrays: those are in `stablehlo`.
+not verified. Owns neither programs nor arrays: `stablehlo` writes
+those, and `artefact` reads them.
 """
 
 import hashlib

@@ -1,155 +1,28 @@
-"""An ONNX graph under construction: values, their layouts, and nodes.
+"""An ONNX graph under construction: nodes and constants, written in order.
 
-Owns what all primitives share; what one of them becomes is in
-`onnx_primitives`, and the walk over a traced function in `onnx_trace`.
-
-A value is one of
-  Const     known at export: a numpy array;
-  Codes     known at export: integers and their scale;
-  Tensor    computed by the graph;
-  Deferred  a Tensor whose node is not written yet, as its reader may know a
-            better one: a convolution may take the bias that follows it.
-Size-1 axes broadcast lazily: a Const or Tensor may have size 1 along an axis
-where the traced value is larger. Batch sizes are symbolic.
+Owns the nodes that several primitives need, such as those that change a
+layout; what one primitive becomes is in `onnx_primitives`, and the walk over a
+traced function in `onnx_trace`.
 """
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Const:
-  """An array that is known at export."""
-
-  array: np.ndarray
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Of the array; size-1 axes broadcast."""
-    return self.array.shape
-
-  def view(self, change: Callable[[np.ndarray], np.ndarray]) -> 'Const':
-    """The array, transposed or reshaped."""
-    return Const(change(self.array))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Codes:
-  """Integers that are known at export, and the scale of each channel.
-
-  Attributes:
-    code: int8 or int32, symmetric.
-    scale: float32 of the same rank, broadcastable to `code`.
-  """
-
-  code: np.ndarray
-  scale: np.ndarray
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Of the codes."""
-    return self.code.shape
-
-  def view(self, change: Callable[[np.ndarray], np.ndarray]) -> 'Codes':
-    """The codes, transposed or reshaped in a way that the scale can follow."""
-    return Codes(change(self.code), change(self.scale))
-
-  @property
-  def array(self) -> np.ndarray:
-    """The real values."""
-    return self.code.astype(np.float32) * self.scale
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tensor:
-  """An output of a node.
-
-  Attributes:
-    name: in the graph.
-    shape: in the order of the traced function; size-1 axes broadcast.
-    perm: axis i of the graph's tensor is axis perm[i] of the traced value.
-    grid: None for real values; for activation codes their scale and the
-      zero point of the uint8 that the graph holds. The traced codes are int8:
-      128 less.
-  """
-
-  name: str
-  shape: tuple[Any, ...]
-  perm: tuple[int, ...]
-  grid: tuple[float, int] | None = None
-
-  def without(
-    self, axes: Sequence[int]
-  ) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """Shape and layout that are left when the axes are gone."""
-    kept = [i for i in range(len(self.shape)) if i not in axes]
-    shape = tuple(self.shape[i] for i in kept)
-    return shape, tuple(kept.index(p) for p in self.perm if p in kept)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Deferred:
-  """A tensor whose node is not written yet.
-
-  Attributes:
-    kind: 'linear', 'total' or 'padded'.
-    emit: writes the node; without arguments as traced. `emit(bias)` of
-      'linear' adds a Const or Codes `[O]`; `emit(True)` of 'total' takes the
-      mean.
-    shape: as Tensor's.
-    detail: what a reader must know: the number of channels O of 'linear' and
-      their axis, the number of summands of 'total', the unpadded value and
-      its edges of 'padded'.
-  """
-
-  kind: str
-  emit: Callable[..., Tensor]
-  shape: tuple[Any, ...]
-  detail: Any
-
-  @functools.cached_property
-  def tensor(self) -> Tensor:
-    """As traced, written once."""
-    return self.emit()
-
-
-Value: TypeAlias = Const | Codes | Tensor | Deferred
-
-
-def is_one(size: Any) -> bool:
-  """Whether an axis has size 1; a symbolic one has not."""
-  return isinstance(size, int) and size == 1
-
-
-def identity(rank: int) -> tuple[int, ...]:
-  """The layout of the traced function."""
-  return tuple(range(rank))
-
-
-def scalar(value: Value) -> Any:
-  """The number that a constant holds everywhere, or None."""
-  if isinstance(value, Const) and value.array.size == 1:
-    return value.array.reshape(())[()]
-  return None
-
-
-def unsupported(eqn: Any, what: str) -> ValueError:
-  """An error for an equation whose primitive is known, used in another way."""
-  return ValueError(
-    f'export_onnx: {eqn.primitive.name} with {what} has no ONNX form here.'
-  )
-
-
-def _each(array: np.ndarray, axis: int, step: int) -> np.ndarray:
-  """Every so manieth element along an axis."""
-  return array.take(range(0, array.shape[axis], step), axis)
+from kd_jax.export.onnx_values import (
+  Codes,
+  Const,
+  Deferred,
+  Tensor,
+  Value,
+  identity,
+  is_one,
+)
 
 
 class Graph:
@@ -221,13 +94,13 @@ class Graph:
         step
         for step in range(size, 0, -1)
         if size % step == 0
-        and (np.repeat(_each(scale, axis, step), step, axis) == scale).all()
+        and (np.repeat(_every(scale, step, axis), step, axis) == scale).all()
       )
       if 1 < step < size:
         split = (size // step, step)
         code, scale = (
           a.reshape(*a.shape[:axis], *own, *a.shape[axis + 1 :])
-          for a, own in ((code, split), (_each(scale, axis, step), (-1, 1)))
+          for a, own in ((code, split), (_every(scale, step, axis), (-1, 1)))
         )
         break
     to = helper.np_dtype_to_tensor_dtype(np.dtype(np.float32))
@@ -329,46 +202,42 @@ class Graph:
 
   def quantize(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
     """uint8 codes; the same codes are computed once."""
-
-    def emit():
-      grid = self._grid_constants(scale, zero_point)
-      name = self.node('QuantizeLinear', x.name, *grid)
-      return dataclasses.replace(x, name=name, grid=(scale, zero_point))
-
-    return self._on_grid('quantize', x.name, scale, zero_point, emit)
+    grid = (scale, zero_point)
+    return self._on_grid('QuantizeLinear', x, scale, zero_point, grid)
 
   def dequantize(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
     """Real values of codes; the same values are computed once."""
-
-    def emit():
-      grid = self._grid_constants(scale, zero_point)
-      name = self.node('DequantizeLinear', x.name, *grid)
-      return dataclasses.replace(x, name=name, grid=None)
-
     # A runtime fuses a quantizer and a dequantizer of equal scales only.
-    assert x.grid is not None
-    if np.isclose(x.grid[0], scale, rtol=1e-6, atol=0):
+    if x.grid is not None and _same_scale(x.grid[0], scale):
       scale = x.grid[0]
-    return self._on_grid('dequantize', x.name, scale, zero_point, emit)
-
-  def _grid_constants(self, scale: float, zero_point: int) -> tuple[str, str]:
-    constants = np.float32(scale), np.uint8(zero_point)
-    return self.constant(constants[0]), self.constant(constants[1])
+    return self._on_grid('DequantizeLinear', x, scale, zero_point, None)
 
   def _on_grid(
     self,
-    kind: str,
-    name: str,
+    operator: str,
+    x: Tensor,
     scale: float,
     zero_point: int,
-    emit: Callable[[], Tensor],
+    grid: tuple[float, int] | None,
   ) -> Tensor:
     # Two observers of one tensor may disagree by the rounding of two
     # differently compiled sums; a second quantizer would cost the layer
     # before it its integer kernel.
-    known = self._grids.setdefault((kind, name, zero_point), [])
+    known = self._grids.setdefault((operator, x.name, zero_point), [])
     for other, tensor in known:
-      if np.isclose(other, scale, rtol=1e-6, atol=0):
+      if _same_scale(other, scale):
         return tensor
-    known.append((scale, emit()))
-    return known[-1][1]
+    constants = np.float32(scale), np.uint8(zero_point)
+    name = self.node(operator, x.name, *map(self.constant, constants))
+    made = dataclasses.replace(x, name=name, grid=grid)
+    known.append((scale, made))
+    return made
+
+
+def _every(array: np.ndarray, step: int, axis: int) -> np.ndarray:
+  """The first of every `step` elements along an axis."""
+  return array.take(range(0, array.shape[axis], step), axis)
+
+
+def _same_scale(one: float, other: float) -> bool:
+  return bool(np.isclose(one, other, rtol=1e-6, atol=0))

@@ -1,6 +1,7 @@
 """What reductions, pooling, padding and layers become in ONNX.
 
-Every function is a handler of `onnx_primitives.PRIMITIVES`.
+Owns the primitives that compute an entry from many, and pads for them. Every
+public function is a handler of `onnx_primitives.PRIMITIVES`.
 """
 
 import math
@@ -9,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.export.onnx_graph import (
+from kd_jax.export.onnx_graph import Graph
+from kd_jax.export.onnx_values import (
   Codes,
   Const,
   Deferred,
-  Graph,
   Tensor,
   Value,
   identity,

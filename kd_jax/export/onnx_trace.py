@@ -1,4 +1,8 @@
-"""From a traced function to an ONNX model: the walk over its equations."""
+"""From a traced function to an ONNX model: the walk over its equations.
+
+Owns the model around the graph, and what is computed at export because it
+depends on constants alone. What one equation becomes is in `onnx_primitives`.
+"""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -9,15 +13,17 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from kd_jax.export import onnx_primitives
-from kd_jax.export.onnx_graph import (
+from kd_jax.export.onnx_elementwise import ELEMENTWISE
+from kd_jax.export.onnx_graph import Graph
+from kd_jax.export.onnx_primitives import FUNCTIONS, PRIMITIVES
+from kd_jax.export.onnx_values import (
   Codes,
   Const,
-  Graph,
   Tensor,
   Value,
   identity,
 )
+from kd_jax.export.onnx_views import VIEWS
 
 # Opset 21 and its IR know output_dtype, with which onnxruntime refuses
 # quantized graphs that it runs well at 20.
@@ -58,7 +64,7 @@ def interpret(
 def _equation(graph: Graph, eqn: Any, inputs: list[Value]) -> list[Value]:
   name = eqn.primitive.name
   if name in _CALLS:
-    known = onnx_primitives.FUNCTIONS.get(eqn.params.get('name'))
+    known = FUNCTIONS.get(eqn.params.get('name'))
     output = known(graph, eqn, *inputs) if known else None
     if output is not None:
       return [output]
@@ -67,11 +73,11 @@ def _equation(graph: Graph, eqn: Any, inputs: list[Value]) -> list[Value]:
     constants = _evaluate(eqn, inputs)
     if constants is not None:
       return constants
-  handler = onnx_primitives.PRIMITIVES.get(name)
+  handler = PRIMITIVES.get(name)
   if handler is None:
     raise ValueError(
       f'export_onnx: the primitive {name!r} has no ONNX form here. Known: '
-      f'{", ".join(sorted(onnx_primitives.PRIMITIVES))}.'
+      f'{", ".join(sorted(PRIMITIVES))}.'
     )
   made = handler(graph, eqn, *inputs)
   return made if isinstance(made, list) else [made]
@@ -95,11 +101,11 @@ def _const(array: Any) -> Const:
 def _evaluate(eqn: Any, inputs: list[Any]) -> list[Value] | None:
   """The equation's outputs as constants, or None where only a handler can."""
   # dim_as_value is the batch size, which has no value at export.
-  if eqn.primitive.name in (*onnx_primitives.VIEWS, 'dim_as_value'):
+  if eqn.primitive.name in (*VIEWS, 'dim_as_value'):
     return None
   shapes = [v.aval.shape for v in eqn.invars]
   arrays = [np.asarray(v.array) for v in inputs]
-  if eqn.primitive.name in onnx_primitives.ELEMENTWISE:
+  if eqn.primitive.name in ELEMENTWISE:
     arrays = list(np.broadcast_arrays(*arrays))
   else:
     sizes = itertools.chain(*shapes, *(v.aval.shape for v in eqn.outvars))

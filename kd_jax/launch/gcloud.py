@@ -1,8 +1,8 @@
 """What is said to `gcloud` to run something on a Cloud TPU.
 
 Owns the words of the commands, what is installed on a machine and where its
-run leaves its exit code; in which order and how often is in `launch`. Nothing
-is run from here.
+run leaves its exit code. In which order is in `plans`, and how often in
+`launches`; nothing is run from here.
 """
 
 import dataclasses
@@ -14,20 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import kd_jax
-from kd_jax import rules
+from kd_jax.launch import accelerators
 
 RUNNING = 'running'
+_TPUS = ('gcloud', 'compute', 'tpus')
 _LOG, _PID, _CODE = 'kd_jax.log', 'kd_jax.pid', 'kd_jax.code'
 _PYTHON = '3.12'
-# https://cloud.google.com/tpu/docs/runtimes
-_RUNTIMES = {
-  'v6e': 'v2-alpha-tpuv6e',
-  'v5p': 'v2-alpha-tpuv5',
-  'v5litepod': 'v2-alpha-tpuv5-lite',
-  'v4': 'tpu-ubuntu2204-base',
-  'v3': 'tpu-ubuntu2204-base',
-  'v2': 'tpu-ubuntu2204-base',
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +44,11 @@ class Machine:
   spot: bool = False
   queued: bool = False
 
+  @property
+  def resource(self) -> str:
+    """What gcloud calls that which is asked for."""
+    return 'queued-resources' if self.queued else 'tpu-vm'
+
 
 class Command(NamedTuple):
   """A command and what it is for.
@@ -68,57 +65,44 @@ class Command(NamedTuple):
     return f'# {self.why}\n{shlex.join(self.words)}'
 
 
-def runtime_version(accelerator: str) -> str:
-  """The TPU software for JAX on a kind of accelerator.
-
-  Raises:
-    ValueError: for a text that is no accelerator, such as 'v5e'.
-
-  Example:
-    >>> runtime_version('v5litepod-16')
-    'v2-alpha-tpuv5-lite'
-  """
-  match = re.fullmatch(r'([a-z0-9]+)-(\d+)', accelerator)
-  if match is None:
-    raise ValueError(
-      f'{accelerator!r} is no accelerator: use a type and a size such as '
-      "'v5litepod-16' or 'v6e-8'."
-    )
-  return rules.choose('type of accelerator', match[1], _RUNTIMES)
+def _gcloud(
+  machine: Machine, resource: str, verb: str, *words: str
+) -> tuple[str, ...]:
+  return (*_TPUS, resource, verb, machine.name, *_where(machine), *words)
 
 
-def _gcloud(machine: Machine, kind: str, verb: str, *words: str) -> tuple:
-  project = [f'--project={machine.project}'] if machine.project else []
-  where = [f'--zone={machine.zone}', *project]
-  return ('gcloud', 'compute', 'tpus', kind, verb, machine.name, *where, *words)
+def _where(machine: Machine) -> tuple[str, ...]:
+  project = (f'--project={machine.project}',) if machine.project else ()
+  return (f'--zone={machine.zone}', *project)
 
 
 def create(machine: Machine) -> Command:
   """Asks for the machine."""
-  runtime = machine.runtime or runtime_version(machine.accelerator)
+  runtime = machine.runtime or accelerators.runtime_version(machine.accelerator)
   words = [f'--accelerator-type={machine.accelerator}']
-  kind = 'queued-resources' if machine.queued else 'tpu-vm'
   if machine.queued:
     words += [f'--node-id={machine.name}', f'--runtime-version={runtime}']
   else:
     words.append(f'--version={runtime}')
   words += ['--spot'] if machine.spot else []
-  return Command('create', _gcloud(machine, kind, 'create', *words))
+  return Command('create', _gcloud(machine, machine.resource, 'create', *words))
 
 
 def state(machine: Machine) -> Command:
   """Prints the state: READY, PREEMPTED, ...; of a request ACTIVE, ..."""
-  kind = 'queued-resources' if machine.queued else 'tpu-vm'
   value = 'state.state' if machine.queued else 'state'
-  words = _gcloud(machine, kind, 'describe', f'--format=value({value})')
+  words = _gcloud(
+    machine, machine.resource, 'describe', f'--format=value({value})'
+  )
   return Command('state', words)
 
 
 def delete(machine: Machine) -> Command:
   """Gives the machine back."""
-  kind = 'queued-resources' if machine.queued else 'tpu-vm'
   force = ['--force'] if machine.queued else []
-  return Command('delete', _gcloud(machine, kind, 'delete', *force, '--quiet'))
+  return Command(
+    'delete', _gcloud(machine, machine.resource, 'delete', *force, '--quiet')
+  )
 
 
 def on_workers(
@@ -131,10 +115,8 @@ def on_workers(
 
 def copy(machine: Machine, source: str, target: str) -> Command:
   """Copies a file to every worker."""
-  words = _gcloud(machine, 'tpu-vm', 'scp', '--worker=all')
-  # scp names the node after the file.
-  head, tail = words[:5], words[6:]
-  return Command('copy', (*head, source, f'{machine.name}:{target}', *tail))
+  words = ('tpu-vm', 'scp', source, f'{machine.name}:{target}')
+  return Command('copy', (*_TPUS, *words, *_where(machine), '--worker=all'))
 
 
 def set_up(machine: Machine, requirement: str) -> Command:

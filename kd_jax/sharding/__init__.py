@@ -1,8 +1,9 @@
 """Devices and processes: meshes, layouts, and the compilers of a step.
 
 `meshes` and `compilers` are what most callers want, and their functions are
-here; `layout` says where arrays lie, `clusters` and `hosts` start processes and
-keep them in step, and `preemption` turns signals into a clean end.
+here; `layout` says where arrays lie, `clusters` and `processes` start several
+processes, `hosts` is what they tell each other, and `preemption` turns signals
+into a clean end.
 """
 
 from kd_jax.sharding.compilers import COMPILERS as COMPILERS

@@ -2,7 +2,7 @@
 
 Owns what the environment, device files and the metadata server of a Cloud TPU
 say; touches no backend of JAX, which must not be used before
-`hosts.initialize`. Addresses and ranks are then found by JAX itself.
+`processes.initialize`. Addresses and ranks are then found by JAX itself.
 """
 
 import os

@@ -8,7 +8,6 @@ rules these out.
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -24,7 +23,9 @@ from etils import epath
 
 from kd_jax import rules
 from kd_jax.sharding import hosts
+from kd_jax.storage.files import brief
 from kd_jax.storage.files import seal as seal
+from kd_jax.storage.files import version as version
 
 FORMAT = 1
 # Bytes of a device's slice of an array that is worth a program of its own.
@@ -366,19 +367,6 @@ def as_json(value: Any, what: str) -> Any:
     return json.loads(json.dumps(value))
   except (TypeError, ValueError) as e:
     raise CheckpointError(f'{what} is not JSON: {e}.') from e
-
-
-def version(name: str) -> str | None:
-  """The installed version of a package, or None."""
-  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-    return importlib.metadata.version(name)
-  return None
-
-
-def brief(e: BaseException) -> str:
-  """The first line of an error; those of TensorStore run to sixty."""
-  text = f'{type(e).__name__}: {str(e).strip()}'.splitlines()[0]
-  return text if len(text) <= 160 else text[:157] + '...'
 
 
 @contextlib.contextmanager

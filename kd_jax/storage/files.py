@@ -1,9 +1,13 @@
 """Files that are written whole or not at all, and what tells their damage.
 
-Owns bytes and digests; nothing of what is in a file or where it lies.
+Owns bytes and digests, and what manifests and messages say beside them: the
+versions of packages, errors in short. Nothing of what is in a file or where it
+lies.
 """
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
@@ -55,3 +59,23 @@ def seal(entries: Mapping[str, Any]) -> dict[str, Any]:
   body = {key: x for key, x in entries.items() if key != 'sha256'}
   text = json.dumps(body, sort_keys=True)
   return {**body, 'sha256': hashlib.sha256(text.encode()).hexdigest()}
+
+
+def version(package: str) -> str | None:
+  """The installed version of a package, or None."""
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    return importlib.metadata.version(package)
+  return None
+
+
+def brief(error: BaseException) -> str:
+  """The kind and the first line of an error, of 160 characters at most.
+
+  Those of TensorStore run to sixty lines.
+
+  Example:
+    >>> brief(KeyError('step'))
+    "KeyError: 'step'"
+  """
+  text = f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0]
+  return text if len(text) <= 160 else text[:157] + '...'

@@ -1,0 +1,158 @@
+"""From the words of a command line to the values of its flags.
+
+Owns the reading of words and of the configuration file that they name; which
+flags there are is in `flags`.
+"""
+
+import contextlib
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags as absl_flags
+from ml_collections import config_flags
+
+from kd_jax import rules
+from kd_jax.cli.flags import COMMANDS, DEBUG, PLACES, PROCESSES, Flag
+from kd_jax.storage import mirror, workdir
+
+_DEFINE: dict[type, Callable[..., Any]] = {
+  str: absl_flags.DEFINE_string,
+  int: absl_flags.DEFINE_integer,
+  float: absl_flags.DEFINE_float,
+  bool: absl_flags.DEFINE_boolean,
+  list: absl_flags.DEFINE_list,
+}
+
+
+def parse(command: str, words: Sequence[str]) -> absl_flags.FlagValues:
+  """The values of a command's flags, and its configuration.
+
+  Args:
+    command: of `flags.COMMANDS`.
+    words: what follows it.
+
+  Returns:
+    The values, as attributes.
+
+  Raises:
+    ValueError: for words that the command does not take, or without those that
+      it needs.
+  """
+  kind = COMMANDS[command]
+  own: tuple[Flag, ...] = (*kind.flags, DEBUG)
+  if kind.several:
+    own += PROCESSES
+  if command == 'launch':
+    place, others = _place(words)
+    own += PLACES[place]
+    words = [f'--place={place}', *others]
+  values = absl_flags.FlagValues()
+  for flag in own:
+    define = _DEFINE[flag.kind]
+    define(flag.name, flag.default, None, flag_values=values)
+  words = _define_config(command, list(words), values)
+  _read(f'kd-jax {command}', words, values)
+  for flag in own:
+    if flag.needed and not values[flag.name].value:
+      raise ValueError(f'kd-jax {command} needs --{flag.name}={flag.needed}.')
+  return values
+
+
+def _place(words: Sequence[str]) -> tuple[str, Sequence[str]]:
+  """The place that `launch` names first, and the other words."""
+  if not words or words[0].startswith('-'):
+    raise ValueError(f'kd-jax launch needs a place: {", ".join(PLACES)}.')
+  rules.choose('place to launch on', words[0], PLACES)
+  return words[0], words[1:]
+
+
+def _read(
+  program: str, words: Sequence[str], values: absl_flags.FlagValues
+) -> None:
+  try:
+    with _arguments(program, words):
+      left = values(sys.argv)
+  except absl_flags.Error as e:
+    raise ValueError(f'{e}. See kd-jax --help.') from e
+  if left[1:]:
+    raise ValueError(f'{program} takes no argument {left[1]!r}.')
+
+
+@contextlib.contextmanager
+def _arguments(program: str, words: Sequence[str]) -> Iterator[None]:
+  """Sets sys.argv, where ml_collections looks for --config.KEY."""
+  argv, sys.argv = sys.argv, [program, *words]
+  try:
+    yield
+  finally:
+    sys.argv = argv
+
+
+def _define_config(
+  command: str, words: list[str], values: absl_flags.FlagValues
+) -> list[str]:
+  """Defines --config.KEY by the file that --config names; the other words."""
+  flag, example = COMMANDS[command].config, COMMANDS[command].example
+  if not flag:
+    return words
+  path, others = _taken(flag, words)
+  if path is None and command == 'run' and _started(words):
+    return words
+  if path is None:
+    raise ValueError(
+      f'kd-jax {command} needs --{flag}=FILE, such as {example}.'
+    )
+  config = _stored(path) if path.endswith('.json') else _executed(path)
+  _check_overrides(flag, config, others)
+  with _arguments(command, others):
+    config_flags.DEFINE_config_dict(flag, config, flag_values=values)
+  return others
+
+
+def _taken(flag: str, words: list[str]) -> tuple[str | None, list[str]]:
+  """What a flag is given, if it is, and the words without that."""
+  for i, word in enumerate(words):
+    name, equals, value = word.partition('=')
+    if name not in (f'-{flag}', f'--{flag}'):
+      continue
+    if equals:
+      return value, words[:i] + words[i + 1 :]
+    if i + 1 < len(words):
+      return words[i + 1], words[:i] + words[i + 2 :]
+  return None, words
+
+
+def _started(words: list[str]) -> bool:
+  """Whether the work directory has a configuration, which is all it takes."""
+  path, _ = _taken('workdir', words)
+  if not path:
+    return False
+  return (mirror.resolve(path) / 'config.json').exists()
+
+
+def _stored(path: str) -> Any:
+  stored = workdir.read_json(mirror.resolve(path))
+  if not isinstance(stored, dict):
+    raise ValueError(f'{path} holds no configuration.')
+  return ml_collections.ConfigDict(workdir.frozen(stored))
+
+
+def _executed(path: str) -> Any:
+  file, *variant = path.split(':', 1)
+  if not os.path.isfile(file):
+    raise ValueError(f'There is no configuration file {file!r}.')
+  return runpy.run_path(file)['get_config'](*variant)
+
+
+def _check_overrides(flag: str, config: Any, words: list[str]) -> None:
+  """Names the near misses of an unknown --config.KEY."""
+  known = workdir.flatten(config.to_dict())
+  for word in words:
+    match = re.match(rf'--(?:no)?{flag}\.([\w.]+)', word)
+    if match:
+      rules.choose(f'{flag} key', match[1], known)

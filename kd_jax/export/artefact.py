@@ -1,0 +1,238 @@
+"""StableHLO artefacts read again: verified, run on a test, and called.
+
+Owns loading; what stands in an artefact and how it is written is `stablehlo`'s,
+its files are `manifest`'s. A program runs whatever it says: load only artefacts
+that you trust.
+"""
+
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from jax import export
+
+from kd_jax.export import manifest as manifest_lib
+from kd_jax.export.manifest import ArtefactError
+from kd_jax.storage.files import brief
+
+# As safetensors names them. Its own reader of bytes knows no bfloat16.
+DTYPES = {
+  'BOOL': 'bool',
+  'I8': 'int8',
+  'U8': 'uint8',
+  'I16': 'int16',
+  'U16': 'uint16',
+  'I32': 'int32',
+  'U32': 'uint32',
+  'I64': 'int64',
+  'U64': 'uint64',
+  'F8_E4M3': 'float8_e4m3fn',
+  'F8_E5M2': 'float8_e5m2',
+  'F16': 'float16',
+  'BF16': 'bfloat16',
+  'F32': 'float32',
+  'F64': 'float64',
+}
+
+
+class Artefact:
+  """A model read from its files; `load_stablehlo` makes it.
+
+  Attributes:
+    manifest: what `manifest.json` says: `input`, `output`, `versions`,
+      `metadata` and more.
+    class_names: one name per logit, or empty.
+  """
+
+  def __init__(
+    self,
+    manifest: dict[str, Any],
+    call: Callable[[list[jax.Array], jax.Array], jax.Array],
+    weights: list[jax.Array],
+  ):
+    self.manifest = manifest
+    self.class_names = tuple(manifest['class_names'])
+    self._call = jax.jit(call)
+    self._weights = weights
+
+  def predict(self, images: jax.typing.ArrayLike) -> np.ndarray:
+    """The logits of a batch; compiles once per batch size.
+
+    Args:
+      images: `[B, H, W, C]`, B > 0, of the shape and dtype in
+        `manifest['input']`.
+
+    Returns:
+      `[B, C]` logits.
+
+    Raises:
+      ValueError: for images of another shape or dtype.
+    """
+    if not isinstance(images, jax.Array):
+      images = np.asarray(images)
+    self._check(images)
+    return np.asarray(self._call(self._weights, images))
+
+  def classify(self, images: jax.typing.ArrayLike) -> list[tuple[str, float]]:
+    """The most likely class of each image, and its probability.
+
+    Args:
+      images: as in `predict`.
+
+    Returns:
+      `(class name, softmax probability)` per image.
+
+    Raises:
+      ValueError: as in `predict`, or if the artefact has no class names.
+    """
+    if not self.class_names:
+      raise ValueError('classify: this artefact was exported without names.')
+    logits = self.predict(images).astype(np.float64)
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities = odds / odds.sum(-1, keepdims=True)
+    best = probabilities.argmax(-1)
+    return [
+      (self.class_names[i], float(p[i]))
+      for i, p in zip(best, probabilities, strict=True)
+    ]
+
+  def _check(self, images: np.ndarray | jax.Array) -> None:
+    spec = self.manifest['input']
+    shape = tuple(spec['shape'][1:])
+    fits = images.ndim > 0 and images.shape[0] > 0
+    if fits and images.shape[1:] == shape and images.dtype == spec['dtype']:
+      return
+    hint = ''
+    if tuple(images.shape) == shape:
+      hint = '; a single image needs a batch axis, image[None]'
+    raise ValueError(
+      f'predict: expected images {as_text(spec["dtype"], spec["shape"])}'
+      f'{_range_text(spec["range"])} but was given '
+      f'{as_text(images.dtype, images.shape)}{hint}.'
+    )
+
+
+def load_stablehlo(directory: str | os.PathLike[str]) -> Artefact:
+  """Reads and verifies what `export_stablehlo` wrote.
+
+  Every file is compared with its SHA-256 before it is used, nothing is
+  unpickled, and the golden images have to give their logits again. If this JAX
+  cannot run the program for any batch size, that for one image takes its place,
+  with a warning.
+
+  Args:
+    directory: the artefact.
+
+  Raises:
+    ArtefactError: if a file is missing, damaged or of a later format, this JAX
+      cannot run the programs, or they compute something else here.
+  """
+  directory = pathlib.Path(directory)
+  manifest, files = manifest_lib.read(directory)
+  named = _arrays(directory / manifest_lib.WEIGHTS, files)
+  weights = [jax.device_put(named[name]) for name in sorted(named)]
+  golden = _arrays(directory / manifest_lib.GOLDEN, files)
+  artefact, logits = _start(
+    directory, manifest, files, weights, golden['images']
+  )
+  _check_replay(directory, manifest, logits, golden['logits'])
+  return artefact
+
+
+def _start(
+  directory: pathlib.Path,
+  manifest: dict[str, Any],
+  files: Mapping[str, bytes],
+  weights: list[jax.Array],
+  images: np.ndarray,
+) -> tuple[Artefact, np.ndarray]:
+  """The artefact that runs here, and its logits of the golden images."""
+  versions = (
+    f'was written by jax {manifest["versions"]["jax"]} and this is jax '
+    f'{jax.__version__}'
+  )
+
+  def start(name, form):
+    try:
+      program = export.deserialize(bytearray(files[name]))
+      artefact = Artefact(manifest, form(program), weights)
+      return artefact, artefact.predict(images)
+    except Exception as e:  # flatbuffers, MLIR and XLA raise all kinds
+      raise ArtefactError(
+        f'{directory / name} cannot be run: it {versions} ({brief(e)}).'
+      ) from e
+
+  try:
+    return start(manifest_lib.SYMBOLIC, _any_batch)
+  except ArtefactError as e:
+    started = start(manifest_lib.FIXED, _one_by_one)
+    warnings.warn(
+      f'{e} Using {manifest_lib.FIXED}, one image at a time.', stacklevel=3
+    )
+    return started
+
+
+def _any_batch(program: export.Exported) -> Callable[..., jax.Array]:
+  return lambda weights, images: program.call(weights, images)
+
+
+def _one_by_one(program: export.Exported) -> Callable[..., jax.Array]:
+  def call(weights, images):
+    def one(image):
+      return program.call(weights, image[None])[0]
+
+    return jax.lax.map(one, images)
+
+  return call
+
+
+def _check_replay(
+  directory: pathlib.Path,
+  manifest: Mapping[str, Any],
+  logits: np.ndarray,
+  golden: np.ndarray,
+) -> None:
+  tolerance = manifest['golden']['tolerance']
+  logits, golden = logits.astype(np.float64), golden.astype(np.float64)
+  error = float(np.abs(logits - golden).max())
+  best = np.sort(golden, -1)[:, -2:]
+  # Classes that close may swap places between machines.
+  clear = best[:, -1] - best[:, 0] > tolerance
+  other = clear & (logits.argmax(-1) != golden.argmax(-1))
+  # Not `error > tolerance`: NaN has to be refused.
+  if other.any() or not error <= tolerance:
+    raise ArtefactError(
+      f'{directory} computes something else here than where it was exported: '
+      f'on {manifest_lib.GOLDEN} its logits differ by up to {error:.3g} '
+      f'(allowed: {tolerance:.3g}), and {int(other.sum())} of {len(golden)} '
+      'images get another class.'
+    )
+
+
+def _arrays(
+  path: pathlib.Path, files: Mapping[str, bytes]
+) -> dict[str, np.ndarray]:
+  try:
+    return {
+      name: np.frombuffer(
+        array['data'], jnp.dtype(DTYPES[array['dtype']])
+      ).reshape(array['shape'])
+      for name, array in safetensors.deserialize(files[path.name])
+    }
+  except (KeyError, ValueError, safetensors.SafetensorError) as e:
+    raise ArtefactError(f'{path} cannot be read: {brief(e)}.') from e
+
+
+def as_text(dtype: Any, shape: Sequence[Any]) -> str:
+  """An array in a message, such as 'uint8 [8, 8, 1]'."""
+  return f'{dtype} [{", ".join(map(str, shape))}]'.strip()
+
+
+def _range_text(bounds: Sequence[int] | None) -> str:
+  return f' in {bounds[0]}..{bounds[1]}' if bounds else ''
