@@ -12,7 +12,7 @@ archives that image-net.org gives out. Images are streamed from disk: random
 crops of 224 pixels and mirroring for training, central crops for the test,
 which is ImageNet's validation split.
 
-Recipe: `imagenet` of `kd_jax.methods`, 100 epochs of SGD in batches of 256, a
+Recipe: `imagenet` of `kd_jax.published`, 100 epochs of SGD in batches of 256, a
 rate of 0.1 that falls to a tenth after 30, 60 and 90, L2 1e-4 on every
 parameter, KD with weights 0.5 and 0.5 at T = 1, no image held out. Variants
 are those of `kd_jax.published`; the weights of dkd, review, cat and the

@@ -1,0 +1,272 @@
+"""A forward of any linen module, without editing it, and its first variables.
+
+Owns how a module is run: which outputs inside of it become features, which
+collections it may change, and what is said when taps, patterns or inputs do not
+fit it. What its submodules do otherwise than alone is in `interceptors`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import errors, traverse_util
+from flax import linen as nn
+
+from kd_jax import rules
+from kd_jax.adapters.interceptors import (
+  Interceptor,
+  computing_in,
+  global_batch,
+  intercepting,
+  recomputing,
+  store_inputs,
+)
+from kd_jax.adapters.plain import entry, untrained
+from kd_jax.types import Batch, Forward, Variables
+
+# For annotations elsewhere, which do not import linen.
+LinenModule = nn.Module
+# For what runs once: the same bits as by default, after a tenth of the time on
+# CPUs.
+_QUICKLY = {'xla_backend_optimization_level': 1}
+# The `remat` that is no pattern.
+_DOTS = 'dots'
+
+
+def from_linen(
+  model: nn.Module,
+  *,
+  taps: Sequence[str] = (),
+  interceptors: Sequence[Interceptor] = (),
+  axis_name: str | None = None,
+  image: str | None = None,
+  train_argument: str | None = 'train',
+  dtype: str | None = None,
+  remat: str = '',
+) -> 'LinenForward':
+  """A forward of any linen module, without editing it.
+
+  Args:
+    model: a module whose `__call__` takes `batch[image]`, and `train` when
+      `train_argument` names it; it returns the output.
+    taps: '/'-joined paths of submodules whose outputs `Forward.features`
+      shall hold.
+    interceptors: functions for `nn.intercept_methods`, such as
+      `quantize.quantize_activations(...)`; the first one is the outermost.
+    axis_name: the mapped axis under `shard_map` or `pmap`: BatchNorm takes
+      its statistics over the whole axis, and Dropout draws the mask that it
+      would draw for the global batch, so that the numbers are those of `jit`.
+      Modules that call `make_rng` themselves draw alike on every device.
+    image: the key of the model's input in the batch; None for the module's
+      attribute `reads`, or 'image' where it has none.
+    train_argument: name of the boolean argument of `__call__` that turns
+      training on, or None if it has none.
+    dtype: of the computation, such as 'bfloat16', instead of the modules' own:
+      every submodule with an attribute `dtype` gets it. Parameters, running
+      statistics and observers stay as they are.
+    remat: pattern of submodules' paths whose insides are computed again in the
+      backward pass instead of being kept, such as `'block[0-9]+'`; or 'dots',
+      which keeps the outputs of convolutions and matrix products and nothing
+      else. The numbers stay; memory goes down and time up. '' keeps all.
+
+  Returns:
+    `forward(variables, batch, rng=None, *, train=False) -> Forward`. When
+    training, all collections but `params` are updated, and `rng` feeds the
+    `dropout` stream. Its method `intercepted`, `(*outer) -> forward`, makes
+    the same forward with more interceptors before the others.
+
+  Raises:
+    ValueError: when called, for a tap that is no submodule's path, or a `remat`
+      that matches none.
+
+  References:
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
+    arXiv:1604.06174, for `remat`.
+
+  Example:
+    >>> model = nn.Sequential([nn.Dense(4), nn.Dense(3)])
+    >>> forward = from_linen(model, taps=['layers_0'], train_argument=None)
+    >>> x = jax.numpy.ones((2, 5))
+    >>> out = forward(model.init(jax.random.key(0), x), {'image': x})
+    >>> out.output.shape, out.features['layers_0'].shape
+    ((2, 3), (2, 4))
+  """
+  return LinenForward(
+    model=model,
+    taps=frozenset(taps),
+    interceptors=tuple(interceptors),
+    axis_name=axis_name,
+    image=image or _reads(model),
+    train_argument=train_argument,
+    dtype=dtype,
+    remat=remat,
+  )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LinenForward:
+  """A `types.StudentFn` of a linen module; see `from_linen` for its fields."""
+
+  model: nn.Module
+  taps: frozenset[str]
+  interceptors: tuple[Interceptor, ...]
+  axis_name: str | None
+  image: str
+  train_argument: str | None
+  dtype: str | None
+  remat: str
+
+  # What profiles and compiled programs show.
+  __name__ = 'forward'
+
+  def __call__(
+    self,
+    variables: Variables,
+    batch: Batch,
+    rng: jax.Array | None = None,
+    *,
+    train: bool = False,
+  ) -> Forward:
+    """What the module returns for one batch."""
+    x = entry(batch, self.image)
+    recomputed: set[str] = set()
+    try:
+      with intercepting(self._around(train, recomputed)):
+        output, updated = self._run(variables, x, rng, train)
+    except errors.ScopeParamShapeError as e:
+      raise ValueError(
+        f'batch[{self.image!r}] of shape {x.shape} does not fit the parameters '
+        f'of {type(self.model).__name__}: {str(e).split(" (https:")[0]}'
+      ) from e
+    if train and self._recomputes and not recomputed:
+      near = self._near_misses(self.remat, variables, x, train)
+      raise ValueError(f'remat={self.remat!r} matches no submodule: {near}')
+    features = _features(updated.pop('intermediates', {}))
+    if missing := self.taps - set(features):
+      name = min(missing)
+      near = self._near_misses(name, variables, x, train)
+      raise ValueError(f'Unknown tap {name!r}: {near}')
+    return Forward(output, features, {**untrained(variables), **updated})
+
+  def intercepted(self, *outer: Interceptor) -> 'LinenForward':
+    """The same forward with more interceptors before the others."""
+    return dataclasses.replace(self, interceptors=(*outer, *self.interceptors))
+
+  @property
+  def _recomputes(self) -> bool:
+    """Whether `remat` is a pattern."""
+    return self.remat not in ('', _DOTS)
+
+  def _computing(self) -> list[Interceptor]:
+    """Those given, and those that `dtype` and `axis_name` ask for."""
+    found = list(self.interceptors)
+    if self.dtype is not None:
+      found.insert(0, computing_in(self.dtype))
+    if self.axis_name is not None:
+      # Innermost, so that the others see every layer's inputs as under jit.
+      found.append(global_batch(self.axis_name))
+    return found
+
+  def _around(self, train: bool, recomputed: set[str]) -> list[Interceptor]:
+    """`_computing`, and in training what is for the backward pass alone."""
+    found = self._computing()
+    if train:
+      found.append(store_inputs)
+    if train and self._recomputes:
+      found.insert(0, recomputing(self.remat, recomputed))
+    return found
+
+  def _options(self, train: bool) -> dict[str, Any]:
+    """Arguments of the module's `__call__` besides its input."""
+    return {} if self.train_argument is None else {self.train_argument: train}
+
+  def _run(
+    self, variables: Variables, x: jax.Array, rng: jax.Array | None, train: bool
+  ) -> tuple[Any, dict[str, Any]]:
+    """The output, and the collections that changed."""
+    options = self._options(train)
+    # quant_stats may not exist yet: an observer creates its own.
+    mutable = [*untrained(variables), 'quant_stats'] if train else []
+    if self.taps:
+      mutable.append('intermediates')
+      options['capture_intermediates'] = self._is_tapped
+
+    def apply(variables, x, rng):
+      return self.model.apply(
+        variables,
+        x,
+        rngs=None if rng is None else {'dropout': rng},
+        mutable=mutable or False,
+        **options,
+      )
+
+    if train and self.remat == _DOTS:
+      policy = jax.checkpoint_policies.dots_saveable
+      apply = jax.checkpoint(apply, policy=policy)
+    out = apply(dict(variables), x, rng)
+    if not mutable:
+      return out, {}
+    output, updated = out
+    return output, dict(updated)
+
+  def _is_tapped(self, module: nn.Module, method: str) -> bool:
+    return method == '__call__' and '/'.join(module.path) in self.taps
+
+  def _near_misses(
+    self, name: str, variables: Variables, x: jax.Array, train: bool
+  ) -> str:
+    """The paths of submodules that a wrong one may have meant."""
+    options = {**self._options(train), 'capture_intermediates': True}
+
+    def run(variables, x):
+      rngs = {'dropout': jax.random.key(0)}
+      return self.model.apply(variables, x, rngs=rngs, mutable=True, **options)
+
+    with intercepting(self._computing()):
+      _, state = jax.eval_shape(run, dict(variables), x)
+    paths = set(_features(state['intermediates'])) - {'__call__'}
+    return rules.near_misses(name, sorted(paths))
+
+
+def _features(intermediates: Mapping[str, Any]) -> dict[str, Any]:
+  flat = traverse_util.flatten_dict(intermediates, sep='/')
+  # linen keeps one output per call; a tap is the last one.
+  return {k.removesuffix('/__call__'): v[-1] for k, v in flat.items()}
+
+
+def init_linen(
+  model: nn.Module,
+  rng: jax.Array,
+  batch: Batch,
+  *,
+  image: str | None = None,
+) -> dict[str, Any]:
+  """The initial variables of a linen module, in evaluation mode, compiled.
+
+  Args:
+    model: the module.
+    rng: typed key.
+    batch: one batch; only the input's shape and dtype matter.
+    image: the key of the model's input in the batch; None for the module's
+      attribute `reads`, or 'image' where it has none.
+  """
+  given = batch[image or _reads(model)]
+  x = jax.numpy.zeros(given.shape, given.dtype)
+  # A part of another program is compiled with it.
+  options = _QUICKLY if _is_concrete(x) else None
+  init = jax.jit(model.init, compiler_options=options)
+  return dict(init({'params': rng, 'dropout': rng}, x))
+
+
+def _reads(model: nn.Module) -> str:
+  return getattr(model, 'reads', 'image')
+
+
+def _is_concrete(x: Any) -> bool:
+  try:
+    np.asarray(x)
+  except jax.errors.TracerArrayConversionError:
+    return False
+  return True
