@@ -171,7 +171,7 @@ def test_stablehlo_carries_the_same_integers(name, tmp_path):
     jax.ShapeDtypeStruct((1, *x.shape[1:]), jnp.float32),
     tmp_path / 'model',
     class_names=(),
-    golden_images=x[:3],
+    golden=x[:3],
   )
   loaded = export.load_stablehlo(path)
   for images in (x, x[:1]):

@@ -175,7 +175,7 @@ def test_the_shrunk_model_is_saved_loaded_and_exported(tmp_path):
     image,
     tmp_path / 'stablehlo',
     class_names=list('abcde'),
-    golden_images=batch['image'][:2],
+    golden=batch['image'][:2],
   )
   found = load_stablehlo(directory).predict(batch['image'])
   np.testing.assert_allclose(found, want, atol=1e-5)
@@ -203,7 +203,7 @@ def test_a_transformer_without_heads_is_exported(tmp_path):
     jax.ShapeDtypeStruct((1, 6, 6, 1), jnp.float32),
     tmp_path / 'vit',
     class_names=list('abcde'),
-    golden_images=batch['image'][:2],
+    golden=batch['image'][:2],
   )
   found = load_stablehlo(directory).predict(batch['image'])
   np.testing.assert_allclose(found, want, atol=1e-5)

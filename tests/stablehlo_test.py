@@ -66,7 +66,7 @@ def int8():
 
 
 def write(fn, variables, directory, **options):
-  options = {'class_names': CLASSES, 'golden_images': images(5)} | options
+  options = {'class_names': CLASSES, 'golden': images(5)} | options
   return export.export_stablehlo(fn, variables, IMAGE, directory, **options)
 
 
@@ -160,20 +160,20 @@ def test_manifest_says_what_the_artefact_is(tmp_path):
   metadata = {'dataset': 'digits', 'bits': (8, 8)}
   path = write(linear, LINEAR, tmp_path / 'a' / 'model', metadata=metadata)
   manifest = export.load_stablehlo(path).manifest
-  assert manifest['format'] == 1
+  assert manifest['format'] == 2
   assert manifest['versions']['jax'] == jax.__version__
   assert set(manifest['versions']) == {'kd_jax', 'jax', 'jaxlib', 'flax'}
   assert manifest['stablehlo'].count('.') == 2
   assert manifest['platforms'] == ['cpu', 'cuda', 'tpu']
   assert manifest['input'] == {
-    'name': 'images',
+    'name': 'inputs',
     'shape': ['batch', 8, 8, 1],
     'dtype': 'uint8',
     'layout': 'NHWC',
     'range': [0, 255],
   }
   assert manifest['output'] == {
-    'name': 'logits',
+    'name': 'outputs',
     'shape': ['batch', 10],
     'dtype': 'float32',
   }
@@ -284,11 +284,14 @@ def test_no_artefact_there(tmp_path):
     export.load_stablehlo(tmp_path / 'nowhere')
 
 
-def test_a_newer_format_is_refused(artefact):
+@pytest.mark.parametrize('number', [1, 3])
+def test_another_format_is_refused(artefact, number):
   manifest = json.loads((artefact / NAME).read_text())
-  manifest['format'] = 2
+  manifest['format'] = number
   (artefact / NAME).write_text(json.dumps(manifest))
-  with pytest.raises(export.ArtefactError, match='has format 2.* reads format'):
+  with pytest.raises(
+    export.ArtefactError, match=f'has format {number}'
+  ):
     export.load_stablehlo(artefact)
 
 
@@ -341,12 +344,12 @@ def pixels(*values):
 
 def test_nan_logits_are_refused(tmp_path):
   golden = pixels(0, 0, 0, 9)
-  path = write(linear, LINEAR, tmp_path / 'model', golden_images=golden)
+  path = write(linear, LINEAR, tmp_path / 'model', golden=golden)
   # The NaN is where the largest logit was: argmax alone would not notice.
   kernel = LINEAR['kernel'].copy()
   kernel[3, 3] = np.nan
   forge(path, WEIGHTS, safetensors.flax.save({'kernel': jnp.asarray(kernel)}))
-  with pytest.raises(export.ArtefactError, match='nan .*0 of 1 images'):
+  with pytest.raises(export.ArtefactError, match='nan .*0 of 1 '):
     export.load_stablehlo(path)
 
 
@@ -361,11 +364,11 @@ def test_nan_logits_are_refused(tmp_path):
 )
 def test_replay_allows_rounding_but_no_other_class(tmp_path, stored, refused):
   golden = pixels(200, 199)
-  path = write(linear, LINEAR, tmp_path / 'model', golden_images=golden)
+  path = write(linear, LINEAR, tmp_path / 'model', golden=golden)
   manifest = json.loads((path / NAME).read_text())
   assert manifest['golden']['tolerance'] == pytest.approx(4.0)
   tensors = safetensors.flax.load_file(path / GOLDEN)
-  tensors['logits'] = tensors['logits'].at[0, :2].set(jnp.asarray(stored))
+  tensors['outputs'] = tensors['outputs'].at[0, :2].set(jnp.asarray(stored))
   forge(path, GOLDEN, safetensors.flax.save(tensors))
   if refused is None:
     export.load_stablehlo(path)
@@ -413,7 +416,7 @@ def test_neither_program_runs(artefact, monkeypatch):
     (np.zeros((0, 8, 8, 1), np.uint8), 'uint8 [0, 8, 8, 1].'),
     (
       np.zeros((8, 8, 1), np.uint8),
-      'uint8 [8, 8, 1]; a single image needs a batch axis, image[None].',
+      'uint8 [8, 8, 1]; a single input needs a batch axis, x[None].',
     ),
     (jnp.zeros((2, 64), jnp.uint8), 'uint8 [2, 64].'),
     (7, 'int64 [].'),
@@ -424,7 +427,7 @@ def test_images_that_do_not_fit_are_an_error(original, x, given):
   with pytest.raises(ValueError) as e:
     loaded.predict(x)
   assert str(e.value) == (
-    f'predict: expected images uint8 [batch, 8, 8, 1] in 0..255 but was given '
+    f'predict: expected inputs uint8 [batch, 8, 8, 1] in 0..255 but was given '
     f'{given}'
   )
 
@@ -492,10 +495,10 @@ def test_a_failed_replacement_puts_the_old_one_back(artefact, monkeypatch):
 @pytest.mark.parametrize(
   'options, message',
   [
-    ({'class_names': ['a']}, '1 class names for 10 logits'),
-    ({'golden_images': images(2)[:, :4]}, r'golden_images must be uint8'),
-    ({'golden_images': images(0)}, r'but is uint8 \[0, 8, 8, 1\]'),
-    ({'golden_images': images(2) / 255}, r'but is float64 \[2, 8, 8, 1\]'),
+    ({'class_names': ['a']}, '1 class names for outputs of 10'),
+    ({'golden': images(2)[:, :4]}, r'golden must be uint8'),
+    ({'golden': images(0)}, r'but is uint8 \[0, 8, 8, 1\]'),
+    ({'golden': images(2) / 255}, r'but is float64 \[2, 8, 8, 1\]'),
     ({'metadata': {'a': jnp}}, 'metadata is not JSON'),
   ],
 )
@@ -523,3 +526,30 @@ def test_models_that_cannot_be_stored_are_an_error(
   with pytest.raises(ValueError, match=message):
     write(fn, variables, tmp_path / 'model')
   assert not os.listdir(tmp_path)
+
+
+def test_tokens_go_in_and_logits_of_every_token_come_out(tmp_path):
+  def fn(variables, tokens):
+    return variables['embedding'][tokens] @ variables['head']
+
+  variables = {
+    'embedding': jax.random.normal(jax.random.key(0), (7, 4)),
+    'head': jax.random.normal(jax.random.key(1), (4, 7)),
+  }
+  tokens = np.arange(10, dtype=np.int32).reshape(2, 5) % 7
+  path = export.export_stablehlo(
+    fn,
+    variables,
+    jax.ShapeDtypeStruct((1, 5), np.int32),
+    tmp_path / 'model',
+    class_names=list('abcdefg'),
+    golden=tokens,
+  )
+  model = export.load_stablehlo(path)
+  assert model.manifest['output']['shape'] == ['batch', 5, 7]
+  found = model.predict(tokens[:1])
+  np.testing.assert_allclose(found, fn(variables, tokens[:1]), rtol=1e-5)
+  with pytest.raises(
+    ValueError, match=r'are \[1, 5, 7\], not'
+  ):
+    model.classify(tokens[:1])

@@ -47,7 +47,7 @@ class Artefact:
   Attributes:
     manifest: what `manifest.json` says: `input`, `output`, `versions`,
       `metadata` and more.
-    class_names: one name per logit, or empty.
+    class_names: one name per entry of the last axis of outputs, or empty.
   """
 
   def __init__(
@@ -61,39 +61,44 @@ class Artefact:
     self._call = jax.jit(call)
     self._weights = weights
 
-  def predict(self, images: jax.typing.ArrayLike) -> np.ndarray:
-    """The logits of a batch; compiles once per batch size.
+  def predict(self, inputs: jax.typing.ArrayLike) -> np.ndarray:
+    """The outputs of a batch; compiles once per batch size.
 
     Args:
-      images: `[B, H, W, C]`, B > 0, of the shape and dtype in
-        `manifest['input']`.
+      inputs: `[B, ...]`, B > 0, of the shape and dtype in
+        `manifest['input']`, such as uint8 `[B, H, W, C]`.
 
     Returns:
-      `[B, C]` logits.
+      `[B, ...]`, such as logits `[B, C]`.
 
     Raises:
-      ValueError: for images of another shape or dtype.
+      ValueError: for inputs of another shape or dtype.
     """
-    if not isinstance(images, jax.Array):
-      images = np.asarray(images)
-    self._check(images)
-    return np.asarray(self._call(self._weights, images))
+    if not isinstance(inputs, jax.Array):
+      inputs = np.asarray(inputs)
+    self._check(inputs)
+    return np.asarray(self._call(self._weights, inputs))
 
-  def classify(self, images: jax.typing.ArrayLike) -> list[tuple[str, float]]:
-    """The most likely class of each image, and its probability.
+  def classify(self, inputs: jax.typing.ArrayLike) -> list[tuple[str, float]]:
+    """The most likely class of each example, and its probability.
 
     Args:
-      images: as in `predict`.
+      inputs: as in `predict`.
 
     Returns:
-      `(class name, softmax probability)` per image.
+      `(class name, softmax probability)` per example.
 
     Raises:
-      ValueError: as in `predict`, or if the artefact has no class names.
+      ValueError: as in `predict`, or if the artefact has no class names, or
+        gives more than one prediction for an example.
     """
     if not self.class_names:
       raise ValueError('classify: this artefact was exported without names.')
-    logits = self.predict(images).astype(np.float64)
+    logits = self.predict(inputs).astype(np.float64)
+    if logits.ndim != 2:
+      raise ValueError(
+        f'classify: outputs are {list(logits.shape)}, not [B, C]; use predict.'
+      )
     odds = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities = odds / odds.sum(-1, keepdims=True)
     best = probabilities.argmax(-1)
@@ -102,19 +107,19 @@ class Artefact:
       for i, p in zip(best, probabilities, strict=True)
     ]
 
-  def _check(self, images: np.ndarray | jax.Array) -> None:
+  def _check(self, inputs: np.ndarray | jax.Array) -> None:
     spec = self.manifest['input']
     shape = tuple(spec['shape'][1:])
-    fits = images.ndim > 0 and images.shape[0] > 0
-    if fits and images.shape[1:] == shape and images.dtype == spec['dtype']:
+    fits = inputs.ndim > 0 and inputs.shape[0] > 0
+    if fits and inputs.shape[1:] == shape and inputs.dtype == spec['dtype']:
       return
     hint = ''
-    if tuple(images.shape) == shape:
-      hint = '; a single image needs a batch axis, image[None]'
+    if tuple(inputs.shape) == shape:
+      hint = '; a single input needs a batch axis, x[None]'
     raise ValueError(
-      f'predict: expected images {as_text(spec["dtype"], spec["shape"])}'
+      f'predict: expected inputs {as_text(spec["dtype"], spec["shape"])}'
       f'{_range_text(spec["range"])} but was given '
-      f'{as_text(images.dtype, images.shape)}{hint}.'
+      f'{as_text(inputs.dtype, inputs.shape)}{hint}.'
     )
 
 
@@ -122,9 +127,9 @@ def load_stablehlo(directory: str | os.PathLike[str]) -> Artefact:
   """Reads and verifies what `export_stablehlo` wrote.
 
   Every file is compared with its SHA-256 before it is used, nothing is
-  unpickled, and the golden images have to give their logits again. If this JAX
-  cannot run the program for any batch size, that for one image takes its place,
-  with a warning.
+  unpickled, and the golden inputs have to give their outputs again. If this JAX
+  cannot run the program for any batch size, that for one example takes its
+  place, with a warning.
 
   Args:
     directory: the artefact.
@@ -138,10 +143,10 @@ def load_stablehlo(directory: str | os.PathLike[str]) -> Artefact:
   named = _arrays(directory / manifest_lib.WEIGHTS, files)
   weights = [jax.device_put(named[name]) for name in sorted(named)]
   golden = _arrays(directory / manifest_lib.GOLDEN, files)
-  artefact, logits = _start(
-    directory, manifest, files, weights, golden['images']
+  artefact, outputs = _start(
+    directory, manifest, files, weights, golden['inputs']
   )
-  _check_replay(directory, manifest, logits, golden['logits'])
+  _check_replay(directory, manifest, outputs, golden['outputs'])
   return artefact
 
 
@@ -150,9 +155,9 @@ def _start(
   manifest: dict[str, Any],
   files: Mapping[str, bytes],
   weights: list[jax.Array],
-  images: np.ndarray,
+  inputs: np.ndarray,
 ) -> tuple[Artefact, np.ndarray]:
-  """The artefact that runs here, and its logits of the golden images."""
+  """The artefact that runs here, and its outputs of the golden inputs."""
   versions = (
     f'was written by jax {manifest["versions"]["jax"]} and this is jax '
     f'{jax.__version__}'
@@ -162,7 +167,7 @@ def _start(
     try:
       program = export.deserialize(bytearray(files[name]))
       artefact = Artefact(manifest, form(program), weights)
-      return artefact, artefact.predict(images)
+      return artefact, artefact.predict(inputs)
     except Exception as e:  # flatbuffers, MLIR and XLA raise all kinds
       raise ArtefactError(
         f'{directory / name} cannot be run: it {versions} ({brief(e)}).'
@@ -173,21 +178,21 @@ def _start(
   except ArtefactError as e:
     started = start(manifest_lib.FIXED, _one_by_one)
     warnings.warn(
-      f'{e} Using {manifest_lib.FIXED}, one image at a time.', stacklevel=3
+      f'{e} Using {manifest_lib.FIXED}, one example at a time.', stacklevel=3
     )
     return started
 
 
 def _any_batch(program: export.Exported) -> Callable[..., jax.Array]:
-  return lambda weights, images: program.call(weights, images)
+  return lambda weights, inputs: program.call(weights, inputs)
 
 
 def _one_by_one(program: export.Exported) -> Callable[..., jax.Array]:
-  def call(weights, images):
-    def one(image):
-      return program.call(weights, image[None])[0]
+  def call(weights, inputs):
+    def one(x):
+      return program.call(weights, x[None])[0]
 
-    return jax.lax.map(one, images)
+    return jax.lax.map(one, inputs)
 
   return call
 
@@ -195,23 +200,23 @@ def _one_by_one(program: export.Exported) -> Callable[..., jax.Array]:
 def _check_replay(
   directory: pathlib.Path,
   manifest: Mapping[str, Any],
-  logits: np.ndarray,
+  outputs: np.ndarray,
   golden: np.ndarray,
 ) -> None:
   tolerance = manifest['golden']['tolerance']
-  logits, golden = logits.astype(np.float64), golden.astype(np.float64)
-  error = float(np.abs(logits - golden).max())
-  best = np.sort(golden, -1)[:, -2:]
+  outputs, golden = outputs.astype(np.float64), golden.astype(np.float64)
+  error = float(np.abs(outputs - golden).max())
+  best = np.sort(golden, -1)[..., -2:]
   # Classes that close may swap places between machines.
-  clear = best[:, -1] - best[:, 0] > tolerance
-  other = clear & (logits.argmax(-1) != golden.argmax(-1))
+  clear = best[..., -1] - best[..., 0] > tolerance
+  other = clear & (outputs.argmax(-1) != golden.argmax(-1))
   # Not `error > tolerance`: NaN has to be refused.
   if other.any() or not error <= tolerance:
     raise ArtefactError(
       f'{directory} computes something else here than where it was exported: '
-      f'on {manifest_lib.GOLDEN} its logits differ by up to {error:.3g} '
-      f'(allowed: {tolerance:.3g}), and {int(other.sum())} of {len(golden)} '
-      'images get another class.'
+      f'on {manifest_lib.GOLDEN} its outputs differ by up to {error:.3g} '
+      f'(allowed: {tolerance:.3g}), and {int(other.sum())} of {other.size} '
+      'of them get another class.'
     )
 
 

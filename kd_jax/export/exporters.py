@@ -87,7 +87,7 @@ def _write_stablehlo(model: Model, path: Path) -> None:
     model.input,
     path,
     class_names=model.class_names,
-    golden_images=model.golden,
+    golden=model.golden,
     metadata=model.metadata,
     overwrite=True,
   )

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 KIND = 'kd_jax.stablehlo'
 NAME = 'manifest.json'
 SYMBOLIC = 'model.stablehlo'
@@ -35,11 +35,11 @@ class ArtefactError(ValueError):
 
 
 def artefact_bytes(directory: str | os.PathLike[str]) -> int:
-  """The size of what computes the logits, in bytes on disk.
+  """The size of what computes the outputs, in bytes on disk.
 
   Counts both programs, the weights and the manifest, but not the golden batch:
   it is a test that `load_stablehlo` replays, and its size is that of however
-  many images were chosen.
+  many inputs were chosen.
 
   Args:
     directory: an artefact.
@@ -149,7 +149,7 @@ def _read_manifest(directory: pathlib.Path) -> dict[str, Any]:
   if manifest.get('format') != FORMAT:
     raise ArtefactError(
       f'{path} has format {manifest.get("format")}, but this version of kd_jax '
-      f'reads format {FORMAT}; use the version that wrote it or a newer one.'
+      f'reads format {FORMAT}; use the version that wrote it, or export again.'
     )
   if _render(manifest) != raw:
     raise ArtefactError(

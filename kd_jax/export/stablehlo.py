@@ -7,7 +7,7 @@ directory needs no model code, and not even this library:
   raw = pathlib.Path('model.stablehlo').read_bytes()
   weights = safetensors.flax.load_file('weights.safetensors')
   model = jax.jit(jax.export.deserialize(bytearray(raw)).call)
-  logits = model([weights[name] for name in sorted(weights)], images)
+  outputs = model([weights[name] for name in sorted(weights)], inputs)
 
 Owns what stands in the programs, the weights and the manifest. `artefact` reads
 them again, and `manifest` handles the files.
@@ -42,11 +42,11 @@ _TOLERANCE = 0.02
 def export_stablehlo(
   fn: Callable[[Any, jax.Array], jax.Array],
   variables: Mapping[str, Any],
-  image: jax.ShapeDtypeStruct,
+  input: jax.ShapeDtypeStruct,
   directory: str | os.PathLike[str],
   *,
   class_names: Sequence[str],
-  golden_images: jax.typing.ArrayLike,
+  golden: jax.typing.ArrayLike,
   metadata: Mapping[str, Any] | None = None,
   overwrite: bool = False,
 ) -> pathlib.Path:
@@ -54,18 +54,18 @@ def export_stablehlo(
 
   `model.stablehlo` takes batches of any size. What a newer JAX writes there an
   older one may not read, so `model.batch1.stablehlo` is there for the long
-  term: the same model for one image, in operations that hardly change.
+  term: the same model for one example, in operations that hardly change.
 
   Args:
-    fn: `(variables, images) -> logits`, pure, in evaluation mode,
+    fn: `(variables, inputs) -> outputs`, pure, in evaluation mode,
       pre-processing included. Arrays that it closes over are stored in both
       programs; what is large belongs in `variables`.
     variables: a tree of arrays of any dtype that safetensors has.
-    image: `[1, H, W, C]`, conventionally uint8; the 1 stands for any batch.
+    input: `[1, ...]`, such as uint8 `[1, H, W, C]`; the 1 stands for any batch.
     directory: where to write; a local path, whose parents are made.
-    class_names: one name per logit; may be empty.
-    golden_images: `[N, H, W, C]`, N > 0, a few real images. They are stored
-      with the logits that the compiled function gives for them here, and every
+    class_names: one name per entry of the last axis of outputs; may be empty.
+    golden: `[N, ...]`, N > 0, a few real inputs. They are stored with the
+      outputs that the compiled function gives for them here, and every
       load has to reproduce these.
     metadata: JSON values to keep in the manifest; nothing secret.
     overwrite: replace an artefact that is there. Nothing else is replaced.
@@ -77,7 +77,8 @@ def export_stablehlo(
     ArtefactError: if the directory exists (without `overwrite`), or holds
       other files.
     ValueError: if a leaf cannot be stored, the function does not return one
-      array `[batch, C]`, or class names, golden images or metadata do not fit.
+      array `[batch, ..., C]`, or class names, golden inputs or metadata do not
+      fit.
 
   Example:
     >>> import tempfile
@@ -91,7 +92,7 @@ def export_stablehlo(
     ...   jax.ShapeDtypeStruct((1, 2, 2, 1), jnp.uint8),
     ...   tempfile.mkdtemp() + '/model',
     ...   class_names=['left', 'right'],
-    ...   golden_images=np.full((1, 2, 2, 1), 255, np.uint8),
+    ...   golden=np.full((1, 2, 2, 1), 255, np.uint8),
     ... )
     >>> model = load_stablehlo(directory)
     >>> images = np.array([[0, 255, 9, 9]], np.uint8).reshape(1, 2, 2, 1)
@@ -102,32 +103,32 @@ def export_stablehlo(
   manifest_lib.check_target(directory, overwrite=overwrite)
   names, weights, restore = _named_leaves(variables)
 
-  def model(weights, images):
-    return fn(restore(weights), images)
+  def model(weights, inputs):
+    return fn(restore(weights), inputs)
 
-  golden = np.asarray(golden_images)
-  _check_golden(golden, image)
+  given = np.asarray(golden)
+  _check_golden(given, input)
   (batch,) = export.symbolic_shape('batch')
-  symbolic = _export(model, weights, (batch, *image.shape[1:]), image.dtype)
-  fixed = _export(model, weights, (1, *image.shape[1:]), image.dtype)
-  classes = _check_output(symbolic.out_avals, batch, class_names)
-  logits = np.asarray(jax.jit(model)(weights, golden))
-  if not np.isfinite(logits).all():
+  symbolic = _export(model, weights, (batch, *input.shape[1:]), input.dtype)
+  fixed = _export(model, weights, (1, *input.shape[1:]), input.dtype)
+  _check_output(symbolic.out_avals, batch, class_names)
+  outputs = np.asarray(jax.jit(model)(weights, given))
+  if not np.isfinite(outputs).all():
     raise ValueError(
-      'export_stablehlo: logits of golden images are not finite.'
+      'export_stablehlo: outputs of golden inputs are not finite.'
     )
   about = {
     **_about(symbolic),
-    'input': _input_spec(image),
+    'input': _input_spec(input),
     'output': {
-      'name': 'logits',
-      'shape': ['batch', classes],
-      'dtype': logits.dtype.name,
+      'name': 'outputs',
+      'shape': ['batch', *outputs.shape[1:]],
+      'dtype': outputs.dtype.name,
     },
     'class_names': [str(name) for name in class_names],
     'golden': {
-      'images': len(golden),
-      'tolerance': _TOLERANCE * float(np.abs(logits).max()),
+      'inputs': len(given),
+      'tolerance': _TOLERANCE * float(np.abs(outputs).max()),
     },
     'metadata': _as_json(metadata or {}),
   }
@@ -138,7 +139,7 @@ def export_stablehlo(
       dict(zip(names, weights, strict=True))
     ),
     manifest_lib.GOLDEN: safetensors.flax.save(
-      {'images': jnp.asarray(golden), 'logits': jnp.asarray(logits)}
+      {'inputs': jnp.asarray(given), 'outputs': jnp.asarray(outputs)}
     ),
   }
   manifest_lib.write(directory, files, about, overwrite=overwrite)
@@ -185,9 +186,9 @@ def _export(
   dtype: Any,
 ) -> export.Exported:
   specs = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights]
-  images = jax.ShapeDtypeStruct(shape, dtype)
+  inputs = jax.ShapeDtypeStruct(shape, dtype)
   with _without_locations():
-    return export.export(jax.jit(model), platforms=_PLATFORMS)(specs, images)
+    return export.export(jax.jit(model), platforms=_PLATFORMS)(specs, inputs)
 
 
 @contextlib.contextmanager
@@ -212,61 +213,60 @@ def _about(program: export.Exported) -> dict[str, Any]:
     'calling_convention': program.calling_convention_version,
     'platforms': list(program.platforms),
     'signature': (
-      'logits = model(weights, images); weights is a list of the arrays in '
+      'outputs = model(weights, inputs); weights is a list of the arrays in '
       f'{manifest_lib.WEIGHTS}, sorted by name'
     ),
   }
 
 
-def _check_golden(golden: np.ndarray, image: jax.ShapeDtypeStruct) -> None:
+def _check_golden(golden: np.ndarray, input: jax.ShapeDtypeStruct) -> None:
   if (
-    golden.dtype != image.dtype
-    or golden.ndim != len(image.shape)
-    or golden.shape[1:] != tuple(image.shape[1:])
+    golden.dtype != input.dtype
+    or golden.ndim != len(input.shape)
+    or golden.shape[1:] != tuple(input.shape[1:])
     or not len(golden)
   ):
-    expected = as_text(image.dtype, ('N > 0', *image.shape[1:]))
+    expected = as_text(input.dtype, ('N > 0', *input.shape[1:]))
     raise ValueError(
-      f'export_stablehlo: golden_images must be {expected} but is '
+      f'export_stablehlo: golden must be {expected} but is '
       f'{as_text(golden.dtype, golden.shape)}.'
     )
 
 
 def _check_output(
   outputs: Sequence[Any], batch: Any, class_names: Sequence[str]
-) -> int:
-  """The number of classes."""
+) -> None:
   shapes = [tuple(output.shape) for output in outputs]
   if (
     len(shapes) != 1
-    or len(shapes[0]) != 2
+    or len(shapes[0]) < 2
     or shapes[0][0] != batch
-    or not isinstance(shapes[0][1], int)
+    or not all(isinstance(size, int) for size in shapes[0][1:])
   ):
     shown = ', '.join(as_text('', shape) for shape in shapes) or 'nothing'
     raise ValueError(
-      f'export_stablehlo: fn must return one array [batch, C] but returns '
+      f'export_stablehlo: fn must return one array [batch, ..., C] but returns '
       f'{shown}.'
     )
-  classes = shapes[0][1]
+  classes = shapes[0][-1]
   if class_names and len(class_names) != classes:
     raise ValueError(
-      f'export_stablehlo: {len(class_names)} class names for {classes} logits.'
+      f'export_stablehlo: {len(class_names)} class names for outputs of '
+      f'{classes}.'
     )
-  return classes
 
 
-def _input_spec(image: jax.ShapeDtypeStruct) -> dict[str, Any]:
-  dtype = np.dtype(image.dtype)
+def _input_spec(input: jax.ShapeDtypeStruct) -> dict[str, Any]:
+  dtype = np.dtype(input.dtype)
   bounds = None
   if np.issubdtype(dtype, np.integer):
     info = np.iinfo(dtype)
     bounds = [int(info.min), int(info.max)]
   return {
-    'name': 'images',
-    'shape': ['batch', *image.shape[1:]],
+    'name': 'inputs',
+    'shape': ['batch', *input.shape[1:]],
     'dtype': dtype.name,
-    'layout': 'NHWC' if len(image.shape) == 4 else None,
+    'layout': 'NHWC' if len(input.shape) == 4 else None,
     'range': bounds,
   }
 
