@@ -1,0 +1,153 @@
+"""Two functions of a batch, compared by their outputs.
+
+Owns the numbers, and how many examples have to agree. Knows no layers: those
+are in `layers`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kd_jax.types import Batch, check_same_shape
+
+
+class Parity(NamedTuple):
+  """What `compare` found; numbers over all examples, padding left out.
+
+  Attributes:
+    agreement: share of examples with the same most likely class; an example
+      with a NaN in either output disagrees.
+    max_abs_error: the largest difference of any output; NaN if one is NaN.
+    mean_abs_error: the mean difference of all outputs.
+    sqnr_db: signal-to-quantization-noise ratio in decibels,
+      10 log10(sum reference^2 / sum (reference - output)^2); inf when equal.
+    examples: how many examples were compared.
+  """
+
+  agreement: float
+  max_abs_error: float
+  mean_abs_error: float
+  sqnr_db: float
+  examples: int
+
+
+def compare(
+  fn: Callable[[Batch], Any],
+  reference: Callable[[Batch], Any],
+  batches: Iterable[Batch],
+) -> Parity:
+  """Compares two functions on the same batches.
+
+  Sums are taken in float64 on the host and divided once, so that batches of
+  different sizes count by their examples.
+
+  Args:
+    fn: `batch -> [B, C]` outputs, any real dtype.
+    reference: `batch -> [B, C]`, what `fn` should compute.
+    batches: each may hold `mask`, `[B]`, 0 for padding, which is ignored
+      whatever its outputs.
+
+  Returns:
+    The numbers.
+
+  Raises:
+    ValueError: if the outputs are not `[B, C]`, the mask is not `[B]`, or
+      there is no example.
+
+  Example:
+    >>> logits = np.array([[2.0, 0.0], [0.0, 1.0], [7.0, 9.0]])
+    >>> batch = {'logits': logits, 'mask': np.array([1, 1, 0])}
+    >>> parity = compare(
+    ...   lambda batch: batch['logits'] + np.array([0.0, 0.5]),
+    ...   lambda batch: batch['logits'],
+    ...   [batch],
+    ... )
+    >>> parity.agreement, parity.max_abs_error, parity.mean_abs_error
+    (1.0, 0.5, 0.25)
+    >>> f'{parity.sqnr_db:.2f} dB, {parity.examples} examples'
+    '10.00 dB, 2 examples'
+  """
+  examples = agreed = outputs = 0
+  largest = np.float64(0.0)
+  error = signal = noise = 0.0
+  for batch in batches:
+    found, expected = _outputs(fn, reference, batch)
+    examples += len(found)
+    outputs += found.size
+    nan = np.isnan(found).any(-1) | np.isnan(expected).any(-1)
+    agreed += int(np.sum((found.argmax(-1) == expected.argmax(-1)) & ~nan))
+    with np.errstate(invalid='ignore'):
+      difference = np.abs(found - expected)
+    # Two infinities of one sign are equal, though their difference is NaN.
+    difference = np.where(found == expected, 0.0, difference)
+    # np.maximum keeps a NaN; max() may drop it.
+    largest = np.maximum(largest, difference.max(initial=0.0))
+    error += float(difference.sum())
+    noise += float(np.square(difference).sum())
+    signal += float(np.square(expected).sum())
+  if not examples:
+    raise ValueError('compare: there is no example to compare on.')
+  return Parity(
+    agreement=agreed / examples,
+    max_abs_error=float(largest),
+    mean_abs_error=error / outputs,
+    sqnr_db=decibels(signal, noise),
+    examples=examples,
+  )
+
+
+def require(parity: Parity, *, name: str, agreement: float = 0.995) -> None:
+  """Raises ValueError if two forms of a model agree on too few examples.
+
+  Args:
+    parity: what `compare` returned.
+    name: what was compared; begins the message.
+    agreement: the share of examples to agree on, at least.
+
+  Example:
+    >>> require(Parity(0.98, 0.7, 0.1, 21.4, 500), name='ONNX int8')
+    Traceback (most recent call last):
+    ...
+    ValueError: ONNX int8 agrees with its reference on 490 of 500 examples \
+(98.00%), but 99.50% are required; largest error 0.7, SQNR 21.4 dB.
+  """
+  if parity.agreement >= agreement:
+    return
+  count = round(parity.agreement * parity.examples)
+  raise ValueError(
+    f'{name} agrees with its reference on {count} of {parity.examples} '
+    f'examples ({parity.agreement:.2%}), but {agreement:.2%} are required; '
+    f'largest error {parity.max_abs_error:.3g}, SQNR {parity.sqnr_db:.1f} dB.'
+  )
+
+
+def _outputs(
+  fn: Callable[[Any], Any],
+  reference: Callable[[Any], Any],
+  batch: Mapping[str, Any],
+) -> tuple[np.ndarray, np.ndarray]:
+  """Both outputs of the examples that are not padding, float64."""
+  found, expected = np.asarray(fn(batch)), np.asarray(reference(batch))
+  check_same_shape('compare', fn=found, reference=expected)
+  if found.ndim != 2:
+    raise ValueError(
+      f'compare: outputs must be [B, C] but have shape {found.shape}.'
+    )
+  mask = np.asarray(batch.get('mask', np.ones(len(found))))
+  if mask.shape != found.shape[:1]:
+    raise ValueError(
+      f'compare: mask has shape {mask.shape} but outputs have {found.shape}.'
+    )
+  real = mask > 0
+  return found[real].astype(np.float64), expected[real].astype(np.float64)
+
+
+def decibels(signal: float, noise: float) -> float:
+  """Signal-to-noise ratio of two sums of squares; inf without noise."""
+  if noise == 0:
+    return math.inf
+  if signal == 0:
+    return -math.inf
+  return 10 * (math.log10(signal) - math.log10(noise))
