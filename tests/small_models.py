@@ -11,7 +11,7 @@ from quantized_models import Biased, values
 
 from kd_jax import adapters, deploy, models, quantize
 from kd_jax.models import layers
-from kd_jax.models.cifar_mobilenet import InvertedResidual
+from kd_jax.models.mobilenet_v2 import InvertedResidual
 
 
 class _Inverted(nn.Module):

@@ -25,14 +25,12 @@ from kd_jax.losses.gradients import gradient_matching as gradient_matching
 from kd_jax.losses.gradients import input_gradient as input_gradient
 from kd_jax.losses.gradients import jacobian_matching as jacobian_matching
 from kd_jax.losses.gradients import projected_jacobian as projected_jacobian
-from kd_jax.losses.logits import cross_entropy as cross_entropy
-from kd_jax.losses.logits import hard_distillation as hard_distillation
-from kd_jax.losses.logits import huber as huber
+from kd_jax.losses.labels import cross_entropy as cross_entropy
+from kd_jax.losses.labels import hard_distillation as hard_distillation
 from kd_jax.losses.logits import jensen_shannon as jensen_shannon
 from kd_jax.losses.logits import kl_divergence as kl_divergence
 from kd_jax.losses.logits import reverse_kl_divergence as reverse_kl_divergence
 from kd_jax.losses.logits import skew_kl_divergence as skew_kl_divergence
-from kd_jax.losses.logits import squared_error as squared_error
 from kd_jax.losses.logits import standardize_logits as standardize_logits
 from kd_jax.losses.logits import (
   standardized_kl_divergence as standardized_kl_divergence,
@@ -67,3 +65,5 @@ from kd_jax.losses.tokens import hidden_cosine as hidden_cosine
 from kd_jax.losses.tokens import hidden_squared_error as hidden_squared_error
 from kd_jax.losses.tokens import minilm_relation as minilm_relation
 from kd_jax.losses.tokens import patient_kd as patient_kd
+from kd_jax.losses.values import huber as huber
+from kd_jax.losses.values import squared_error as squared_error

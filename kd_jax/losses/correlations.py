@@ -14,26 +14,19 @@ from jax.typing import ArrayLike
 
 from kd_jax.losses import numerics
 from kd_jax.losses.logits import kl_divergence
-from kd_jax.types import check_same_shape
 
 
 def _softmaxes(
   student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-  student_logits = numerics.float32(student_logits)
-  teacher_logits = numerics.constant(teacher_logits)
-  check_same_shape(
-    'teacher and student must have the same classes',
-    student_logits=student_logits,
-    teacher_logits=teacher_logits,
-  )
-  if student_logits.ndim != 2:
+  student, teacher = numerics.logits_pair(student_logits, teacher_logits)
+  if student.ndim != 2:
     raise ValueError(
-      f'relations within a batch need [B, C], not {student_logits.shape}.'
+      f'relations within a batch need [B, C], not {student.shape}.'
     )
   return (
-    jax.nn.softmax(student_logits / temperature),
-    jax.nn.softmax(teacher_logits / temperature),
+    jax.nn.softmax(student / temperature),
+    jax.nn.softmax(teacher / temperature),
   )
 
 

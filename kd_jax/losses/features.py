@@ -18,13 +18,11 @@ def _pair(
   what: str, student: ArrayLike, teacher: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
   """Both as float32 of one shape, the teacher's as a constant."""
-  student, teacher = numerics.float32(student), numerics.constant(teacher)
-  check_same_shape(
+  return numerics.pair(
     f'{what} needs equal shapes, to which the connector of a term adapts them',
     student=student,
     teacher=teacher,
   )
-  return student, teacher
 
 
 def _rest(x: jax.Array) -> tuple[int, ...]:

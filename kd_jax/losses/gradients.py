@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd_jax.losses import numerics
-from kd_jax.losses.logits import cross_entropy
+from kd_jax.losses.labels import cross_entropy
 from kd_jax.types import check_same_shape
 
 
@@ -130,9 +130,9 @@ def gradient_matching(
     Czarnecki et al., "Sobolev Training for Neural Networks", 2017,
     arXiv:1706.04859.
   """
-  student = numerics.float32(student_gradient)
-  teacher = numerics.constant(teacher_gradient)
-  check_same_shape('gradient_matching', student=student, teacher=teacher)
+  student, teacher = numerics.pair(
+    'gradient_matching', student=student_gradient, teacher=teacher_gradient
+  )
   axes = tuple(range(1, student.ndim))
   if normalize:
     student, teacher = (
@@ -169,9 +169,9 @@ def jacobian_matching(
     Srinivas, Fleuret, "Knowledge Transfer with Jacobian Matching", 2018,
     arXiv:1803.00443.
   """
-  student = numerics.float32(student_jacobian)
-  teacher = numerics.constant(teacher_jacobian)
-  check_same_shape('jacobian_matching', student=student, teacher=teacher)
+  student, teacher = numerics.pair(
+    'jacobian_matching', student=student_jacobian, teacher=teacher_jacobian
+  )
   inputs = tuple(range(2, student.ndim))
   difference = numerics.unit(student, inputs) - numerics.unit(teacher, inputs)
   return jnp.sum(jnp.square(difference), axis=tuple(range(1, student.ndim)))

@@ -1,9 +1,10 @@
-"""Losses on logits and regression values: one formula, one paper, one function.
+"""Divergences of two softmaxes: one formula, one paper, one function.
 
 Every loss is pure, computed in float32 whatever the inputs' dtype, unreduced
 over the leading axes (`[..., C] -> [...]`), and takes its hyper-parameters by
 keyword. Owns no weights, no schedules and no batch mean: see `objectives`.
-Losses that need the label or a part of the classes are in `targets`.
+Losses that learn one class are in `labels`, those that treat the label's class
+apart or know a part of the classes in `targets`.
 """
 
 import math
@@ -13,21 +14,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd_jax.losses import numerics
-from kd_jax.types import check_same_shape
-
-_SAME_CLASSES = 'teacher and student must have the same classes'
 
 
-def _pair(
-  student_logits: ArrayLike, teacher_logits: ArrayLike
+def _log_softmaxes(
+  student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-  """Both as float32, the teacher's as a constant."""
-  student_logits = numerics.float32(student_logits)
-  teacher_logits = numerics.constant(teacher_logits)
-  check_same_shape(
-    _SAME_CLASSES, student_logits=student_logits, teacher_logits=teacher_logits
-  )
-  return student_logits, teacher_logits
+  """Both networks' log-probabilities; the teacher's are constant."""
+  student, teacher = numerics.logits_pair(student_logits, teacher_logits)
+  log_teacher = jax.nn.log_softmax(teacher / temperature)
+  return jax.nn.log_softmax(student / temperature), log_teacher
 
 
 def kl_divergence(
@@ -70,17 +65,16 @@ def kl_divergence(
     Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network",
     2015, arXiv:1503.02531.
   """
-  student_logits, teacher_logits = _pair(student_logits, teacher_logits)
-  kl = numerics.kl(
-    jax.nn.log_softmax(teacher_logits / temperature),
-    jax.nn.log_softmax(student_logits / temperature),
+  log_student, log_teacher = _log_softmaxes(
+    student_logits, teacher_logits, temperature
   )
+  kl = numerics.kl(log_teacher, log_student)
   if convention == 'canonical':
     return kl * temperature**2
   if convention == 'no_t2':
     return kl
   if convention == 'element_mean':
-    return kl * temperature**2 / student_logits.shape[-1]
+    return kl * temperature**2 / log_student.shape[-1]
   raise ValueError(
     f'Unknown convention {convention!r} of kl_divergence: valid: canonical, '
     'element_mean, no_t2.'
@@ -121,12 +115,10 @@ def reverse_kl_divergence(
     Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models",
     2023, arXiv:2306.08543.
   """
-  student_logits, teacher_logits = _pair(student_logits, teacher_logits)
-  kl = numerics.kl(
-    jax.nn.log_softmax(student_logits / temperature),
-    jax.nn.log_softmax(teacher_logits / temperature),
+  log_student, log_teacher = _log_softmaxes(
+    student_logits, teacher_logits, temperature
   )
-  return kl * temperature**2
+  return numerics.kl(log_student, log_teacher) * temperature**2
 
 
 def jensen_shannon(
@@ -169,9 +161,9 @@ def jensen_shannon(
   """
   if not 0 <= beta <= 1:
     raise ValueError(f'jensen_shannon: beta must be in [0, 1], not {beta}.')
-  student_logits, teacher_logits = _pair(student_logits, teacher_logits)
-  log_student = jax.nn.log_softmax(student_logits / temperature)
-  log_teacher = jax.nn.log_softmax(teacher_logits / temperature)
+  log_student, log_teacher = _log_softmaxes(
+    student_logits, teacher_logits, temperature
+  )
   if beta == 0:
     return numerics.kl(log_teacher, log_student)
   if beta == 1:
@@ -221,9 +213,9 @@ def skew_kl_divergence(
     raise ValueError(
       f'skew_kl_divergence: alpha must be in [0, 1), not {alpha}.'
     )
-  student_logits, teacher_logits = _pair(student_logits, teacher_logits)
-  log_student = jax.nn.log_softmax(student_logits / temperature)
-  log_teacher = jax.nn.log_softmax(teacher_logits / temperature)
+  log_student, log_teacher = _log_softmaxes(
+    student_logits, teacher_logits, temperature
+  )
   if alpha == 0:
     return numerics.kl(log_teacher, log_student)
   return numerics.kl(log_teacher, _log_mixture(log_teacher, log_student, alpha))
@@ -305,149 +297,9 @@ def standardized_kl_divergence(
     Sun et al., "Logit Standardization in Knowledge Distillation", 2024,
     arXiv:2403.01427.
   """
-  student_logits, teacher_logits = _pair(student_logits, teacher_logits)
+  student, teacher = numerics.logits_pair(student_logits, teacher_logits)
   return kl_divergence(
-    standardize_logits(student_logits),
-    standardize_logits(teacher_logits),
+    standardize_logits(student),
+    standardize_logits(teacher),
     temperature=temperature,
   )
-
-
-def cross_entropy(
-  logits: ArrayLike, label: ArrayLike, *, label_smoothing: float = 0.0
-) -> jax.Array:
-  """Cross-entropy of logits with integer labels.
-
-  Args:
-    logits: `[..., C]` unnormalised scores, any float dtype.
-    label: `[...]` integer class ids in [0, C).
-    label_smoothing: share of the target spread evenly over all C classes,
-      in [0, 1) (Szegedy et al. 2016, arXiv:1512.00567).
-
-  Returns:
-    `[...]` float32, >= 0.
-
-  Raises:
-    ValueError: if `label` does not have the shape of `logits` without its
-      last axis.
-
-  Example:
-    >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]), 4)
-    1.3863
-  """
-  logits, label = numerics.float32(logits), jnp.asarray(label)
-  check_same_shape(
-    'labels are one integer per prediction',
-    label=label,
-    prediction=logits[..., 0],
-  )
-  log_p = jax.nn.log_softmax(logits)
-  picked = jnp.take_along_axis(log_p, label[..., None], axis=-1)[..., 0]
-  if not label_smoothing:
-    return -picked
-  uniform = -jnp.mean(log_p, axis=-1)
-  return -(1 - label_smoothing) * picked + label_smoothing * uniform
-
-
-def hard_distillation(
-  student_logits: ArrayLike,
-  teacher_logits: ArrayLike,
-  *,
-  label_smoothing: float = 0.0,
-) -> jax.Array:
-  """Cross-entropy with the class that the teacher finds likeliest.
-
-  Args:
-    student_logits: `[..., C]` unnormalised scores, any float dtype; in DeiT
-      those of the distillation token.
-    teacher_logits: `[..., C]`; the first of equal maxima is the label.
-    label_smoothing: share of the target spread evenly over all C classes,
-      in [0, 1).
-
-  Returns:
-    `[...]` float32, >= 0.
-
-  Raises:
-    ValueError: if the shapes differ.
-
-  Example:
-    >>> teacher = jnp.array([[2.0, 9.0, 0.5]])
-    >>> round(float(hard_distillation(jnp.zeros((1, 3)), teacher)[0]), 4)
-    1.0986
-
-  References:
-    Touvron et al., "Training data-efficient image transformers & distillation
-    through attention", 2020, arXiv:2012.12877.
-  """
-  student_logits, teacher_logits = _pair(student_logits, teacher_logits)
-  return cross_entropy(
-    student_logits,
-    jnp.argmax(teacher_logits, axis=-1),
-    label_smoothing=label_smoothing,
-  )
-
-
-def squared_error(prediction: ArrayLike, target: ArrayLike) -> jax.Array:
-  """Mean over the last axis of the squared difference.
-
-  On regression values the ordinary mean squared error; on logits the
-  distillation of Ba and Caruana. Averaged over a batch it is the mean over
-  all elements.
-
-  Args:
-    prediction: `[..., D]`, any float dtype.
-    target: `[..., D]`; gradients do not flow into it.
-
-  Returns:
-    `[...]` float32.
-
-  Raises:
-    ValueError: if the shapes differ.
-
-  Example:
-    >>> squared_error(jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2))).tolist()
-    [5.0]
-
-  References:
-    Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014,
-    arXiv:1312.6184.
-  """
-  prediction, target = numerics.float32(prediction), numerics.constant(target)
-  check_same_shape('squared_error', prediction=prediction, target=target)
-  return jnp.mean(jnp.square(prediction - target), axis=-1)
-
-
-def huber(
-  prediction: ArrayLike, target: ArrayLike, *, delta: float = 1.0
-) -> jax.Array:
-  """Mean over the last axis of Huber's function of the difference.
-
-  For a difference r it is r**2 / 2 where |r| <= delta, and from there on the
-  straight line delta * (|r| - delta / 2). With delta = 1 it is also known as
-  smooth L1.
-
-  Args:
-    prediction: `[..., D]`, any float dtype.
-    target: `[..., D]`; gradients do not flow into it.
-    delta: where the parabola ends, > 0, in the units of the prediction.
-
-  Returns:
-    `[...]` float32.
-
-  Raises:
-    ValueError: if the shapes differ.
-
-  Example:
-    >>> huber(jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2))).tolist()
-    [1.5]
-
-  References:
-    Huber, "Robust Estimation of a Location Parameter", Annals of Mathematical
-    Statistics 35, 1964.
-  """
-  prediction, target = numerics.float32(prediction), numerics.constant(target)
-  check_same_shape('huber', prediction=prediction, target=target)
-  residual = prediction - target
-  size = jnp.abs(residual)
-  inside = jnp.minimum(size, delta)
-  return jnp.mean(inside * (size - 0.5 * inside), axis=-1)

@@ -1,4 +1,4 @@
-"""What the losses share: float32, safe norms, and pooling to a resolution.
+"""What the losses share: float32, equal shapes, safe norms, pooling.
 
 Nothing here is a loss. Gradients are finite where a norm is zero, and matrix
 products keep float32's precision on hardware whose default is lower.
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from kd_jax.types import check_same_shape
+
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -22,6 +24,38 @@ def float32(x: ArrayLike) -> jax.Array:
 def constant(x: ArrayLike) -> jax.Array:
   """A teacher's array: float32, and no gradient flows into it."""
   return jax.lax.stop_gradient(float32(x))
+
+
+def pair(what: str, **arrays: ArrayLike) -> tuple[jax.Array, jax.Array]:
+  """What is trained and what it learns from: `float32` and `constant`.
+
+  Args:
+    what: what the caller needs equal shapes for; begins the message.
+    **arrays: two named arrays, the constant one last.
+
+  Raises:
+    ValueError: if their shapes differ.
+
+  Example:
+    >>> student, teacher = pair('kl', student=[1, 2], teacher=[3, 4])
+    >>> student.dtype.name
+    'float32'
+  """
+  (trained, x), (target, y) = arrays.items()
+  x, y = float32(x), constant(y)
+  check_same_shape(what, **{trained: x, target: y})
+  return x, y
+
+
+def logits_pair(
+  student_logits: ArrayLike, teacher_logits: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+  """`pair` of two networks' logits, `[..., C]`."""
+  return pair(
+    'teacher and student must have the same classes',
+    student_logits=student_logits,
+    teacher_logits=teacher_logits,
+  )
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:

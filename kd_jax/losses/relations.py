@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd_jax.losses import numerics
-from kd_jax.losses.logits import huber
+from kd_jax.losses.values import huber
 from kd_jax.types import check_same_shape
 
 # The differences [examples, B, D] held at a time, in floats.

@@ -33,16 +33,6 @@ def _is_label(
   return target, ~target
 
 
-def _check_classes(
-  student_logits: jax.Array, teacher_logits: jax.Array
-) -> None:
-  check_same_shape(
-    'teacher and student must have the same classes',
-    student_logits=student_logits,
-    teacher_logits=teacher_logits,
-  )
-
-
 def _log_softmax_of(classes: jax.Array, logits: jax.Array) -> jax.Array:
   """The log-softmax over some classes; -inf for the others."""
   return jax.nn.log_softmax(jnp.where(classes, logits, -jnp.inf))
@@ -104,11 +94,9 @@ def decoupled_kd(
   References:
     Zhao et al., "Decoupled Knowledge Distillation", 2022, arXiv:2203.08679.
   """
-  student_logits = numerics.float32(student_logits)
-  teacher_logits = numerics.constant(teacher_logits)
-  _check_classes(student_logits, teacher_logits)
-  target, others = _is_label('decoupled_kd', student_logits, label)
-  student, teacher = student_logits / temperature, teacher_logits / temperature
+  student, teacher = numerics.logits_pair(student_logits, teacher_logits)
+  target, others = _is_label('decoupled_kd', student, label)
+  student, teacher = student / temperature, teacher / temperature
   target_kl = numerics.kl(
     _log_binary(target, others, jax.nn.log_softmax(teacher)),
     _log_binary(target, others, jax.nn.log_softmax(student)),
@@ -164,17 +152,13 @@ def normalized_kd(
     A Unified Approach with Normalized Loss and Customized Soft Labels", 2023,
     arXiv:2303.13005.
   """
-  student_logits = numerics.float32(student_logits)
-  teacher_logits = numerics.constant(teacher_logits)
-  _check_classes(student_logits, teacher_logits)
-  target, others = _is_label('normalized_kd', student_logits, label)
+  student, teacher = numerics.logits_pair(student_logits, teacher_logits)
+  target, others = _is_label('normalized_kd', student, label)
   of_label = jnp.where(
-    target,
-    jax.nn.softmax(teacher_logits) * jax.nn.log_softmax(student_logits),
-    0.0,
+    target, jax.nn.softmax(teacher) * jax.nn.log_softmax(student), 0.0
   )
-  q = jnp.exp(_log_softmax_of(others, teacher_logits / temperature))
-  log_q = _log_softmax_of(others, student_logits / temperature)
+  q = jnp.exp(_log_softmax_of(others, teacher / temperature))
+  log_q = _log_softmax_of(others, student / temperature)
   of_others = q * jnp.where(q > 0, log_q, 0.0)
   return -jnp.sum(of_label, axis=-1) - gamma * temperature**2 * jnp.sum(
     of_others, axis=-1

@@ -9,7 +9,6 @@ from flax import linen as nn
 
 from kd_jax import rules
 from kd_jax.models.cifar import CIFAR_MODELS as CIFAR_MODELS
-from kd_jax.models.cifar_mobilenet import CifarMobileNetV2 as CifarMobileNetV2
 from kd_jax.models.cnn import CNN as CNN
 from kd_jax.models.convnext import ConvNeXt as ConvNeXt
 from kd_jax.models.imagenet import IMAGENET_MODELS as IMAGENET_MODELS
@@ -17,7 +16,8 @@ from kd_jax.models.imagenet_resnet import ImageNetResNet as ImageNetResNet
 from kd_jax.models.layers import Taps as Taps
 from kd_jax.models.mlp import MLP as MLP
 from kd_jax.models.mobilenet import MobileNetV1 as MobileNetV1
-from kd_jax.models.mobilenet import MobileNetV2 as MobileNetV2
+from kd_jax.models.mobilenet_v2 import CifarMobileNetV2 as CifarMobileNetV2
+from kd_jax.models.mobilenet_v2 import MobileNetV2 as MobileNetV2
 from kd_jax.models.pretrained import load_pretrained as load_pretrained
 from kd_jax.models.resnet import CifarBottleneckResNet as CifarBottleneckResNet
 from kd_jax.models.resnet import CifarResNet as CifarResNet

@@ -11,7 +11,7 @@ from functools import partial
 
 from flax import linen as nn
 
-from kd_jax.models.cifar_mobilenet import CifarMobileNetV2
+from kd_jax.models.mobilenet_v2 import CifarMobileNetV2
 from kd_jax.models.resnet import CifarBottleneckResNet, CifarResNet
 from kd_jax.models.shufflenet import ShuffleNetV1, ShuffleNetV2
 from kd_jax.models.vgg import VGG

@@ -122,9 +122,7 @@ class ConvNeXt(nn.Module):
   @property
   def taps(self) -> layers.Taps:
     """The stages are the resolutions; no activation follows a block."""
-    stages = tuple(
-      f'stage{s}_block{n}' for s, n in enumerate(self.blocks, start=1)
-    )
+    stages = layers.last_blocks(self.blocks)
     return layers.Taps(
       stages=stages,
       preactivations=stages,

@@ -11,7 +11,8 @@ from flax import linen as nn
 
 from kd_jax.models.convnext import ConvNeXt
 from kd_jax.models.imagenet_resnet import ImageNetResNet
-from kd_jax.models.mobilenet import MobileNetV1, MobileNetV2
+from kd_jax.models.mobilenet import MobileNetV1
+from kd_jax.models.mobilenet_v2 import MobileNetV2
 from kd_jax.models.vit import ViT
 
 

@@ -11,7 +11,13 @@ import jax
 from flax import linen as nn
 
 from kd_jax.models import layers
-from kd_jax.models.resnet import BasicBlock, Bottleneck
+from kd_jax.models.resnet import (
+  BasicBlock,
+  Bottleneck,
+  check_blocks,
+  run_stages,
+  stage_taps,
+)
 
 
 class ImageNetResNet(nn.Module):
@@ -60,23 +66,13 @@ class ImageNetResNet(nn.Module):
   @property
   def taps(self) -> layers.Taps:
     """The stages are the resolutions, a quarter of the image's and below."""
-    last = [f'stage{s}_block{n}' for s, n in enumerate(self.blocks, start=1)]
     norm = 'norm3' if self.bottleneck else 'norm2'
-    return layers.Taps(
-      stages=tuple(last),
-      preactivations=tuple(f'{block}/add' for block in last),
-      norms=tuple(f'{block}/{norm}' for block in last),
-      **layers.end_taps(self.num_classes),
-    )
+    return stage_taps(self.blocks, norm, self.num_classes)
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """`[B, H, W, 3]` images -> `[B, num_classes]` logits."""
-    if min(self.blocks, default=0) < 1:
-      raise ValueError(
-        f'ImageNetResNet: blocks={tuple(self.blocks)}; every stage needs at '
-        'least one block.'
-      )
+    check_blocks(self)
     x = layers.conv_norm(
       x,
       'stem',
@@ -89,20 +85,15 @@ class ImageNetResNet(nn.Module):
     )
     x = nn.relu(x)
     x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-    block_class = Bottleneck if self.bottleneck else BasicBlock
-    for stage, blocks in enumerate(self.blocks, start=1):
-      for block in range(1, blocks + 1):
-        x = block_class(
-          self.width * 2 ** (stage - 1),
-          stride=2 if stage > 1 and block == 1 else 1,
-          project=block == 1 and (stage > 1 or self.bottleneck),
-          dtype=self.dtype,
-          name=f'stage{stage}_block{block}',
-        )(x, train)
-    return layers.classify(
+    x = run_stages(
       x,
-      self.num_classes,
+      Bottleneck if self.bottleneck else BasicBlock,
+      self.blocks,
+      self.width,
+      project=self.bottleneck,
       train=train,
       dtype=self.dtype,
-      dropout=self.dropout,
+    )
+    return layers.classify(
+      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
     )

@@ -8,7 +8,7 @@ the compact method that calls them. What a network is made of stays in its own
 file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -264,3 +264,16 @@ def end_taps(num_classes: int) -> dict[str, str]:
   if not num_classes:
     return {'embedding': '', 'head': ''}
   return {'embedding': 'pool', 'head': 'head'}
+
+
+def last_blocks(blocks: Sequence[int]) -> tuple[str, ...]:
+  """Paths of the last block of every stage, of models that name them alike.
+
+  Args:
+    blocks: blocks of each stage.
+
+  Example:
+    >>> last_blocks((2, 3))
+    ('stage1_block2', 'stage2_block3')
+  """
+  return tuple(f'stage{s}_block{n}' for s, n in enumerate(blocks, start=1))

@@ -3,8 +3,8 @@
 Owns the networks of He et al., section 4.2 (depth 6n + 2: a 3x3 stem, three
 stages of n basic blocks with widths w, 2w and 4w, the second and third halving
 the resolution) and the four-stage network of bottlenecks with the stem made
-for small images. Networks for ImageNet and those that normalise before the
-convolution live elsewhere.
+for small images; and the blocks and stages that `imagenet_resnet` shares.
+Networks that normalise before the convolution are in `wide_resnet`.
 """
 
 import functools
@@ -83,17 +83,76 @@ class Bottleneck(nn.Module):
     return nn.relu(layers.Add(name='add')(x, y))
 
 
-def _stage_taps(
+def stage_taps(
   blocks: Sequence[int], norm: str, num_classes: int
 ) -> layers.Taps:
-  """Taps at the last block of every stage; `norm` is the block's last one."""
-  last = [f'stage{s}_block{n}' for s, n in enumerate(blocks, start=1)]
+  """Taps at the last block of every stage.
+
+  Args:
+    blocks: blocks of each stage.
+    norm: the last BatchNorm of a block's main branch.
+    num_classes: of the model.
+
+  Example:
+    >>> stage_taps((2, 2), 'norm2', 10).norms
+    ('stage1_block2/norm2', 'stage2_block2/norm2')
+  """
+  last = layers.last_blocks(blocks)
   return layers.Taps(
-    stages=tuple(last),
+    stages=last,
     preactivations=tuple(f'{block}/add' for block in last),
     norms=tuple(f'{block}/{norm}' for block in last),
     **layers.end_taps(num_classes),
   )
+
+
+def check_blocks(model: nn.Module) -> None:
+  """Raises ValueError if one of the stages in `model.blocks` has no block."""
+  if min(model.blocks, default=0) < 1:
+    raise ValueError(
+      f'{type(model).__name__}: blocks={tuple(model.blocks)}; every stage '
+      'needs at least one block.'
+    )
+
+
+def run_stages(
+  x: jax.Array,
+  block_class: type[BasicBlock] | type[Bottleneck],
+  blocks: Sequence[int],
+  width: int,
+  *,
+  project: bool,
+  train: bool,
+  dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+  """The stages of a residual network, inside its compact method.
+
+  Widths double and the resolution halves from one stage to the next, whose
+  first block projects its shortcut.
+
+  Args:
+    x: `[B, H, W, D]`, what the stem made.
+    block_class: of all blocks.
+    blocks: blocks of each stage.
+    width: of the first stage's blocks.
+    project: whether the first block of all projects too, as it must where it
+      changes the channels.
+    train: whether BatchNorm normalises with the batch's statistics.
+    dtype: of the computation.
+
+  Returns:
+    The last feature map.
+  """
+  for stage, count in enumerate(blocks, start=1):
+    for block in range(1, count + 1):
+      x = block_class(
+        width * 2 ** (stage - 1),
+        stride=2 if stage > 1 and block == 1 else 1,
+        project=block == 1 and (stage > 1 or project),
+        dtype=dtype,
+        name=f'stage{stage}_block{block}',
+      )(x, train)
+  return x
 
 
 def _blocks(depth: int) -> int:
@@ -148,7 +207,7 @@ class CifarResNet(nn.Module):
   def taps(self) -> layers.Taps:
     """The stages are the three resolutions."""
     blocks = [_blocks(self.depth)] * 3
-    return _stage_taps(blocks, 'norm2', self.num_classes)
+    return stage_taps(blocks, 'norm2', self.num_classes)
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -156,33 +215,19 @@ class CifarResNet(nn.Module):
     blocks = _blocks(self.depth)
     made = self.width if self.stem_width is None else self.stem_width
     x = layers.conv_norm(
-      x,
-      'stem',
-      'stem_norm',
-      made,
-      3,
+      x, 'stem', 'stem_norm', made, 3, train=train, dtype=self.dtype
+    )
+    x = run_stages(
+      nn.relu(x),
+      BasicBlock,
+      [blocks] * 3,
+      self.width,
+      project=made != self.width,
       train=train,
       dtype=self.dtype,
     )
-    x = nn.relu(x)
-    for stage in (1, 2, 3):
-      for block in range(1, blocks + 1):
-        width = self.width * 2 ** (stage - 1)
-        stride = 2 if stage > 1 and block == 1 else 1
-        x = BasicBlock(
-          width,
-          stride=stride,
-          project=stride != 1 or made != width,
-          dtype=self.dtype,
-          name=f'stage{stage}_block{block}',
-        )(x, train)
-        made = width
     return layers.classify(
-      x,
-      self.num_classes,
-      train=train,
-      dtype=self.dtype,
-      dropout=self.dropout,
+      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
     )
 
 
@@ -225,34 +270,25 @@ class CifarBottleneckResNet(nn.Module):
   @property
   def taps(self) -> layers.Taps:
     """The stages are the four resolutions."""
-    return _stage_taps(self.blocks, 'norm3', self.num_classes)
+    return stage_taps(self.blocks, 'norm3', self.num_classes)
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """`[B, H, W, C]` images -> `[B, num_classes]` logits."""
-    if min(self.blocks, default=0) < 1:
-      raise ValueError(
-        f'CifarBottleneckResNet: blocks={tuple(self.blocks)}; every stage '
-        'needs at least one block.'
-      )
+    check_blocks(self)
     x = layers.conv_norm(
       x, 'stem', 'stem_norm', self.width, 3, train=train, dtype=self.dtype
     )
-    x = nn.relu(x)
-    for stage, blocks in enumerate(self.blocks, start=1):
-      for block in range(1, blocks + 1):
-        x = Bottleneck(
-          self.width * 2 ** (stage - 1),
-          stride=2 if stage > 1 and block == 1 else 1,
-          # From w to 4w channels, also where the resolution stays.
-          project=block == 1,
-          dtype=self.dtype,
-          name=f'stage{stage}_block{block}',
-        )(x, train)
-    return layers.classify(
-      x,
-      self.num_classes,
+    x = run_stages(
+      nn.relu(x),
+      Bottleneck,
+      self.blocks,
+      self.width,
+      # From w to 4w channels, though the resolution stays.
+      project=True,
       train=train,
       dtype=self.dtype,
-      dropout=self.dropout,
+    )
+    return layers.classify(
+      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
     )

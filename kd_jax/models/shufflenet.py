@@ -29,10 +29,6 @@ def _conv_norm(
   )
 
 
-def _last_blocks(blocks: Sequence[int]) -> tuple[str, ...]:
-  return tuple(f'stage{s}_block{n}' for s, n in enumerate(blocks, start=1))
-
-
 def _check_blocks(model: nn.Module, least: int) -> None:
   if len(model.blocks) != len(model.widths):
     raise ValueError(
@@ -140,7 +136,7 @@ class ShuffleNetV1(nn.Module):
   @property
   def taps(self) -> layers.Taps:
     """The stages are the three resolutions."""
-    stages = _last_blocks(self.blocks)
+    stages = layers.last_blocks(self.blocks)
     return layers.Taps(
       stages=stages,
       preactivations=tuple(f'{stage}/add' for stage in stages),
@@ -166,11 +162,7 @@ class ShuffleNetV1(nn.Module):
           name=f'stage{stage}_block{block}',
         )(x, train)
     return layers.classify(
-      x,
-      self.num_classes,
-      train=train,
-      dtype=self.dtype,
-      dropout=self.dropout,
+      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
     )
 
 
@@ -264,7 +256,7 @@ class ShuffleNetV2(nn.Module):
 
     `norms` is empty: a stage's channels come from several BatchNorms.
     """
-    stages = _last_blocks(self.blocks)
+    stages = layers.last_blocks(self.blocks)
     return layers.Taps(
       stages=stages,
       preactivations=tuple(f'{stage}/shuffle' for stage in stages),
@@ -292,9 +284,5 @@ class ShuffleNetV2(nn.Module):
         )(x, train)
     x = nn.relu(conv_norm(x, 'last', 'last_norm', self.last_width, 1))
     return layers.classify(
-      x,
-      self.num_classes,
-      train=train,
-      dtype=self.dtype,
-      dropout=self.dropout,
+      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
     )

@@ -125,9 +125,5 @@ class VGG(nn.Module):
       if stage <= poolings:
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
     return layers.classify(
-      x,
-      self.num_classes,
-      train=train,
-      dtype=self.dtype,
-      dropout=self.dropout,
+      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
     )

@@ -17,16 +17,20 @@ from kd_jax.objectives.classifiers import (
   softmax_regression as softmax_regression,
 )
 from kd_jax.objectives.contrastive import contrastive as contrastive
+from kd_jax.objectives.feature_networks import (
+  factor_transfer as factor_transfer,
+)
+from kd_jax.objectives.feature_networks import (
+  masked_generation as masked_generation,
+)
+from kd_jax.objectives.feature_networks import review as review
 from kd_jax.objectives.features import (
   activation_boundary as activation_boundary,
 )
-from kd_jax.objectives.features import factor_transfer as factor_transfer
 from kd_jax.objectives.features import flow as flow
 from kd_jax.objectives.features import hints as hints
-from kd_jax.objectives.features import masked_generation as masked_generation
 from kd_jax.objectives.features import on_features as on_features
 from kd_jax.objectives.features import overhaul as overhaul
-from kd_jax.objectives.features import review as review
 from kd_jax.objectives.features import (
   variational_information as variational_information,
 )

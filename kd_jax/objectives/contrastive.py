@@ -20,7 +20,7 @@ from kd_jax import losses
 from kd_jax.losses import numerics
 from kd_jax.objectives import base, connectors
 from kd_jax.objectives.base import Inputs, Objective
-from kd_jax.objectives.relations import SCOPES
+from kd_jax.objectives.scopes import check_scope
 
 # Rows are padded to a multiple of this, so that they divide over devices.
 ROWS = 128
@@ -79,6 +79,16 @@ def _shares(labels: np.ndarray, count: int) -> list[OtherClasses]:
       )
     shares.append(OtherClasses(kept, int(labels.max()) + 1))
   return shares
+
+
+def _draw_global(
+  others: OtherClasses, label: jax.Array, count: int, inputs: Inputs
+) -> jax.Array:
+  """Negatives from all examples, other ones on every device."""
+  key = inputs.rng
+  if inputs.axis_name is not None:
+    key = jax.random.fold_in(key, jax.lax.axis_index(inputs.axis_name))
+  return others.draw(key, label, count)
 
 
 def _draw_local(
@@ -148,49 +158,41 @@ def contrastive(
       'contrastive needs the labels of all training images by id: images in '
       'memory, not streamed ones, nor those of another data set.'
     )
-  if scope not in SCOPES:
-    raise ValueError(f"scope={scope!r} is not 'global' or 'local'.")
+  check_scope(scope)
   labels = np.asarray(labels)
   others = OtherClasses(labels)
-  rows = ROWS * math.ceil(len(labels) / ROWS)
+
+  def features(inputs):
+    return {
+      'student': base.student_feature(inputs, student),
+      'teacher': base.teacher_feature(inputs, teacher),
+    }
 
   def init(inputs):
     keys = jax.random.split(inputs.rng, 4)
-    s = base.student_feature(inputs, student)
-    t = base.teacher_feature(inputs, teacher)
     params = {
-      'student': connectors.dense_params(keys[0], s.shape[-1], size),
-      'teacher': connectors.dense_params(keys[1], t.shape[-1], size),
+      side: connectors.dense_params(key, x.shape[-1], size)
+      for key, (side, x) in zip(keys[:2], features(inputs).items(), strict=True)
     }
-    # Uniform with the length of a random unit vector, as in the paper's code.
-    bound = 1.0 / math.sqrt(size / 3)
-    state = {
-      'bank_student': _uniform(keys[2], (rows, size), bound),
-      'bank_teacher': _uniform(keys[3], (rows, size), bound),
-      'z_student': jnp.zeros(()),
-      'z_teacher': jnp.zeros(()),
-    }
-    return params, state
+    rows = ROWS * math.ceil(len(labels) / ROWS)
+    return params, _first_state(keys[2], keys[3], (rows, size))
+
+  def drawn(inputs, label):
+    """Negatives, and how many examples they are drawn from."""
+    if scope == 'global':
+      rows = _draw_global(others, label, negatives, inputs)
+      return rows, len(others.order)
+    rows, shares = _draw_local(labels, label, negatives, inputs)
+    return rows, len(others.order) / shares
 
   def apply(params, state, inputs):
     label, index = base.entry(inputs, 'label'), base.entry(inputs, 'id')
     embed = {
       side: numerics.unit(connectors.dense(params[side], x))
-      for side, x in (
-        ('student', base.student_feature(inputs, student)),
-        ('teacher', base.teacher_feature(inputs, teacher)),
-      )
+      for side, x in features(inputs).items()
     }
-    num_data: float = len(others.order)
-    if scope == 'local':
-      drawn, shares = _draw_local(labels, label, negatives, inputs)
-      num_data = num_data / shares
-    else:
-      key = inputs.rng
-      if inputs.axis_name is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(inputs.axis_name))
-      drawn = others.draw(key, label, negatives)
-    kept = jnp.concatenate([index[:, None], drawn], axis=1)
+    rows, num_data = drawn(inputs, label)
+    kept = jnp.concatenate([index[:, None], rows], axis=1)
     total: jax.Array | float = 0.0
     new = {}
     for side, other in (('student', 'teacher'), ('teacher', 'student')):
@@ -206,8 +208,21 @@ def contrastive(
   return Objective(init, apply, base.read_taps(student, teacher))
 
 
-def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
-  return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+def _first_state(
+  student: jax.Array, teacher: jax.Array, shape: tuple[int, int]
+) -> dict[str, jax.Array]:
+  """Random banks `[rows, size]` from two keys, and constants not yet set."""
+  # Uniform with the length of a random unit vector, as in the paper's code.
+  bound = 1.0 / math.sqrt(shape[1] / 3)
+  draw = functools.partial(
+    jax.random.uniform, shape=shape, minval=-bound, maxval=bound
+  )
+  return {
+    'bank_student': draw(student),
+    'bank_teacher': draw(teacher),
+    'z_student': jnp.zeros(()),
+    'z_teacher': jnp.zeros(()),
+  }
 
 
 def _scores(

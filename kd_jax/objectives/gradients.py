@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from kd_jax import losses
 from kd_jax.objectives import base
 from kd_jax.objectives.base import Inputs, Objective
+from kd_jax.objectives.scopes import draw_global
 
 # image -> logits
 Network = Callable[[jax.Array], jax.Array]
@@ -58,7 +59,7 @@ def sobolev(*, projections: int = 1, image: str = 'image') -> Objective:
     total: jax.Array | float = 0.0
     for i in range(projections):
       key = jax.random.fold_in(inputs.rng, i)
-      direction = _directions(key, shape, inputs.axis_name)
+      direction = draw_global(_unit_vectors, key, shape, inputs.axis_name)
       total += losses.gradient_matching(
         losses.projected_jacobian(student, x, direction),
         losses.projected_jacobian(teacher, x, direction),
@@ -111,14 +112,6 @@ def _functions(
   return student, teacher, base.entry(inputs, image)
 
 
-def _directions(
-  key: jax.Array, shape: tuple[int, ...], axis_name: str | None
-) -> jax.Array:
-  """Unit vectors `[B, C]`, this device's part of the global draw."""
-  count = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-  draws = jax.random.normal(key, (shape[0] * count, *shape[1:]))
-  draws /= jnp.linalg.norm(draws, axis=-1, keepdims=True)
-  if axis_name is None:
-    return draws
-  start = jax.lax.axis_index(axis_name) * shape[0]
-  return jax.lax.dynamic_slice_in_dim(draws, start, shape[0])
+def _unit_vectors(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  draws = jax.random.normal(key, shape)
+  return draws / jnp.linalg.norm(draws, axis=-1, keepdims=True)

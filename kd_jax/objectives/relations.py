@@ -1,9 +1,7 @@
 """Terms that relate the examples of a batch to each other.
 
-Which batch that is, is a choice: `scope='global'` relates all examples of the
-step, wherever they are, and gives the numbers of one device; `scope='local'`
-relates those of one device only, which is what data-parallel PyTorch code
-computes and publishes.
+Which batch that is, is a choice: the option `scope` of every term, 'global' or
+'local', see `scopes`. Owns no formula: those are in `losses`.
 """
 
 from collections.abc import Callable
@@ -14,44 +12,8 @@ import jax.numpy as jnp
 
 from kd_jax import losses
 from kd_jax.objectives import base, connectors
-from kd_jax.objectives.base import Inputs, Objective, Scalar
-
-SCOPES = ('global', 'local')
-
-
-def over_batch(
-  loss: Callable[..., jax.Array],
-  inputs: Inputs,
-  scope: str,
-  *arrays: jax.Array,
-) -> jax.Array:
-  """A loss over a batch, of the global batch or the mean over its parts.
-
-  Args:
-    loss: `(*arrays) -> scalar`.
-    inputs: says how the step is mapped over devices.
-    scope: 'global' or 'local'.
-    *arrays: `[B, ...]`, the batch that this program sees.
-
-  Raises:
-    ValueError: for another scope, or a batch that does not divide into
-      `inputs.num_shards` parts.
-  """
-  if scope not in SCOPES:
-    raise ValueError(f"scope={scope!r} is not 'global' or 'local'.")
-  if scope == 'global':
-    if inputs.axis_name is not None:
-      arrays = jax.lax.all_gather(arrays, inputs.axis_name, tiled=True)
-    return loss(*arrays)
-  if inputs.axis_name is not None or inputs.num_shards == 1:
-    return loss(*arrays)
-  parts, size = inputs.num_shards, arrays[0].shape[0]
-  if size % parts:
-    raise ValueError(f'A batch of {size} has no {parts} equal local parts.')
-  split = jax.tree.map(
-    lambda x: x.reshape(parts, size // parts, *x.shape[1:]), arrays
-  )
-  return jnp.mean(jax.vmap(loss)(*split))
+from kd_jax.objectives.base import Objective, Scalar
+from kd_jax.objectives.scopes import over_batch
 
 
 def on_batch(
@@ -68,7 +30,7 @@ def on_batch(
     loss: `(student, teacher, **options) -> scalar`.
     student: tap of an embedding or of maps; 'output' for the logits.
     teacher: the teacher's; it may have another width.
-    scope: see the module.
+    scope: see `scopes`.
     **options: of the loss; a callable among them is a schedule.
 
   Example:
@@ -106,28 +68,22 @@ def relational(
     teacher: the teacher's.
     distance_weight: of `losses.relational_distance`.
     angle_weight: of `losses.relational_angle`.
-    scope: see the module.
+    scope: see `scopes`.
   """
 
-  def loss_fn(inputs):
-    distance, angle = (
-      base.value_at(w, inputs.step) for w in (distance_weight, angle_weight)
-    )
+  def loss(s, t, *, distance_weight, angle_weight):
+    distance = losses.relational_distance(s, t)
+    angle = losses.relational_angle(s, t)
+    return distance_weight * distance + angle_weight * angle
 
-    def both(s, t):
-      return distance * losses.relational_distance(
-        s, t
-      ) + angle * losses.relational_angle(s, t)
-
-    return over_batch(
-      both,
-      inputs,
-      scope,
-      base.student_feature(inputs, student),
-      base.teacher_feature(inputs, teacher),
-    )
-
-  return base.term(loss_fn, taps=base.read_taps(student, teacher))
+  return on_batch(
+    loss,
+    student=student,
+    teacher=teacher,
+    scope=scope,
+    distance_weight=distance_weight,
+    angle_weight=angle_weight,
+  )
 
 
 def correlation_congruence(
@@ -139,7 +95,7 @@ def correlation_congruence(
     student: tap of an embedding `[B, D]`.
     teacher: the teacher's.
     size: of both embeddings.
-    scope: see the module.
+    scope: see `scopes`.
   """
 
   def init(inputs):

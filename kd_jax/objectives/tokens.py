@@ -5,7 +5,7 @@ honoured where the batch has it. Means are over the valid tokens of the global
 batch, however it is split over devices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ from kd_jax import losses
 from kd_jax.losses import numerics
 from kd_jax.objectives import base, connectors
 from kd_jax.objectives.base import Inputs, Objective
+from kd_jax.objectives.features import Names, over_pairs
 
 MASK = 'attention_mask'
-Names = str | Sequence[str]
 
 
 def on_tokens(
@@ -47,37 +47,15 @@ def on_tokens(
     ...   student=('block1', 'block2'), teacher=('block2', 'block4'),
     ...   project=True)
   """
-  matched = base.pairs(student, teacher)
+  connect = connectors.make_connector('linear' if project else 'identity')
 
-  def features(inputs, s, t):
-    return base.student_feature(inputs, s), base.teacher_feature(inputs, t)
-
-  def init(inputs):
-    params = {}
-    for i, (s, t) in enumerate(matched):
-      a, b = features(inputs, s, t)
-      key = jax.random.fold_in(inputs.rng, i)
-      if project:
-        params[str(i)] = connectors.dense_params(key, a.shape[-1], b.shape[-1])
-    return params, {}
-
-  def apply(params, state, inputs):
+  def compare(params, inputs, s, t, i):
     mask = inputs.batch.get(MASK)
-    total: jax.Array | float = 0.0
-    for i, (s, t) in enumerate(matched):
-      a, b = features(inputs, s, t)
-      if project:
-        a = connectors.dense(params[str(i)], a)
-      total += loss(
-        a,
-        b,
-        mask,
-        mean_count=_mean_count(mask, a, inputs, power),
-        **base.values_at(options, inputs.step),
-      )
-    return total, state, {}
+    count = _mean_count(mask, s, inputs, power)
+    at = base.values_at(options, inputs.step)
+    return loss(connect.apply(params, s), t, mask, mean_count=count, **at)
 
-  return Objective(init, apply, base.read_taps(student, teacher))
+  return over_pairs(student, teacher, connect.init, compare)
 
 
 def _mean_count(
@@ -100,15 +78,8 @@ def patient(*, student: Names, teacher: Names, position: int = 0) -> Objective:
     teacher: as many, of the same width.
     position: the token; 0 is the class token.
   """
-  matched = base.pairs(student, teacher)
 
-  def loss_fn(inputs):
-    return sum(
-      losses.patient_kd(
-        base.student_feature(inputs, s)[:, position],
-        base.teacher_feature(inputs, t)[:, position],
-      )
-      for s, t in matched
-    )
+  def compare(params, inputs, s, t, i):
+    return losses.patient_kd(s[:, position], t[:, position])
 
-  return base.term(loss_fn, taps=base.read_taps(student, teacher))
+  return over_pairs(student, teacher, lambda *shapes: {}, compare)

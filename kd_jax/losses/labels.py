@@ -1,0 +1,83 @@
+"""Losses that learn one class of each example: the label's or the teacher's.
+
+Pure, float32 and unreduced, `[..., C] -> [...]`, as those of `logits`. Losses
+that tell the label's class from the others are in `targets`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kd_jax.losses import numerics
+from kd_jax.types import check_same_shape
+
+
+def cross_entropy(
+  logits: ArrayLike, label: ArrayLike, *, label_smoothing: float = 0.0
+) -> jax.Array:
+  """Cross-entropy of logits with integer labels.
+
+  Args:
+    logits: `[..., C]` unnormalised scores, any float dtype.
+    label: `[...]` integer class ids in [0, C).
+    label_smoothing: share of the target spread evenly over all C classes,
+      in [0, 1) (Szegedy et al. 2016, arXiv:1512.00567).
+
+  Returns:
+    `[...]` float32, >= 0.
+
+  Raises:
+    ValueError: if `label` does not have the shape of `logits` without its
+      last axis.
+
+  Example:
+    >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]), 4)
+    1.3863
+  """
+  logits, label = numerics.float32(logits), jnp.asarray(label)
+  check_same_shape(
+    'labels are one integer per prediction',
+    label=label,
+    prediction=logits[..., 0],
+  )
+  log_p = jax.nn.log_softmax(logits)
+  picked = jnp.take_along_axis(log_p, label[..., None], axis=-1)[..., 0]
+  if not label_smoothing:
+    return -picked
+  uniform = -jnp.mean(log_p, axis=-1)
+  return -(1 - label_smoothing) * picked + label_smoothing * uniform
+
+
+def hard_distillation(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  label_smoothing: float = 0.0,
+) -> jax.Array:
+  """Cross-entropy with the class that the teacher finds likeliest.
+
+  Args:
+    student_logits: `[..., C]` unnormalised scores, any float dtype; in DeiT
+      those of the distillation token.
+    teacher_logits: `[..., C]`; the first of equal maxima is the label.
+    label_smoothing: share of the target spread evenly over all C classes,
+      in [0, 1).
+
+  Returns:
+    `[...]` float32, >= 0.
+
+  Raises:
+    ValueError: if the shapes differ.
+
+  Example:
+    >>> teacher = jnp.array([[2.0, 9.0, 0.5]])
+    >>> round(float(hard_distillation(jnp.zeros((1, 3)), teacher)[0]), 4)
+    1.0986
+
+  References:
+    Touvron et al., "Training data-efficient image transformers & distillation
+    through attention", 2020, arXiv:2012.12877.
+  """
+  student, teacher = numerics.logits_pair(student_logits, teacher_logits)
+  likeliest = jnp.argmax(teacher, axis=-1)
+  return cross_entropy(student, likeliest, label_smoothing=label_smoothing)

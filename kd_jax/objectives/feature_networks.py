@@ -1,0 +1,209 @@
+"""Terms on features that train small networks of their own beside the student.
+
+Owns FT's paraphraser and translator, ReviewKD's fusion of stages, and MGD's
+generator. They are dropped with the objective; terms that need no more than a
+connector are in `features`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax import losses
+from kd_jax.losses import numerics
+from kd_jax.objectives import base, connectors
+from kd_jax.objectives.base import Objective
+from kd_jax.objectives.features import Names, over_pairs
+from kd_jax.objectives.scopes import draw_global
+
+
+def factor_transfer(
+  *,
+  student: str,
+  teacher: str,
+  rate: float = 0.5,
+  pretrain_steps: int = 0,
+) -> Objective:
+  """FT: the student's translator learns factors of the teacher's paraphraser.
+
+  The paraphraser is an autoencoder of the teacher's features. Here it trains
+  in the same run, by its reconstruction alone: no gradient of the comparison
+  reaches it. Until `pretrain_steps` nothing else is trained by this term,
+  which stands for the paper's separate first stage.
+
+  Args:
+    student: one tap name.
+    teacher: one tap name.
+    rate: channels of the factor per channel of the teacher.
+    pretrain_steps: steps before the student takes part.
+
+  References:
+    Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via
+    Factor Transfer", 2018, arXiv:1802.04977.
+  """
+
+  def init_pair(key, s, t):
+    factors = max(1, round(rate * t[-1]))
+    k1, k2, k3, k4, k5 = jax.random.split(key, 5)
+    return {
+      'encoder': _conv_stack_params(k1, k2, t[-1], factors),
+      'decoder': connectors.conv_params(k3, 3, factors, t[-1]),
+      'translator': _conv_stack_params(k4, k5, s[-1], factors),
+    }
+
+  def compare(params, inputs, s, t, i):
+    t = numerics.float32(t)
+    factor = _conv_stack(params['encoder'], t)
+    rebuilt = connectors.conv(params['decoder'], factor)
+    rebuild = losses.hint(rebuilt, t)
+    s, factor = connectors.same_places(
+      _conv_stack(params['translator'], s), factor
+    )
+    transfer = losses.factor_transfer(s, factor)
+    return rebuild + jnp.where(inputs.step >= pretrain_steps, transfer, 0.0)
+
+  return over_pairs(student, teacher, init_pair, compare)
+
+
+def _conv_stack_params(
+  first: jax.Array, second: jax.Array, inner: int, outer: int
+) -> list[Any]:
+  return [
+    connectors.conv_params(first, 3, inner, outer),
+    connectors.conv_params(second, 3, outer, outer),
+  ]
+
+
+def _conv_stack(layers: Sequence[Any], x: jax.Array) -> jax.Array:
+  for layer in layers:
+    x = jax.nn.leaky_relu(connectors.conv(layer, x), 0.1)
+  return x
+
+
+def review(
+  *, student: Sequence[str], teacher: Sequence[str], width: int | None = None
+) -> Objective:
+  """ReviewKD: the student's stages, fused from deep to shallow, learn all.
+
+  Attention-based fusion: every stage becomes `width` channels, is joined with
+  the fused deeper stage by two attention maps, and a 3x3 convolution gives it
+  the teacher's channels; `losses.hierarchical_context` compares.
+
+  Args:
+    student: tap names, shallow to deep, maps `[B, H, W, D]`.
+    teacher: as many.
+    width: channels of the fusion; those of the widest student stage if None.
+
+  References:
+    Chen et al., "Distilling Knowledge via Knowledge Review", 2021,
+    arXiv:2104.09044.
+  """
+  matched = base.pairs(student, teacher)
+
+  def features(inputs):
+    return [
+      (base.student_feature(inputs, s), base.teacher_feature(inputs, t))
+      for s, t in matched
+    ]
+
+  def init(inputs):
+    found = features(inputs)
+    middle = width or max(s.shape[-1] for s, _ in found)
+    params = {}
+    for i, (s, t) in enumerate(found):
+      key = jax.random.fold_in(inputs.rng, i)
+      params[str(i)] = _fusion_params(
+        key, s.shape[-1], middle, t.shape[-1], deepest=i + 1 == len(found)
+      )
+    return params, {}
+
+  def apply(params, state, inputs):
+    total: jax.Array | float = 0.0
+    fused = None
+    for i, (s, t) in reversed(list(enumerate(features(inputs)))):
+      fused, y = _fuse(params[str(i)], s, fused, inputs.axis_name)
+      y, t = connectors.same_places(y, numerics.float32(t))
+      total += losses.hierarchical_context(y, t)
+    return total, state, {}
+
+  return Objective(init, apply, base.read_taps(student, teacher))
+
+
+def _fusion_params(
+  key: jax.Array, inner: int, width: int, outer: int, *, deepest: bool
+) -> dict[str, Any]:
+  """What one stage trains; the deepest has nothing to be joined with."""
+  reduce, gate, out = jax.random.split(key, 3)
+  params = {
+    'reduce': connectors.conv_params(reduce, 1, inner, width),
+    'reduce_norm': connectors.norm_params(width),
+    'out': connectors.conv_params(out, 3, width, outer),
+    'out_norm': connectors.norm_params(outer),
+  }
+  if not deepest:
+    params['gate'] = connectors.dense_params(gate, 2 * width, 2)
+  return params
+
+
+def _fuse(
+  params: Any, x: jax.Array, deeper: jax.Array | None, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """A stage fused with the deeper ones, and that in the teacher's channels."""
+  x = connectors.conv(params['reduce'], x)
+  x = connectors.batch_norm(params['reduce_norm'], x, axis_name)
+  if deeper is not None:
+    deeper = connectors.upsample(deeper, x.shape[1:3])
+    gate = jax.nn.sigmoid(_joint(params['gate'], x, deeper))
+    x = x * gate[..., :1] + deeper * gate[..., 1:]
+  y = connectors.conv(params['out'], x)
+  return x, connectors.batch_norm(params['out_norm'], y, axis_name)
+
+
+def _joint(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+  """`connectors.dense` of two maps side by side, which are never joined."""
+  first, second = jnp.split(params['kernel'], [x.shape[-1]])
+  gate = connectors.dense({'kernel': first, 'bias': params['bias']}, x)
+  return gate + jnp.einsum('...i,io->...o', y, second)
+
+
+def masked_generation(
+  *, student: Names, teacher: Names, mask_ratio: float = 0.5
+) -> Objective:
+  """MGD: the student's features, partly masked, generate the teacher's.
+
+  Two 3x3 convolutions fill in what a random mask over positions removed.
+
+  Args:
+    student: tap names of maps `[B, H, W, D]`.
+    teacher: as many.
+    mask_ratio: share of the positions that are set to zero, in [0, 1).
+
+  References:
+    Yang et al., "Masked Generative Distillation", 2022, arXiv:2205.01529.
+  """
+  align = connectors.make_connector('linear')
+
+  def init_pair(key, s, t):
+    k1, k2, k3 = jax.random.split(key, 3)
+    return {
+      'align': align.init(k1, s, t),
+      'generate': [
+        connectors.conv_params(k2, 3, t[-1], t[-1]),
+        connectors.conv_params(k3, 3, t[-1], t[-1]),
+      ],
+    }
+
+  def compare(params, inputs, s, t, i):
+    s = align.apply(params['align'], s)
+    s, t = connectors.same_places(s, numerics.float32(t))
+    key = jax.random.fold_in(inputs.rng, i)
+    shape = (*s.shape[:3], 1)
+    kept = draw_global(jax.random.uniform, key, shape, inputs.axis_name)
+    s = jnp.where(kept >= mask_ratio, s, 0.0)
+    first, second = params['generate']
+    s = connectors.conv(second, jax.nn.relu(connectors.conv(first, s)))
+    return losses.masked_generation(s, t)
+
+  return over_pairs(student, teacher, init_pair, compare)
