@@ -57,7 +57,7 @@ def find_groups(
     ValueError: if a pattern of `keep` matches nothing.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from kd_jax import adapters
     >>> forward = adapters.from_apply(
     ...   lambda params, x: jax.nn.relu(x @ params['w']) @ params['v']
