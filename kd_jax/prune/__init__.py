@@ -15,9 +15,11 @@ from kd_jax.prune.report import LayerSparsity as LayerSparsity
 from kd_jax.prune.report import sparsity_report as sparsity_report
 from kd_jax.prune.report import total as total
 from kd_jax.prune.residual import ResidualBlocks as ResidualBlocks
-from kd_jax.prune.residual import find_residual_blocks as find_residual_blocks
 from kd_jax.prune.residual import residual_blocks as residual_blocks
 from kd_jax.prune.residual import without_blocks as without_blocks
+from kd_jax.prune.residual_search import (
+  find_residual_blocks as find_residual_blocks,
+)
 from kd_jax.prune.resize import Overrides as Overrides
 from kd_jax.prune.resize import resized as resized
 from kd_jax.prune.schedules import constant as constant
