@@ -26,6 +26,7 @@ def gathered(x: jax.Array, axis: int, *, parts: int | None = None) -> jax.Array:
     The same values.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> gathered(jnp.ones((2, 3)), 0).shape
     (2, 3)
   """
@@ -45,6 +46,7 @@ def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
   """Gives an array the explicit sharding of another of its shape.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> placed_like(jnp.ones(2), jnp.zeros(2)).shape
     (2,)
   """
