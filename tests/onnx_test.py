@@ -16,7 +16,7 @@ from sklearn import datasets
 from kd_jax import adapters, models, objectives, quantize, step
 from kd_jax.export import onnx as onnx_lib
 from kd_jax.models.layers import GlobalAveragePool
-from kd_jax.quantize import execution
+from kd_jax.quantize import stored
 
 IMAGE = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.uint8)
 WEIGHTS = [('.*/kernel', quantize.INT8_WEIGHTS)]
@@ -194,9 +194,9 @@ def test_grids_that_differ_by_rounding_are_one(folder):
 
   def quantizers(scales):
     def fn(x):
-      codes = [execution.quantize_linear(x, s, zero) for s in scales]
+      codes = [stored.quantize_linear(x, s, zero) for s in scales]
       return sum(
-        execution.dequantize_linear(c, s, zero)
+        stored.dequantize_linear(c, s, zero)
         for c, s in zip(codes, scales, strict=True)
       )
 

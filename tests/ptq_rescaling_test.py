@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 from kd_jax import adapters, deploy, quantize
-from kd_jax.quantize import channel_rules, equalization
+from kd_jax.quantize import channel_views, equalization
 
 pytestmark = pytest.mark.once
 
@@ -234,7 +234,7 @@ def test_scales_in_nnx_and_beside_none():
 )
 def test_reshapes_are_followed(before, after, axis, want):
   index = np.arange(before[axis])
-  got = channel_rules.reshaped_index(before, after, axis, index)
+  got = channel_views.reshaped_index(before, after, axis, index)
   if want is None:
     assert got is None
   else:

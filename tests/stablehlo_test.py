@@ -289,9 +289,7 @@ def test_another_format_is_refused(artefact, number):
   manifest = json.loads((artefact / NAME).read_text())
   manifest['format'] = number
   (artefact / NAME).write_text(json.dumps(manifest))
-  with pytest.raises(
-    export.ArtefactError, match=f'has format {number}'
-  ):
+  with pytest.raises(export.ArtefactError, match=f'has format {number}'):
     export.load_stablehlo(artefact)
 
 
@@ -549,7 +547,5 @@ def test_tokens_go_in_and_logits_of_every_token_come_out(tmp_path):
   assert model.manifest['output']['shape'] == ['batch', 5, 7]
   found = model.predict(tokens[:1])
   np.testing.assert_allclose(found, fn(variables, tokens[:1]), rtol=1e-5)
-  with pytest.raises(
-    ValueError, match=r'are \[1, 5, 7\], not'
-  ):
+  with pytest.raises(ValueError, match=r'are \[1, 5, 7\], not'):
     model.classify(tokens[:1])

@@ -16,8 +16,8 @@ from flax import traverse_util
 from kd_jax import adapters, quantize, rules
 from kd_jax.parity.outputs import Parity, compare, decibels
 from kd_jax.parity.recording import recorder
-from kd_jax.quantize import execution
 from kd_jax.quantize.activations import dynamic_scale
+from kd_jax.quantize.stored import CODED, COLLECTION, weight_codes
 from kd_jax.types import Batch, Variables
 
 
@@ -117,7 +117,7 @@ def check_parity(
   References:
     Jacob et al., 2018, arXiv:1712.05877, for the arithmetic that is compared.
   """
-  stored = _by_layer(integers[execution.COLLECTION])
+  stored = _by_layer(integers[COLLECTION])
   taps = sorted(layer for layer in stored if layer)
   multiplying: set[str] = set()
   given = (
@@ -261,10 +261,10 @@ def _input_codes(
 
 
 def _dead_weights(layer: Mapping[str, Any]) -> int | None:
-  for name in execution.CODED:
+  for name in CODED:
     if name in layer:
       stored = layer[name]
-      codes = execution.weight_codes(stored, layer[f'{name}_scale']).code
+      codes = weight_codes(stored, layer[f'{name}_scale']).code
       levels = 15 if stored.dtype == jnp.uint8 else 255
       return levels - len(np.unique(np.asarray(codes)))
   return None

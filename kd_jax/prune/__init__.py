@@ -2,10 +2,12 @@
 
 from kd_jax.prune.costs import LayerCost as LayerCost
 from kd_jax.prune.costs import layer_costs as layer_costs
+from kd_jax.prune.forward_masks import (
+  straight_through as straight_through,
+)
 from kd_jax.prune.groups import check_shrunk as check_shrunk
 from kd_jax.prune.groups import find_groups as find_groups
 from kd_jax.prune.masks import apply_masks as apply_masks
-from kd_jax.prune.masks import largest as largest
 from kd_jax.prune.masks import magnitude_masks as magnitude_masks
 from kd_jax.prune.plan import Attribute as Attribute
 from kd_jax.prune.plan import Group as Group
@@ -15,9 +17,11 @@ from kd_jax.prune.report import LayerSparsity as LayerSparsity
 from kd_jax.prune.report import sparsity_report as sparsity_report
 from kd_jax.prune.report import total as total
 from kd_jax.prune.residual import ResidualBlocks as ResidualBlocks
-from kd_jax.prune.residual import find_residual_blocks as find_residual_blocks
 from kd_jax.prune.residual import residual_blocks as residual_blocks
 from kd_jax.prune.residual import without_blocks as without_blocks
+from kd_jax.prune.residual_search import (
+  find_residual_blocks as find_residual_blocks,
+)
 from kd_jax.prune.resize import Overrides as Overrides
 from kd_jax.prune.resize import resized as resized
 from kd_jax.prune.schedules import constant as constant
@@ -45,6 +49,10 @@ from kd_jax.prune.shrink import shrink as shrink
 from kd_jax.prune.shrink import shrunk_forward as shrunk_forward
 from kd_jax.prune.shrink import unit_masks as unit_masks
 from kd_jax.prune.sparse_training import sparse_train as sparse_train
+from kd_jax.prune.state import PruneState as PruneState
+from kd_jax.prune.state import find_state as find_state
+from kd_jax.prune.state import masks_of as masks_of
+from kd_jax.prune.state import rewind as rewind
 from kd_jax.prune.structures import Structure as Structure
 from kd_jax.prune.structures import block as block
 from kd_jax.prune.structures import channels as channels
@@ -53,10 +61,6 @@ from kd_jax.prune.structures import masks_from as masks_from
 from kd_jax.prune.structures import n_m as n_m
 from kd_jax.prune.structures import units as units
 from kd_jax.prune.structures import unstructured as unstructured
-from kd_jax.prune.transform import PruneState as PruneState
-from kd_jax.prune.transform import find_state as find_state
-from kd_jax.prune.transform import masks_of as masks_of
+from kd_jax.prune.thresholds import largest as largest
 from kd_jax.prune.transform import preserve as preserve
 from kd_jax.prune.transform import prune as prune
-from kd_jax.prune.transform import rewind as rewind
-from kd_jax.prune.transform import straight_through as straight_through

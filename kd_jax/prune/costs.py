@@ -4,6 +4,7 @@ Owns the attribution of the products in a traced forward to the parameters in
 them. Latency is measured, not counted: see `report.measure`.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from kd_jax import rules as rules_lib
+from kd_jax.prune.trace import output_of
 from kd_jax.types import Batch, Variables
 
 # The row of products in which no parameter takes part.
@@ -64,11 +66,9 @@ def layer_costs(
   """
   variables, batch = dict(variables), dict(batch)
 
-  def output(variables, batch):
-    out = forward(variables, batch)
-    return getattr(out, 'output', out)
-
-  closed = jax.make_jaxpr(output)(variables, batch)
+  closed = jax.make_jaxpr(functools.partial(output_of, forward))(
+    variables, batch
+  )
   leaves = jax.tree.leaves(variables)
   names = rules_lib.leaf_names(variables)
   sizes = {

@@ -145,9 +145,14 @@ class Plan(NamedTuple):
     return '\n'.join(lines)
 
 
+def axis_name(path: str, axis: int) -> str:
+  """What plans call an axis of a parameter: 'path[axis]'."""
+  return f'{path}[{axis}]'
+
+
 def _members(group: Group) -> str:
   names = [
-    f'{m.path.split("/", 1)[-1]}[{m.axis}]'
+    axis_name(m.path.split('/', 1)[-1], m.axis)
     for m in group.members
     if m.path.startswith('params/')
   ]

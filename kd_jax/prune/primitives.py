@@ -1,9 +1,11 @@
 """What each primitive does with tags: one rule for every one understood.
 
 A rule is `(walk, equation, values) -> values`: what is known of the outputs,
-given what is known of the inputs. What has no rule fixes all that goes into it,
-with a reason that names it. Nothing is guessed: a rule that cannot tell which
-positions an operation picks fixes them too.
+given what is known of the inputs. Owns those of operations that compute, and
+the table of all; `views` has those that move positions, `calls` those that walk
+into other jaxprs. What has no rule fixes all that goes into it, with a reason
+that names it. Nothing is guessed: a rule that cannot tell which positions an
+operation picks fixes them too.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.prune import views
+from kd_jax.prune import calls, views
 from kd_jax.prune.trace import Axis, Rule, Value, Walk, shape_of
 from kd_jax.prune.views import fix_axis, without
 
@@ -197,109 +199,6 @@ def _conv(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
   return [Value(tuple(axes), None)]
 
 
-# --- primitives that call jaxprs
-
-
-def _call(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
-  inner = eqn.params.get('jaxpr', eqn.params.get('call_jaxpr'))
-  return walk.run(
-    getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ()), values
-  )
-
-
-def _loop(
-  walk: Walk,
-  eqn: Any,
-  body: Any,
-  consts: Sequence[Value],
-  carry: Sequence[Value],
-  sequences: Sequence[Value],
-) -> list[Value]:
-  """The outputs of a loop's body; its carry is what it becomes."""
-  # What changes from step to step is no zero that could be relied on.
-  carry = [
-    v._replace(zero=v.zero and (False,) * len(v.axes), const=None)
-    for v in carry
-  ]
-  start = len(walk.trail)
-  while True:
-    del walk.trail[start:]
-    outputs = walk.run(body.jaxpr, body.consts, [*consts, *carry, *sequences])
-    known = [
-      _same(walk, eqn, v, o)
-      for v, o in zip(carry, outputs[: len(carry)], strict=True)
-    ]
-    # An axis that took any size may have met a tag: then it carries that.
-    if all(
-      (a is None) == (b is None)
-      for v, k in zip(carry, known, strict=True)
-      for a, b in zip(v.axes, k.axes, strict=True)
-    ):
-      return known + outputs[len(carry) :]
-    carry = known
-
-
-def _same(walk: Walk, eqn: Any, x: Value, y: Value) -> Value:
-  axes = [
-    walk.tie(pair, walk.at(eqn)) for pair in zip(x.axes, y.axes, strict=True)
-  ]
-  static = x.zero is not None and y.zero is not None
-  return Value(tuple(axes), (False,) * len(axes) if static else None)
-
-
-def _scan(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
-  body = eqn.params['jaxpr']
-  # What is stacked has one axis more outside than inside; versions of JAX
-  # write the numbers down in different ways.
-  stacked = _longer(eqn.invars, body.jaxpr.invars)
-  made = _longer(eqn.outvars, body.jaxpr.outvars)
-  first = len(values) - stacked
-  consts = values[: first - (len(eqn.outvars) - made)]
-  carry = values[len(consts) : first]
-  sequences = []
-  for value in values[first:]:
-    walk.fix(value.axes[0], f'the steps of {walk.at(eqn)}')
-    sequences.append(without(value._replace(const=None), (0,)))
-  outputs = _loop(walk, eqn, body, consts, carry, sequences)
-  steps = [
-    Value(
-      (f'the steps of {walk.at(eqn)}', *v.axes), v.zero and (False, *v.zero)
-    )
-    for v in outputs[len(carry) :]
-  ]
-  return outputs[: len(carry)] + steps
-
-
-def _longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-  return sum(
-    len(shape_of(a)) > len(shape_of(b))
-    for a, b in zip(outside, inside, strict=True)
-  )
-
-
-def _while(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
-  p = eqn.params
-  first, second = p['cond_nconsts'], p['body_nconsts']
-  carry = values[first + second :]
-  carry = _loop(
-    walk, eqn, p['body_jaxpr'], values[first : first + second], carry, []
-  )
-  condition = p['cond_jaxpr']
-  walk.run(condition.jaxpr, condition.consts, [*values[:first], *carry])
-  return carry
-
-
-def _cond(walk: Walk, eqn: Any, values: Sequence[Value]) -> list[Value]:
-  outputs = [
-    walk.run(branch.jaxpr, branch.consts, values[1:])
-    for branch in eqn.params['branches']
-  ]
-  made = outputs[0]
-  for other in outputs[1:]:
-    made = [_same(walk, eqn, x, y) for x, y in zip(made, other, strict=True)]
-  return made
-
-
 def _words(names: str) -> list[str]:
   return names.split()
 
@@ -328,15 +227,15 @@ RULES: dict[str | None, Rule] = {
   'gather': views.gather,
   'dynamic_update_slice': views.update_slice,
   'iota': views.iota,
-  'scan': _scan,
-  'while': _while,
-  'cond': _cond,
+  'scan': calls.scan,
+  'while': calls.while_,
+  'cond': calls.cond,
   **_for_each(views.slice_, 'slice dynamic_slice'),
   **_for_each(_along('dimension'), 'sort'),
   **_for_each(_along('axis'), 'cumsum cumprod cummax cummin cumlogsumexp'),
   **_for_each(_along(''), 'top_k'),
   **_for_each(
-    _call,
+    calls.call,
     'jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call '
     'custom_vjp_call custom_vjp_call_jaxpr',
   ),

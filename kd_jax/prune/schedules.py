@@ -1,7 +1,7 @@
 """Sparsity schedules: functions from the step to the share of zeros.
 
 Owns when and how much; `transform` calls them once a step, and prunes where
-the share changes. Lottery tickets are `steps` with `transform.rewind`.
+the share changes. Lottery tickets are `steps` with `state.rewind`.
 """
 
 from collections.abc import Callable

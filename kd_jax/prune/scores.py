@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import rules as rules_lib
-from kd_jax.prune import masks as masks_lib
+from kd_jax.prune.masks import choose_params
+from kd_jax.prune.placement import gathered, placed_like
 
 Arrays = dict[str, jax.Array]
 
@@ -41,7 +42,7 @@ def _of_weights(value: Callable[[str, jax.Array], jax.Array]) -> Score:
 
   def one(name, w):
     # A weight that is NaN has no score; scores lie where weights do.
-    score = masks_lib.placed_like(value(name, w), w)
+    score = placed_like(value(name, w), w)
     return jnp.where(jnp.isnan(w), w, score)
 
   return Score(lambda weights: (), lambda state, weights, grads: (), values)
@@ -263,7 +264,7 @@ def lamp() -> Score:
 
   def value(name, w):
     for axis in range(w.ndim):
-      w = masks_lib.gathered(w, axis)
+      w = gathered(w, axis)
     square = jnp.square(w).ravel()
     order = jnp.argsort(-square, stable=True)
     square = square[order]
@@ -350,12 +351,12 @@ def accumulate(
     >>> scores['w'].tolist()
     [1.0, 2.0]
   """
-  weights = masks_lib.choose_params(params, rules)
+  weights = choose_params(params, rules)
 
   @jax.jit
   def update(state, params, batch):
-    grads = masks_lib.choose_params(grad_fn(params, batch), rules)
-    return score.update(state, masks_lib.choose_params(params, rules), grads)
+    grads = choose_params(grad_fn(params, batch), rules)
+    return score.update(state, choose_params(params, rules), grads)
 
   state, seen = score.init(weights), False
   for batch in batches:

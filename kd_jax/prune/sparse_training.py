@@ -2,7 +2,8 @@
 
 Owns the exchange of weights during training. The number of weights of every
 layer is constant; which ones there are changes every few steps: the smallest
-go, others begin at zero. Masks and counts are those of `masks` and `scopes`.
+go, others begin at zero. Masks and counts are those of `masks` and `scopes`;
+pruning along a schedule is in `transform`.
 """
 
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ import optax
 from kd_jax import rules as rules_lib
 from kd_jax.prune import masks as masks_lib
 from kd_jax.prune import scopes
+from kd_jax.prune.masks import any_nan, erase, keep_if
 from kd_jax.prune.scores import path_key, random
-from kd_jax.prune.transform import PruneState, any_nan, erase
+from kd_jax.prune.state import PruneState
+from kd_jax.prune.thresholds import largest_each
 
 
 def sparse_train(
@@ -86,12 +89,7 @@ def sparse_train(
   by_gradient = rules_lib.choose(
     'way to grow', grow, {'gradient': True, 'random': False}
   )
-  if not (0 <= sparsity < 1 and 0 < drop <= 1 and every >= 1 and stop >= 0):
-    raise ValueError(
-      'sparse_train: needs 0 <= sparsity < 1, 0 < drop <= 1, every >= 1 and '
-      f'stop >= 0, not sparsity={sparsity}, drop={drop}, every={every}, '
-      f'stop={stop}.'
-    )
+  _check(sparsity, drop, every, stop)
 
   def first_masks(weights):
     scores = random(seed).value((), weights)
@@ -121,33 +119,43 @@ def sparse_train(
       wanted = masks_lib.choose_params(grads, rules)
       unknown = any_nan(weights) | any_nan(wanted)
       if not by_gradient:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        wanted = {
-          n: jax.random.uniform(path_key(key, n), w.shape)
-          for n, w in weights.items()
-        }
+        wanted = _draws(weights, seed, state.step)
       share = drop / 2 * (1 + jnp.cos(jnp.pi * state.step / stop))
       masks = _exchanged(state.masks, weights, wanted, share)
-      masks = {
-        n: jnp.where(unknown, m, masks[n]) for n, m in state.masks.items()
-      }
+      masks = keep_if(unknown, state.masks, masks)
       stays = {n: m & state.masks[n] for n, m in masks.items()}
       new = {n: m & ~state.masks[n] for n, m in masks.items()}
       zeros = jax.tree.map(
         lambda u: jnp.zeros(u.shape, u.dtype), jax.eval_shape(train)[0]
       )
       fresh = tx.init(masks_lib.apply_masks(params, stays))
-      return (
-        erase(zeros, params, stays),
-        masks,
-        _renewed(state.inner, fresh, new),
-      )
+      updates = erase(zeros, params, stays)
+      return updates, masks, _renewed(state.inner, fresh, new)
 
     due = (state.step % every == 0) & (state.step > 0) & (state.step < stop)
     updates, masks, inner = jax.lax.cond(due, exchange, train)
     return updates, PruneState(state.step + 1, state.sparsity, masks, inner)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(sparsity: float, drop: float, every: int, stop: int) -> None:
+  if not (0 <= sparsity < 1 and 0 < drop <= 1 and every >= 1 and stop >= 0):
+    raise ValueError(
+      'sparse_train: needs 0 <= sparsity < 1, 0 < drop <= 1, every >= 1 and '
+      f'stop >= 0, not sparsity={sparsity}, drop={drop}, every={every}, '
+      f'stop={stop}.'
+    )
+
+
+def _draws(
+  weights: Mapping[str, jax.Array], seed: int, step: jax.Array
+) -> dict[str, jax.Array]:
+  """A random number for every weight, other ones at every step."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return {
+    n: jax.random.uniform(path_key(key, n), w.shape) for n, w in weights.items()
+  }
 
 
 def _exchanged(
@@ -162,14 +170,14 @@ def _exchanged(
   magnitudes = [
     jnp.where(m, jnp.abs(weights[n]), -jnp.inf) for n, m in masks.items()
   ]
-  kept = masks_lib.largest_each(
+  kept = largest_each(
     magnitudes, [a - k for a, k in zip(active, moved, strict=True)]
   )
   offers = [
     jnp.where(k, -jnp.inf, jnp.abs(wanted[n]))
     for n, k in zip(masks, kept, strict=True)
   ]
-  grown = masks_lib.largest_each(offers, moved)
+  grown = largest_each(offers, moved)
   return {n: k | g for n, k, g in zip(masks, kept, grown, strict=True)}
 
 

@@ -14,8 +14,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from kd_jax import rules as rules_lib
-from kd_jax.prune import masks as masks_lib
 from kd_jax.prune import scopes
+from kd_jax.prune.masks import score_masks
+from kd_jax.prune.placement import gathered
+from kd_jax.prune.thresholds import ordered_bits
 
 Arrays = dict[str, jax.Array]
 Structure = Callable[[Arrays, ArrayLike, scopes.Scope], Arrays]
@@ -31,7 +33,7 @@ def unstructured() -> Structure:
   """
 
   def structure(scores, sparsity, scope):
-    return masks_lib.score_masks(scores, sparsity, scope=scope)
+    return score_masks(scores, sparsity, scope=scope)
 
   return structure
 
@@ -73,7 +75,7 @@ def units(
     rest = pool({n: a.astype(jnp.float32) for n, a in alive.items()})
     ranked = {n: jnp.where(rest[n] > 0, s, -jnp.inf) for n, s in pooled.items()}
     shapes = {n: s.shape for n, s in scores.items()}
-    kept = masks_lib.score_masks(ranked, sparsity, scope=scope, shapes=shapes)
+    kept = score_masks(ranked, sparsity, scope=scope, shapes=shapes)
     masks = expand(kept, scores)
     # What was pruned stays so within a kept unit; masks lie where scores do.
     return {n: m & alive[n] if n in alive else m for n, m in masks.items()}
@@ -242,7 +244,7 @@ def _blocks(x: jax.Array, rows: int, columns: int) -> jax.Array:
   for axis, part in ((x.ndim - 1, columns), (x.ndim - 2, rows)):
     number = -(-x.shape[axis] // part)
     if after := number * part - x.shape[axis]:
-      x = masks_lib.gathered(x, axis)
+      x = gathered(x, axis)
       x = jnp.pad(x, [(0, after if i == axis else 0) for i in range(x.ndim)])
     x = _split(x, axis, number)
   return x
@@ -278,7 +280,7 @@ def n_m(n: int, m: int, axis: int = -2) -> Structure:
 
   def structure(scores, sparsity, scope):
     scopes.resolve(scope)
-    keep = jnp.maximum(n, masks_lib.kept_count(m, sparsity))
+    keep = jnp.maximum(n, scopes.kept_count(m, sparsity))
     return {name: mask(name, s, keep) for name, s in scores.items()}
 
   def mask(name, x, keep):
@@ -289,7 +291,7 @@ def n_m(n: int, m: int, axis: int = -2) -> Structure:
         f'n_m: axis {axis} of {name!r} with shape {x.shape} does not divide '
         f'into groups of {m}.'
       )
-    bits = masks_lib.ordered_bits(_split(x, at, groups))
+    bits = ordered_bits(_split(x, at, groups))
     mine, other = jnp.expand_dims(bits, at + 2), jnp.expand_dims(bits, at + 1)
     shape = jnp.broadcast_shapes(mine.shape, other.shape)
     i, j = (jax.lax.broadcasted_iota(jnp.int32, shape, at + k) for k in (1, 2))
@@ -311,7 +313,7 @@ def _axis(kind: str, name: str, x: jax.Array, axis: int) -> int:
 
 def _split(x: jax.Array, axis: int, number: int) -> jax.Array:
   """An axis of size number * d as two, `[number, d]`."""
-  return masks_lib.gathered(x, axis, parts=number).reshape(
+  return gathered(x, axis, parts=number).reshape(
     *x.shape[:axis], number, x.shape[axis] // number, *x.shape[axis + 1 :]
   )
 

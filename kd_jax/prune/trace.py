@@ -2,7 +2,7 @@
 
 Owns what is known of an array, and how axes are tied, fixed and split; what
 each primitive does with them is in `primitives`, what tags mean in `tags`, and
-what becomes of them in `groups`.
+what becomes of them in `analysis`.
 """
 
 import math
@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend import core
 
 from kd_jax.prune.tags import Tags
+from kd_jax.types import Batch, Variables
 
 # Tags of the positions; a reason why the axis is fixed; or None for an axis
 # that takes any size, such as one made by broadcasting.
@@ -229,3 +230,11 @@ def _place(eqn: Any, where: str, module: str) -> tuple[str, str]:
     module = marked[-1].removeprefix(MARK).replace('|', '/')
     return module or 'the model', module
   return where or stack, module
+
+
+def output_of(
+  forward: Callable[..., Any], variables: Variables, batch: Batch
+) -> Any:
+  """What a forward computes: of a `Forward` the output."""
+  out = forward(variables, batch)
+  return getattr(out, 'output', out)

@@ -1,13 +1,14 @@
 """Pruning as an optax wrapper: pruned weights are exactly zero after a step.
 
-Owns `prune`, its state, and what reads or resets that state; which weights go
-is decided by `scores` and `structures`. The wrapper replaces the updates of
-pruned weights by -w, so that `optax.apply_updates` yields
-mask * (params + updates): neither momentum nor weight decay revives a weight.
+Owns `prune` and `preserve`. Their state is in `state`, which weights go is
+decided by `scores` and `structures`, and sparse training from the start is in
+`sparse_training`. The wrapper replaces the updates of pruned weights by -w, so
+that `optax.apply_updates` yields mask * (params + updates): neither momentum
+nor weight decay revives a weight.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +17,12 @@ import optax
 from kd_jax import rules as rules_lib
 from kd_jax.prune import masks as masks_lib
 from kd_jax.prune import scopes
+from kd_jax.prune.masks import any_nan, erase, keep_if, map_masked
+from kd_jax.prune.placement import placed_like
 from kd_jax.prune.schedules import SparsitySchedule
-from kd_jax.prune.scores import Score, magnitude
+from kd_jax.prune.scores import Arrays, Score, magnitude
+from kd_jax.prune.state import PruneState
 from kd_jax.prune.structures import Structure, unstructured
-
-
-class PruneState(NamedTuple):
-  """State of `prune`, of `preserve` and of `sparse_train`.
-
-  Attributes:
-    step: int32 scalar, number of updates so far.
-    sparsity: float32 scalar, the target that the masks were made for.
-    masks: parameter path -> boolean mask, True where kept.
-    inner: state of the wrapped optimizer.
-    score: memory of the score.
-    dense: parameter path -> weights before masking, with
-      `revive='gradient'`; else empty. Those of kept weights are not read.
-  """
-
-  step: jax.Array
-  sparsity: jax.Array
-  masks: dict[str, jax.Array]
-  inner: Any
-  score: Any = ()
-  dense: Any = ()
 
 
 def prune(
@@ -132,19 +115,9 @@ def prune(
     def renew():
       scores = score.value(memory, weights)
       unknown = any_nan(scores)
-      if not revives:
-        scores = {
-          n: jnp.where(state.masks[n], s, -jnp.inf) if n in state.masks else s
-          for n, s in scores.items()
-        }
-      masks = structure(scores, target, scope)
-      masks = {
-        n: masks_lib.placed_like(masks[n], m) if revives else masks[n] & m
-        for n, m in state.masks.items()
-      }
-      masks = {
-        n: jnp.where(unknown, m, masks[n]) for n, m in state.masks.items()
-      }
+      make = _masks_of_all if revives else _masks_of_the_kept
+      masks = make(lambda s: structure(s, target, scope), scores, state.masks)
+      masks = keep_if(unknown, state.masks, masks)
       return masks, jnp.where(unknown, state.sparsity, target)
 
     masks, sparsity = jax.lax.cond(
@@ -161,6 +134,27 @@ def prune(
     return erase(updates, params, masks), new
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _masks_of_all(
+  make: Callable[[Arrays], Arrays], scores: Arrays, old: Arrays
+) -> Arrays:
+  """Masks that may keep what was pruned before."""
+  masks = make(scores)
+  return {n: placed_like(masks[n], m) for n, m in old.items()}
+
+
+def _masks_of_the_kept(
+  make: Callable[[Arrays], Arrays], scores: Arrays, old: Arrays
+) -> Arrays:
+  """Masks in which what was pruned before stays so."""
+  masks = make(
+    {
+      n: jnp.where(old[n], s, -jnp.inf) if n in old else s
+      for n, s in scores.items()
+    }
+  )
+  return {n: masks[n] & m for n, m in old.items()}
 
 
 def preserve(
@@ -236,24 +230,12 @@ def _by_path(params: Any, paths: Mapping[str, Any]) -> dict[str, jax.Array]:
   return {name: leaf for name, leaf in leaves.items() if name in paths}
 
 
-def any_nan(arrays: Mapping[str, jax.Array]) -> jax.Array:
-  """Whether any entry of any array is NaN, as a boolean scalar."""
-  return jnp.any(jnp.stack([jnp.any(jnp.isnan(a)) for a in arrays.values()]))
-
-
-def _map(fn: Callable[..., jax.Array], tree: Any, *others: Any) -> Any:
-  """`jax.tree.map` with the path of every leaf as first argument."""
-  names = rules_lib.leaf_names(tree)
-  leaves, structure = jax.tree.flatten(tree)
-  new = map(fn, names, leaves, *map(jax.tree.leaves, others))
-  return jax.tree.unflatten(structure, new)
-
-
 def _unmasked(
   params: Any, masks: Mapping[str, jax.Array], dense: Mapping[str, jax.Array]
 ) -> Any:
-  return _map(
-    lambda n, p: jnp.where(masks[n], p, dense[n]) if n in masks else p, params
+  """The parameters as they were before masking."""
+  return map_masked(
+    lambda n, p: jnp.where(masks[n], p, dense[n]), masks, params
   )
 
 
@@ -264,183 +246,6 @@ def _revived(
   dense: Mapping[str, jax.Array],
 ) -> Any:
   """Updates that bring back a weight, now 0, with the value it grew to."""
-  return _map(
-    lambda n, u, p: jnp.where(masks[n], u, dense[n] - p) if n in masks else u,
-    updates,
-    params,
+  return map_masked(
+    lambda n, u, p: jnp.where(masks[n], u, dense[n] - p), masks, updates, params
   )
-
-
-def erase(updates: Any, params: Any, masks: Mapping[str, jax.Array]) -> Any:
-  """Updates that set pruned weights to exactly zero.
-
-  Args:
-    updates: a tree like `params`.
-    params: the parameters that they will be applied to.
-    masks: parameter path -> mask.
-
-  Returns:
-    The updates, with -w at every pruned weight w.
-  """
-  return _map(
-    lambda n, u, p: jnp.where(masks[n], u, -p) if n in masks else u,
-    updates,
-    params,
-  )
-
-
-def _is_prune(node: Any) -> bool:
-  return isinstance(node, PruneState)
-
-
-def find_state(opt_state: Any) -> PruneState | None:
-  """The state of `prune` inside any optimizer state; None without it.
-
-  Args:
-    opt_state: the state of an optax chain.
-  """
-  for leaf in jax.tree.leaves(opt_state, is_leaf=_is_prune):
-    if _is_prune(leaf):
-      return leaf
-  return None
-
-
-def masks_of(opt_state: Any) -> dict[str, jax.Array]:
-  """The pruning masks inside any optimizer state; empty without `prune`.
-
-  Args:
-    opt_state: the state of an optax chain.
-
-  Returns:
-    parameter path -> boolean mask.
-  """
-  state = find_state(opt_state)
-  return {} if state is None else state.masks
-
-
-def rewind(trained: Any, initial: Any, masks: Mapping[str, jax.Array]) -> Any:
-  """Weights back to their early values, masks kept: a lottery ticket.
-
-  Args:
-    trained: the parameters after training, or a state that holds them, such as
-      `(params, opt_state)` or a `TrainState`.
-    initial: the same tree as it was early in training (at its start, or some
-      steps later, which large networks need).
-    masks: parameter path -> mask, True where kept.
-
-  Returns:
-    `initial`, with pruned weights set to zero in every leaf that mirrors a
-    masked parameter: the parameters, momentum, averages. States of `prune`
-    keep the step, and so the place in the schedule, and the sparsity of
-    `trained`, and get `masks`.
-
-  Raises:
-    ValueError: if the two trees differ in structure.
-
-  Example:
-    Three rounds that each prune half of what is left:
-
-    >>> from kd_jax.prune import magnitude_masks
-    >>> rules = [('w', True)]
-    >>> initial = {'w': jnp.array([0.5, -1.0, 2.0, 0.1])}
-    >>> train = lambda params: {'w': 2 * params['w']}
-    >>> params = initial
-    >>> for sparsity in (0.25, 0.5, 0.75):
-    ...   params = train(params)
-    ...   masks = magnitude_masks(params, sparsity, rules)
-    ...   params = rewind(params, initial, masks)
-    >>> params['w'].tolist()
-    [0.0, 0.0, 2.0, 0.0]
-
-  References:
-    Frankle, Carbin, "The Lottery Ticket Hypothesis", 2019, arXiv:1803.03635;
-    Frankle et al., 2020, arXiv:1912.05671 (rewinding to a later step).
-  """
-  after = [jax.tree.structure(trained)]
-  before = [jax.tree.structure(initial)]
-  if after != before:
-    raise ValueError(
-      f'rewind: the trees differ: {after[0]} after training, {before[0]} '
-      'before.'
-    )
-
-  def one(after, before):
-    if _is_prune(before):
-      inner = _mask_mirrored(before.inner, masks)
-      return before._replace(
-        step=after.step, sparsity=after.sparsity, masks=dict(masks), inner=inner
-      )
-    return before
-
-  tree = jax.tree.map(one, trained, initial, is_leaf=_is_prune)
-  return _mask_mirrored(tree, masks)
-
-
-def _mask_mirrored(tree: Any, masks: Mapping[str, jax.Array]) -> Any:
-  """Masks every leaf that mirrors a masked parameter, outside of `prune`."""
-  found = masks_lib.mirrored(tree, masks, is_leaf=_is_prune)
-  leaves, structure = jax.tree.flatten(tree, is_leaf=_is_prune)
-  masked = (
-    leaf if name is None else jnp.where(masks[name], leaf, 0)
-    for name, leaf in zip(found, leaves, strict=True)
-  )
-  return jax.tree.unflatten(structure, masked)
-
-
-def straight_through(
-  schedule: SparsitySchedule,
-  rules: rules_lib.Rules[bool],
-  *,
-  score: Score | None = None,
-  scope: scopes.Scope = 'global',
-  structure: Structure | None = None,
-) -> Callable[[Any, jax.Array], Any]:
-  """A map of parameters that masks them, and whose gradient reaches them all.
-
-  The optimizer trains dense weights; the network runs with the largest of
-  them. Masks are made anew at every step.
-
-  Args:
-    schedule: `step -> sparsity`, see `schedules`.
-    rules: `(pattern, True or None)` pairs on parameter paths.
-    score: of the weights alone, without memory: `magnitude()` (when None),
-      `lamp()` or `random()`.
-    scope: as for `prune`.
-    structure: as for `prune`.
-
-  Returns:
-    `params_fn(params, step) -> params` for `make_train_step`. To serve or
-    evaluate the trained weights, call it with the last step.
-
-  Raises:
-    ValueError: for an unknown scope; when called, for a rule that matches
-      nothing and for shapes that the structure cannot divide.
-
-  Example:
-    >>> from kd_jax.prune.schedules import constant
-    >>> params_fn = straight_through(constant(0.5), [('w', True)])
-    >>> params = {'w': jnp.array([1.0, 3.0])}
-    >>> params_fn(params, 0)['w'].tolist()
-    [0.0, 3.0]
-    >>> jax.grad(lambda p: params_fn(p, 0)['w'].sum())(params)['w'].tolist()
-    [1.0, 1.0]
-
-  References:
-    Bengio, Leonard, Courville, 2013, arXiv:1308.3432 (straight-through).
-  """
-  score = magnitude() if score is None else score
-  scope = scopes.resolve(scope)
-  structure = unstructured() if structure is None else structure
-
-  def params_fn(params, step):
-    fixed = jax.lax.stop_gradient(params)
-    weights = masks_lib.choose_params(fixed, rules)
-    scores = score.value(score.init(weights), weights)
-    masks = structure(scores, jnp.float32(schedule(step)), scope)
-    masked = masks_lib.apply_masks(fixed, masks)
-    # p + (mask * p - p) is exactly mask * p, and its gradient that of p.
-    return _map(
-      lambda n, p, m, f: p + (m - f) if n in masks else p, params, masked, fixed
-    )
-
-  return params_fn

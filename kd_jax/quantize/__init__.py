@@ -22,7 +22,6 @@ from kd_jax.quantize.delays import (
 )
 from kd_jax.quantize.equalization import equalize as equalize
 from kd_jax.quantize.equalization import smooth as smooth
-from kd_jax.quantize.execution import dequantize_params as dequantize_params
 from kd_jax.quantize.execution import execute_integers as execute_integers
 from kd_jax.quantize.fake_quant import dequantize as dequantize
 from kd_jax.quantize.fake_quant import fake_quant as fake_quant
@@ -68,3 +67,4 @@ from kd_jax.quantize.specs import per_group as per_group
 from kd_jax.quantize.specs import (
   scale_and_zero_point as scale_and_zero_point,
 )
+from kd_jax.quantize.stored import dequantize_params as dequantize_params

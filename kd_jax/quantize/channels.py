@@ -20,7 +20,8 @@ import jax
 import numpy as np
 
 from kd_jax import rules as rules_lib
-from kd_jax.quantize.channel_rules import RULES, Leaf, Scaled, Source, Value
+from kd_jax.quantize.channel_rules import RULES
+from kd_jax.quantize.channel_values import Leaf, Scaled, Source, Value
 from kd_jax.types import Batch, Variables
 
 _CALLS = frozenset(

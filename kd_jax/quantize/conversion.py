@@ -19,13 +19,11 @@ from flax import traverse_util
 from kd_jax import rules as rules_lib
 from kd_jax.quantize import (
   activations,
-  execution,
   learned,
   observers,
   packing,
   specs,
 )
-from kd_jax.quantize.execution import COLLECTION
 from kd_jax.quantize.fake_quant import (
   QuantSpec,
   dequantize,
@@ -33,6 +31,7 @@ from kd_jax.quantize.fake_quant import (
   scale_and_zero_point,
   weight_scale,
 )
+from kd_jax.quantize.stored import CODED, COLLECTION, bias_scale
 from kd_jax.types import Variables
 
 # Leaves room for the products: 2**30 + 255 * 127 * 32768 < 2**31.
@@ -113,7 +112,7 @@ def convert(
   for path, spec in chosen.items():
     layer, _, name = path.rpartition('/')
     grid = grids.get(layer, {}).get(activations.input_name(0))
-    if name not in execution.CODED or (grid is None and not spec.symmetric):
+    if name not in CODED or (grid is None and not spec.symmetric):
       params[path] = _rounded(path, raw[path], spec, steps, weight_observer)
       continue
     bias = raw.get(_join(layer, 'bias')) if name == 'kernel' else None
@@ -281,7 +280,7 @@ def _codes(
     if bias.shape[lead:] == w.shape[w.ndim - own :] and set(middle) <= {1}:
       if own == 1:
         scale = _wide_enough(w, scale, bias, input_scale)
-      steps = jnp.round(bias / execution.bias_scale(input_scale, scale, bias))
+      steps = jnp.round(bias / bias_scale(input_scale, scale, bias))
   code = quantize(w, scale, jnp.float32(0), spec)
   if spec.bits == 4 and (scale.shape[-1] > 1 or w.shape[-1] % 2 == 0):
     code = packing.pack_int4(code)

@@ -1,7 +1,8 @@
 """Execution of converted models: int8 x int8 -> int32 in place of products.
 
-One interceptor runs what `convert` stored: layers with quantized inputs on
-integers, others with their weights dequantized in the product. Arithmetic is
+Owns the interceptor that runs what `convert` stored: layers with quantized
+inputs on integers, others with their weights dequantized in the product. What
+is stored is read in `stored`, inputs become codes in `grids`, and arithmetic is
 in `products` and `convolutions`. Between two layers XLA fuses dequantization,
 ReLU and quantization into one pass over the accumulator, so nothing is fused
 by hand here.
@@ -15,125 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import rules as rules_lib
-from kd_jax.quantize import convolutions, inputs, packing, products
-from kd_jax.quantize.activations import dynamic_scale
-from kd_jax.quantize.fake_quant import (
-  QuantSpec,
-  dequantize,
-  fake_quant,
-  per_channel,
-  quantize,
-)
+from kd_jax.quantize import convolutions, inputs, products
+from kd_jax.quantize.fake_quant import QuantSpec, per_channel
+from kd_jax.quantize.grids import Grid, StoredGrid, grids_of
 from kd_jax.quantize.products import Codes
-from kd_jax.types import Variables
-
-COLLECTION = 'int8'
-_CODES = QuantSpec(symmetric=False, narrow=False)
-# Parameters that convert stores as codes.
-CODED = ('kernel', 'embedding')
-
-
-@jax.jit
-def quantize_linear(
-  x: jax.Array, scale: jax.Array, zero_point: jax.Array
-) -> jax.Array:
-  """int8 codes of an activation. Exporters know it by its name."""
-  return quantize(x, scale, zero_point.astype(jnp.float32), _CODES)
-
-
-@jax.jit
-def dequantize_linear(
-  code: jax.Array, scale: jax.Array, zero_point: jax.Array
-) -> jax.Array:
-  """float32 values of codes. Exporters know it by its name."""
-  zero_point = zero_point.astype(jnp.float32)
-  return dequantize(code, per_channel(scale, code), zero_point)
-
-
-def weight_codes(stored: jax.Array, scale: jax.Array) -> Codes:
-  """A stored weight as int8 codes.
-
-  Args:
-    stored: int8 codes, or uint8 with two 4-bit codes in a byte.
-    scale: with the rank of the weight, or of its last axes; where its last
-      axis is 1, packed codes are even in number.
-  """
-  if stored.dtype == jnp.uint8:
-    size = scale.shape[-1]
-    size = size if size > 1 else 2 * stored.shape[-1]
-    stored = packing.unpack_int4(stored, size)
-  return Codes(stored, per_channel(scale, stored))
-
-
-def weight_values(codes: Codes) -> jax.Array:
-  """The real values of a weight, float32."""
-  code, scale = codes.code, codes.scale
-  if code.ndim < 2 or scale.shape[-2] in (1, code.shape[-2]):
-    return dequantize_linear(code, scale, jnp.int8(0))
-  # One scale for each group of neighbours along axis -2.
-  groups = scale.shape[-2]
-  split = code.reshape(*code.shape[:-2], groups, -1, code.shape[-1])
-  values = dequantize_linear(split, jnp.expand_dims(scale, -2), jnp.int8(0))
-  return values.reshape(code.shape)
-
-
-def dequantize_params(variables: Variables) -> dict[str, Any]:
-  """The variables of a converted model without integers: codes become floats.
-
-  What a model of any framework runs with on the weights that `convert` rounded.
-  Grids of activations are dropped.
-
-  Args:
-    variables: from `convert`.
-
-  Returns:
-    `params` float32 and whatever else there was, but for `int8`.
-
-  Example:
-    >>> from kd_jax.quantize import INT8_WEIGHTS, convert
-    >>> params = {'dense': {'kernel': jnp.array([[1.0], [0.301]])}}
-    >>> int8 = convert({'params': params}, [('.*/kernel', INT8_WEIGHTS)], [])
-    >>> kernel = dequantize_params(int8)['params']['dense']['kernel']
-    >>> [round(v, 4) for v in kernel[:, 0].tolist()]
-    [1.0, 0.2992]
-  """
-
-  def merged(params, integers):
-    params = dict(params)
-    for name, value in integers.items():
-      if isinstance(value, dict) and not name.startswith('input'):
-        inner = merged(params.get(name, {}), value)
-        # A layer without parameters has stored inputs only.
-        params |= {name: inner} if inner else {}
-      elif name in CODED:
-        codes = weight_codes(value, integers[f'{name}_scale'])
-        params[name] = weight_values(codes)
-    if 'kernel' in integers and 'bias' in integers:
-      bias, grid = integers['bias'], integers['input0']
-      codes = weight_codes(integers['kernel'], integers['kernel_scale'])
-      params['bias'] = bias * bias_scale(grid['scale'], codes.scale, bias)
-    return params
-
-  rest = {k: v for k, v in variables.items() if k != COLLECTION}
-  params = merged(rest.get('params', {}), variables.get(COLLECTION, {}))
-  return rest | {'params': params}
-
-
-def bias_scale(
-  input_scale: jax.Array, kernel_scale: jax.Array, bias: jax.Array
-) -> jax.Array:
-  """The step of an int32 bias: input scale * kernel scale.
-
-  Args:
-    input_scale: `[]`, or `[L]` in a stack of L layers.
-    kernel_scale: with the rank of the kernel; its last axes are the bias's.
-    bias: anything of the bias's shape.
-  """
-  lead = input_scale.ndim
-  own = bias.ndim - lead
-  last = kernel_scale.shape[kernel_scale.ndim - own :]
-  kernel_scale = kernel_scale.reshape(*kernel_scale.shape[:lead], *last)
-  return input_scale.reshape(*input_scale.shape, *(1,) * own) * kernel_scale
+from kd_jax.quantize.stored import (
+  COLLECTION,
+  bias_scale,
+  dequantize_linear,
+  weight_codes,
+  weight_values,
+)
 
 
 def execute_integers(
@@ -188,7 +81,7 @@ def execute_integers(
       return next_fun(*args, **kwargs)
     values, options = products.arguments(module, args, kwargs)
     spec = rules_lib.first(dynamic, '/'.join(module.path))
-    grids = _grids(functools.partial(_stored, module), values, spec)
+    grids = grids_of(functools.partial(_stored, module), values, spec)
     if kernel is not None:
       kernel = weight_codes(kernel, _stored(module, 'kernel_scale'))
       if not grids or not products.has_kernel(module):
@@ -217,107 +110,104 @@ def _stored(module: Any, name: str) -> Any:
   return scope.get_variable(COLLECTION, name)
 
 
-class _StoredGrid(NamedTuple):
-  """The grid of an input, as `convert` stored it.
-
-  Attributes:
-    scale: float32.
-    zero_point: int8.
-  """
-
-  scale: jax.Array
-  zero_point: jax.Array
-
-  def codes(self, x: jax.Array) -> Codes:
-    """The codes of an input."""
-    code = quantize_linear(x, self.scale, self.zero_point)
-    return Codes(code, self.scale, self.zero_point.astype(jnp.int32))
-
-  def round(self, x: jax.Array) -> jax.Array:
-    """The values that its codes stand for, in its dtype."""
-    code = quantize_linear(x, self.scale, self.zero_point)
-    rounded = dequantize_linear(code, self.scale, self.zero_point)
-    return rounded.astype(x.dtype)
-
-
-class _DynamicGrid(NamedTuple):
-  """The grid of an input's own range.
-
-  Attributes:
-    spec: with which to find it in the batch at hand.
-  """
-
-  spec: QuantSpec
-
-  def codes(self, x: jax.Array) -> Codes:
-    """The codes of an input."""
-    scale, zero_point = dynamic_scale(x, self.spec)
-    code = quantize(x, scale, zero_point, self.spec)
-    symmetric = self.spec.symmetric
-    return Codes(code, scale, None if symmetric else zero_point.astype('int32'))
-
-  def round(self, x: jax.Array) -> jax.Array:
-    """The values that its codes stand for, in its dtype."""
-    scale, zero_point = dynamic_scale(x, self.spec)
-    return fake_quant(x, scale, zero_point, self.spec.qmin, self.spec.qmax)
-
-
-_Grid = _StoredGrid | _DynamicGrid
-
-
-def _grids(
-  stored_as: Callable[[str], Any],
-  values: Sequence[Any],
-  spec: QuantSpec | None,
-) -> dict[int, _Grid]:
-  """The grid of each input that is quantized, by position."""
-  spec = spec if spec is not None and spec.dynamic else None
-  grids: dict[int, _Grid] = {}
-  for i, x in enumerate(values):
-    stored = stored_as(inputs.input_name(i))
-    if stored is not None:
-      grids[i] = _StoredGrid(stored['scale'], stored['zero_point'])
-    elif spec is not None and products.is_input(x):
-      grids[i] = _DynamicGrid(spec)
-  return grids
-
-
 def _product(
   module: Any,
   values: Sequence[Any],
-  grid: _Grid,
+  grid: Grid,
   kernel: Codes,
   *,
   simulate: bool,
   convolution: str,
 ) -> jax.Array:
   """The layer on codes, or on the values that they stand for."""
-  x, bias = values[0], _stored(module, 'bias')
-  dtype = module.dtype or jnp.promote_types(x.dtype, jnp.float32)
+  x, bias = values[0], _bias(module, grid, kernel)
+  if products.is_convolution(module):
+    way = None if simulate else convolution
+    y = _convolution(module, x, grid, kernel, bias, way)
+  else:
+    y = _dense(module, values, grid, kernel, bias, simulate)
+  return y.astype(module.dtype or jnp.promote_types(x.dtype, jnp.float32))
+
+
+class _Bias(NamedTuple):
+  """A layer's bias.
+
+  Attributes:
+    stored: int32 in steps, or float32; None without one.
+    step: of what is stored, or None for 1.
+  """
+
+  stored: jax.Array | None
+  step: jax.Array | None = None
+
+  def real(self) -> jax.Array | None:
+    """Its values, float32."""
+    if self.stored is None or self.step is None:
+      return self.stored
+    return dequantize_linear(self.stored, self.step, jnp.int8(0))
+
+
+def _bias(module: Any, grid: Grid, kernel: Codes) -> _Bias:
+  bias = _stored(module, 'bias')
   if bias is None and module.use_bias:
     bias = module.scope.get_variable('params', 'bias').astype(jnp.float32)
-  step = None
   # `convert` rounds a bias beside a stored grid only.
-  if (
-    isinstance(grid, _StoredGrid)
-    and bias is not None
-    and bias.dtype == jnp.int32
-  ):
-    step = bias_scale(grid.scale, kernel.scale, bias)
-  if products.is_convolution(module):
-    run = _convolution if not simulate else _simulated_convolution
-    y = run(module, x, grid, kernel, bias, step, convolution)
+  rounded = bias is not None and bias.dtype == jnp.int32
+  if not rounded or not isinstance(grid, StoredGrid):
+    return _Bias(bias)
+  return _Bias(bias, bias_scale(grid.scale, kernel.scale, bias))
+
+
+def _dense(
+  module: Any,
+  values: Sequence[Any],
+  grid: Grid,
+  kernel: Codes,
+  bias: _Bias,
+  simulate: bool,
+) -> jax.Array:
+  eq = products.equation(module, values)
+  if not simulate:
+    # A bias of other axes than the kernel's last has no common step.
+    exact = bias.stored if eq.w.endswith(eq.bias) else bias.real()
+    codes = grid.codes(values[0])
+    return _contract('/'.join(module.path), eq, codes, kernel, exact)
+  real, w = bias.real(), weight_values(kernel)
+  y = products.multiply(eq, grid.round(values[0]).astype(jnp.float32), w)
+  return y if real is None else y + products.arrange(real, eq.bias, eq.out)
+
+
+def _convolution(
+  module: Any,
+  x: jax.Array,
+  grid: Grid,
+  kernel: Codes,
+  bias: _Bias,
+  way: str | None,
+) -> jax.Array:
+  """A convolution of codes in one of the ways, or of real values without."""
+  convolutions.check(module)
+  batch, x = convolutions.one_batch(module, x)
+  if way is not None:
+    codes = _padded(module, x, grid)
+    y = convolutions.product(module, codes, kernel, bias.stored, way=way)
   else:
-    eq = products.equation(module, values)
-    if step is not None and (simulate or not eq.w.endswith(eq.bias)):
-      bias = dequantize_linear(bias, step, jnp.int8(0))
-    if simulate:
-      w = weight_values(kernel)
-      y = products.multiply(eq, grid.round(x).astype(jnp.float32), w)
-      y = y if bias is None else y + products.arrange(bias, eq.bias, eq.out)
-    else:
-      y = _contract('/'.join(module.path), eq, grid.codes(x), kernel, bias)
-  return y.astype(dtype)
+    x = grid.round(x).astype(jnp.float32)
+    x = convolutions.pad(module, x, jnp.float32(0))
+    y = convolutions.of_layer(module, x, weight_values(kernel))
+    real = bias.real()
+    y = y if real is None else y + per_channel(real, y)
+  return y.reshape(*batch, *y.shape[1:])
+
+
+def _padded(module: Any, x: jax.Array, grid: Grid) -> Codes:
+  """The codes of a convolution's input and its padding."""
+  if isinstance(grid, StoredGrid):
+    code, scale, zero_point = grid.codes(x)
+    code = convolutions.pad(module, code, grid.zero_point)
+    return Codes(code, scale, zero_point)
+  # Real zeros have the code of 0, whatever the zero points are.
+  return grid.codes(convolutions.pad(module, x, x.dtype.type(0)))
 
 
 def _contract(path: str, eq: products.Equation, *operands: Any) -> jax.Array:
@@ -327,52 +217,8 @@ def _contract(path: str, eq: products.Equation, *operands: Any) -> jax.Array:
     raise ValueError(f'{path}: {e}') from e
 
 
-def _convolution(
-  module: Any,
-  x: jax.Array,
-  grid: _Grid,
-  kernel: Codes,
-  bias: jax.Array | None,
-  step: jax.Array | None,
-  way: str,
-) -> jax.Array:
-  del step
-  convolutions.check(module)
-  batch, x = convolutions.one_batch(module, x)
-  if isinstance(grid, _StoredGrid):
-    code, scale, zero_point = grid.codes(x)
-    code = convolutions.pad(module, code, grid.zero_point)
-    codes = Codes(code, scale, zero_point)
-  else:
-    # Real zeros have the code of 0, whatever the zero points are.
-    codes = grid.codes(convolutions.pad(module, x, x.dtype.type(0)))
-  y = convolutions.product(module, codes, kernel, bias, way=way)
-  return y.reshape(*batch, *y.shape[1:])
-
-
-def _simulated_convolution(
-  module: Any,
-  x: jax.Array,
-  grid: _Grid,
-  kernel: Codes,
-  bias: jax.Array | None,
-  step: jax.Array | None,
-  way: str,
-) -> jax.Array:
-  del way
-  convolutions.check(module)
-  batch, x = convolutions.one_batch(module, x)
-  x = grid.round(x).astype(jnp.float32)
-  x = convolutions.pad(module, x, jnp.float32(0))
-  y = convolutions.of_layer(module, x, weight_values(kernel))
-  if bias is not None:
-    bias = bias if step is None else dequantize_linear(bias, step, jnp.int8(0))
-    y += per_channel(bias, y)
-  return y.reshape(*batch, *y.shape[1:])
-
-
 def _attention(
-  module: Any, values: Sequence[Any], grids: Mapping[int, _Grid], simulate: bool
+  module: Any, values: Sequence[Any], grids: Mapping[int, Grid], simulate: bool
 ) -> jax.Array:
   if simulate:
     y = products.simulated_attention(
@@ -393,7 +239,7 @@ def _inner_product(
     path = '/'.join((*module.path, product))
     stored = _stored(module, product) or {}
     spec = rules_lib.first(dynamic, path)
-    grids = _grids(stored.get, operands, spec)
+    grids = grids_of(stored.get, operands, spec)
     if len(grids) < 2 or simulate:
       rounded = (
         grids[i].round(x) if i in grids else x for i, x in enumerate(operands)

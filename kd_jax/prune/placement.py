@@ -1,0 +1,56 @@
+"""Where arrays lie on meshes with explicit axes, of which an axis has a name.
+
+Owns the two moves that pruning needs there and leaves other arrays as they are:
+under automatic sharding the compiler moves what it must.
+"""
+
+import math
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def gathered(x: jax.Array, axis: int, *, parts: int | None = None) -> jax.Array:
+  """Takes an axis of a mesh with explicit axes off an array's own axis.
+
+  Reshapes, sorts and paddings of an explicitly sharded axis are errors. Under
+  automatic sharding the compiler gathers where it must, and this does nothing.
+
+  Args:
+    x: any array.
+    axis: its axis, >= 0.
+    parts: equal parts into which the axis will be split; it stays sharded if
+      every device has whole parts.
+
+  Returns:
+    The same values.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> gathered(jnp.ones((2, 3)), 0).shape
+    (2, 3)
+  """
+  sharding = jax.typeof(x).sharding
+  spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+  names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+  names = [name for name in names if name is not None]
+  devices = math.prod(sharding.mesh.shape[name] for name in names)
+  if not names or (parts is not None and parts % devices == 0):
+    return x
+  spec[axis] = None
+  sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+  return jax.sharding.reshard(x, sharding)
+
+
+def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+  """Gives an array the explicit sharding of another of its shape.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> placed_like(jnp.ones(2), jnp.zeros(2)).shape
+    (2,)
+  """
+  sharding = jax.typeof(like).sharding
+  if all(name is None for name in sharding.spec):
+    return x
+  return jax.sharding.reshard(x, sharding)
