@@ -6,13 +6,14 @@ mutmut makes the mutants; those that put None in the place of a value are left
 out, since nearly all crash. They run in one session of pytest: to import and
 to compile takes longer than to test. A mutant gets the tests whose names hold
 that of its function, or of a public one of its file that uses it, or else all.
-Between mutants, caches of the library and the tests are cleared; `--cold` clears
-JAX's own too, for which one function jitted twice is one program.
+Between mutants the caches of the library and the tests are cleared; `--cold`
+clears JAX's own too, for which one function jitted twice is one program.
 """
 
 import argparse
 import importlib.machinery
 import os
+import pathlib
 import random
 import re
 import signal
@@ -25,8 +26,8 @@ import pytest
 from _pytest.runner import runtestprotocol
 from mutmut.mutation.file_mutation import mutate_file_contents
 
-OPTIONS = '-p no:cacheprovider -p no:xdist -p no:terminal -o addopts='.split()
-OPTIONS += ['-m', 'not slow']
+OPTIONS = ['-p', 'no:cacheprovider', '-p', 'no:xdist', '-p', 'no:terminal']
+OPTIONS += ['-o', 'addopts=', '-m', 'not slow']
 
 
 class Mutant(NamedTuple):
@@ -116,7 +117,9 @@ class Session:
 def _users(mutant):
   """The public functions of a file that need a function, or are it."""
   parts = re.split(
-    r'^(?=(?:async )?def |class )', open(mutant.file).read(), flags=re.M
+    r'^(?=(?:async )?def |class )',
+    pathlib.Path(mutant.file).read_text(),
+    flags=re.M,
   )
   bodies = {re.split(r'\W+', part)[1]: part for part in parts[1:]}
   found = {mutant.function}
@@ -146,7 +149,7 @@ def _raise_timeout(*_):
 
 def _mutants(file, args):
   """A sample of the mutants of a file, which is imported with them."""
-  mutated = mutate_file_contents(file, open(file).read())
+  mutated = mutate_file_contents(file, pathlib.Path(file).read_text())
   Mutated.codes[file.removesuffix('.py').replace('/', '.')] = mutated.code
   changes = _changes(mutated.code)
   kept = [n for n in mutated.mutant_names if not _puts_none(changes[n])]
