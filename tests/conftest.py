@@ -39,9 +39,13 @@ def session_dir(tmp_path_factory):
 
 @pytest.fixture(scope='session', autouse=True)
 def compiled_once(session_dir):
-  """Keeps programs that take long to compile, also for other processes."""
+  """Keeps programs that take long to compile, also for other processes.
+
+  For this session, or where `JAX_COMPILATION_CACHE_DIR` says.
+  """
+  directory = os.environ.get('JAX_COMPILATION_CACHE_DIR')
   options = {
-    'jax_compilation_cache_dir': str(session_dir / 'compiled'),
+    'jax_compilation_cache_dir': directory or str(session_dir / 'compiled'),
     'jax_persistent_cache_min_compile_time_secs': 0,
     'jax_persistent_cache_min_entry_size_bytes': -1,
   }

@@ -401,6 +401,100 @@ def test_straight_through_pruning_trains_dense_weights(how):
   assert served.nonzero == int(prune.kept_count(served.size, 0.5))
 
 
+def test_both_optimizers_go_on_from_their_states():
+  """With momentum 1/2 and gradients of 1 they move by 1, 1.5 and 1.75."""
+  objective = objectives.Objective(
+    lambda inputs: ({'bias': jnp.float32(0)}, {'calls': jnp.int32(0)}),
+    lambda params, state, inputs: (
+      inputs.student.output.sum() + params['bias'],
+      {'calls': state['calls'] + 1},
+      {},
+    ),
+  )
+  student_fn = adapters.from_apply(lambda params, x: x * params)
+  batch = {'image': jnp.ones((1, 1))}
+  tx = optax.sgd(0.1, momentum=0.5)
+  variables = {'params': jnp.float32(1)}
+  state = step.init_state(
+    student_fn, objective, tx, variables, batch, objective_tx=tx
+  )
+  train_step = step.make_train_step(student_fn, objective, tx, objective_tx=tx)
+  for calls, moved in enumerate((0.1, 0.25, 0.425), start=1):
+    state, _ = train_step(state, batch, jax.random.key(0))
+    np.testing.assert_allclose(state.params, 1 - moved, rtol=1e-6)
+    bias = state.objective.params['bias']
+    np.testing.assert_allclose(bias, -moved, rtol=1e-6)
+    assert int(state.objective.state['calls']) == int(state.step) == calls
+
+
+@pytest.mark.parametrize('with_teacher', [True, False])
+def test_an_objective_sees_all_that_the_step_has(with_teacher):
+  seen = []
+  batch = {'image': jnp.full((2, 1), 3.0), 'teacher/logits': jnp.ones((2, 1))}
+  other = {'image': jnp.ones((2, 1)), 'teacher/logits': jnp.full((2, 1), 2.0)}
+
+  def student_fn(variables, batch, rng, *, train):
+    return Forward(variables['params'] * batch['image'])
+
+  def teacher_fn(variables, batch):
+    return Forward(variables['params'] * batch['teacher/logits'])
+
+  def look(inputs):
+    """Runs both networks again, on other images."""
+    seen.append(inputs)
+    again = inputs.student_fn(inputs.student_variables, other, None, train=True)
+    outputs = {'student': again.output.mean()}
+    if inputs.teacher_fn is not None:
+      again = inputs.teacher_fn(inputs.teacher_variables, other)
+      outputs['teacher'] = again.output.mean()
+    return outputs
+
+  objective = objectives.Objective(
+    lambda inputs: ({}, look(inputs)),
+    lambda params, state, inputs: (
+      inputs.student.output.sum(),
+      state,
+      look(inputs),
+    ),
+  )
+  taught = {'teacher_fn': teacher_fn} if with_teacher else {}
+  variables = {'params': jnp.ones((1, 1))}
+  teacher = {'teacher': {'params': jnp.full((1, 1), 5.0)}}
+  tx, rng = optax.sgd(0.1), jax.random.key(0)
+  state = step.init_state(
+    student_fn,
+    objective,
+    tx,
+    variables,
+    batch,
+    **taught,
+    **(teacher if with_teacher else {}),
+  )
+  train_step = step.make_train_step(
+    student_fn,
+    objective,
+    tx,
+    params_fn=lambda params: 2 * params,
+    num_shards=2,
+    **taught,
+  )
+  start = state.objective.state
+  _, metrics = train_step(state.replace(step=jnp.int32(4)), batch, rng)
+  # What was stored for these images does not hold for others.
+  assert [set(inputs.batch) for inputs in seen] == [{'image'}] * 2
+  assert (float(start['student']), float(metrics['student'])) == (1.0, 2.0)
+  inputs = seen[1]
+  assert (int(inputs.step), int(inputs.part)) == (4, 0)
+  assert (inputs.num_shards, inputs.axis_name) == (2, None)
+  assert inputs.rng == jax.random.fold_in(rng, 4)
+  if with_teacher:
+    np.testing.assert_array_equal(inputs.teacher.output, 5.0)
+    assert float(start['teacher']) == float(metrics['teacher']) == 10.0
+  else:
+    assert inputs.teacher is inputs.teacher_fn is None
+    assert inputs.teacher_variables is None
+
+
 def test_metrics_hold_the_loss_and_the_gradients_norm():
   train_step, state = _setup(_plain(), objectives.hard_labels(), optax.sgd(1.0))
   new, metrics = jax.jit(train_step)(state, _batch(), jax.random.key(0))
