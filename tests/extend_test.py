@@ -100,7 +100,8 @@ def test_a_run_of_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
   config, workdir = tmp_path / 'my_task.py', tmp_path / 'run'
   config.write_text(FILES['my_task.py'])
   arguments = [f'--config={config}', f'--workdir={workdir}']
-  assert cli.main(['run', *arguments]) == 0
+  fewer = [f'--config.{s}.train.epochs=20' for s in ('alone', 'compress')]
+  assert cli.main(['run', *arguments, *fewer]) == 0
 
   report = read_report(workdir / 'report')
   rows = {row['name']: row for row in report['models']}
@@ -114,3 +115,10 @@ def test_a_run_of_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
   assert aims['teacher MSE at most 0.600'] == (rows['teacher']['mse'] <= 0.6)
   shown = capsys.readouterr().out
   assert 'MSE' in shown and 'accuracy' not in shown
+
+  # In a process of its own, the directory alone knows no such task.
+  del tasks.TASKS['diabetes']
+  assert cli.main(['evaluate', arguments[1]]) == 2
+  assert "Unknown task 'diabetes'" in capsys.readouterr().err
+  assert cli.main(['evaluate', *arguments]) == 0
+  assert f'{rows["distilled"]["mse"]:.4f}' in capsys.readouterr().out

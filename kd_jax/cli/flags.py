@@ -31,12 +31,15 @@ class Command(NamedTuple):
     config: the flag that names a configuration file; '' without one.
     example: such a file.
     several: whether it may run as several processes.
+    registers: whether it may be given a configuration file, to be executed for
+      what that registers; the fields are those of the work directory.
   """
 
   flags: tuple[Flag, ...]
   config: str = ''
   example: str = ''
   several: bool = False
+  registers: bool = False
 
 
 DEBUG = Flag('debug', bool, False)
@@ -78,7 +81,9 @@ COMMANDS = {
     example='configs/compress.py',
     several=True,
   ),
-  'evaluate': Command((_WORKDIR, Flag('split', default='test'))),
+  'evaluate': Command(
+    (_WORKDIR, Flag('split', default='test')), registers=True
+  ),
   'shrink': Command(
     (
       _WORKDIR,
@@ -89,9 +94,10 @@ COMMANDS = {
       Flag('keep', list),
       Flag('multiple_of', int, 1),
       _OVERWRITE,
-    )
+    ),
+    registers=True,
   ),
-  'report': Command((_WORKDIR,)),
+  'report': Command((_WORKDIR,), registers=True),
   'cache-teacher': Command(
     (
       _WORKDIR,

@@ -98,6 +98,10 @@ def _define_config(
 ) -> list[str]:
   """Defines --config.KEY by the file that --config names; the other words."""
   flag, example = COMMANDS[command].config, COMMANDS[command].example
+  if COMMANDS[command].registers:
+    path, words = _taken('config', words)
+    if path is not None:
+      _executed(path)
   if not flag:
     return words
   path, others = _taken(flag, words)

@@ -77,6 +77,10 @@ compress:
   --budget LIMIT          such as '20 KB', '1.5 MFLOP' or '0.4 ms'
   --stage STAGE           of a work directory: distill (default) or alone
 
+evaluate, shrink and report:
+  --config FILE           that of the run, where it registers a model, a task or
+                          a data set of your own; its fields are not read again
+
 evaluate:
   --split SPLIT           train, validation or test (default)
 

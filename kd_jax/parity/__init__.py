@@ -9,7 +9,10 @@ linen model. Owns no data and no models.
 from kd_jax.parity.layers import LayerParity as LayerParity
 from kd_jax.parity.layers import ParityReport as ParityReport
 from kd_jax.parity.layers import check_parity as check_parity
+from kd_jax.parity.outputs import Agree as Agree
 from kd_jax.parity.outputs import Parity as Parity
 from kd_jax.parity.outputs import compare as compare
+from kd_jax.parity.outputs import most_likely as most_likely
 from kd_jax.parity.outputs import require as require
+from kd_jax.parity.outputs import within as within
 from kd_jax.parity.table import print_parity as print_parity

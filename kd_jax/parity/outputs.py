@@ -12,13 +12,16 @@ import numpy as np
 
 from kd_jax.types import Batch, check_same_shape
 
+# `(found, expected)`, float64 `[B, ..., C]` -> bool `[B, ...]`
+Agree = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
 
 class Parity(NamedTuple):
   """What `compare` found; numbers over all examples, padding left out.
 
   Attributes:
-    agreement: share of examples with the same most likely class; an example
-      with a NaN in either output disagrees.
+    agreement: share of predictions that agree, such as examples with the same
+      most likely class; one with a NaN in either output disagrees.
     max_abs_error: the largest difference of any output; NaN if one is NaN.
     mean_abs_error: the mean difference of all outputs.
     sqnr_db: signal-to-quantization-noise ratio in decibels,
@@ -33,10 +36,30 @@ class Parity(NamedTuple):
   examples: int
 
 
+def most_likely(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+  """Whether the most likely classes of `[..., C]` are the same."""
+  return found.argmax(-1) == expected.argmax(-1)
+
+
+def within(tolerance: float) -> Agree:
+  """Whether no output of `[..., D]` differs by more.
+
+  Example:
+    >>> found, expected = np.array([[1.0], [2.0]]), np.array([[1.05], [3.0]])
+    >>> within(0.1)(found, expected).tolist()
+    [True, False]
+  """
+  return lambda found, expected: (
+    np.abs(found - expected).max(-1, initial=0.0) <= tolerance
+  )
+
+
 def compare(
   fn: Callable[[Batch], Any],
   reference: Callable[[Batch], Any],
   batches: Iterable[Batch],
+  *,
+  agree: Agree = most_likely,
 ) -> Parity:
   """Compares two functions on the same batches.
 
@@ -44,16 +67,18 @@ def compare(
   different sizes count by their examples.
 
   Args:
-    fn: `batch -> [B, C]` outputs, any real dtype.
-    reference: `batch -> [B, C]`, what `fn` should compute.
+    fn: `batch -> [B, ...]` outputs, such as logits `[B, C]`, any real dtype.
+    reference: likewise, what `fn` should compute.
     batches: each may hold `mask`, `[B]`, 0 for padding, which is ignored
       whatever its outputs.
+    agree: when two predictions are the same; `within` is for outputs that are
+      no classes.
 
   Returns:
     The numbers.
 
   Raises:
-    ValueError: if the outputs are not `[B, C]`, the mask is not `[B]`, or
+    ValueError: if the outputs have no two axes, the mask is not `[B]`, or
       there is no example.
 
   Example:
@@ -69,7 +94,7 @@ def compare(
     >>> f'{parity.sqnr_db:.2f} dB, {parity.examples} examples'
     '10.00 dB, 2 examples'
   """
-  examples = agreed = outputs = 0
+  examples = agreed = predictions = outputs = 0
   largest = np.float64(0.0)
   error = signal = noise = 0.0
   for batch in batches:
@@ -77,7 +102,8 @@ def compare(
     examples += len(found)
     outputs += found.size
     nan = np.isnan(found).any(-1) | np.isnan(expected).any(-1)
-    agreed += int(np.sum((found.argmax(-1) == expected.argmax(-1)) & ~nan))
+    agreed += int(np.sum(agree(found, expected) & ~nan))
+    predictions += nan.size
     with np.errstate(invalid='ignore'):
       difference = np.abs(found - expected)
     # Two infinities of one sign are equal, though their difference is NaN.
@@ -90,7 +116,7 @@ def compare(
   if not examples:
     raise ValueError('compare: there is no example to compare on.')
   return Parity(
-    agreement=agreed / examples,
+    agreement=agreed / predictions,
     max_abs_error=float(largest),
     mean_abs_error=error / outputs,
     sqnr_db=decibels(signal, noise),
@@ -110,16 +136,15 @@ def require(parity: Parity, *, name: str, agreement: float = 0.995) -> None:
     >>> require(Parity(0.98, 0.7, 0.1, 21.4, 500), name='ONNX int8')
     Traceback (most recent call last):
     ...
-    ValueError: ONNX int8 agrees with its reference on 490 of 500 examples \
-(98.00%), but 99.50% are required; largest error 0.7, SQNR 21.4 dB.
+    ValueError: ONNX int8 agrees with its reference on 98.00% of 500 examples, \
+but 99.50% are required; largest error 0.7, SQNR 21.4 dB.
   """
   if parity.agreement >= agreement:
     return
-  count = round(parity.agreement * parity.examples)
   raise ValueError(
-    f'{name} agrees with its reference on {count} of {parity.examples} '
-    f'examples ({parity.agreement:.2%}), but {agreement:.2%} are required; '
-    f'largest error {parity.max_abs_error:.3g}, SQNR {parity.sqnr_db:.1f} dB.'
+    f'{name} agrees with its reference on {parity.agreement:.2%} of '
+    f'{parity.examples} examples, but {agreement:.2%} are required; largest '
+    f'error {parity.max_abs_error:.3g}, SQNR {parity.sqnr_db:.1f} dB.'
   )
 
 
@@ -131,9 +156,9 @@ def _outputs(
   """Both outputs of the examples that are not padding, float64."""
   found, expected = np.asarray(fn(batch)), np.asarray(reference(batch))
   check_same_shape('compare', fn=found, reference=expected)
-  if found.ndim != 2:
+  if found.ndim < 2:
     raise ValueError(
-      f'compare: outputs must be [B, C] but have shape {found.shape}.'
+      f'compare: outputs must be [B, ..., C] but have shape {found.shape}.'
     )
   mask = np.asarray(batch.get('mask', np.ones(len(found))))
   if mask.shape != found.shape[:1]:

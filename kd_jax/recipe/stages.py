@@ -153,7 +153,12 @@ def _parities(run: Run, directory: Path) -> list[dict[str, Any]]:
     pairs.append((name, apply, 'integer (JAX)', integer))
   found = []
   for name, apply, against, reference in pairs:
-    compared = parity.compare(apply, reference, evaluation.batches(run, 'test'))
+    compared = parity.compare(
+      apply,
+      reference,
+      evaluation.batches(run, 'test'),
+      agree=run.task.agree,
+    )
     if against == 'integer (JAX)':
       parity.require(
         compared, name=name, agreement=run.config.aims.export_agreement

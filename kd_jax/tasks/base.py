@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+from kd_jax import parity
 from kd_jax.data import Split
 from kd_jax.deploy import Preprocess
 from kd_jax.metrics import Metric
@@ -34,6 +35,7 @@ class Task(NamedTuple):
     metrics: name -> metric of a network alone. The first is what decides:
       checkpoints, the search and the aims go by it.
     compared: name -> metric that compares a network with the teacher.
+    agree: when two forms of a network predict the same; see `parity.compare`.
     labels: `() -> objective` of who learns without a teacher.
     statistics: `(config.data, train split) -> JSON values`, what
       pre-processing has to know of the data.
@@ -55,6 +57,7 @@ class Task(NamedTuple):
   metrics: Mapping[str, Metric]
   labels: Callable[[], Objective]
   compared: Mapping[str, Metric] = {}
+  agree: parity.Agree = parity.most_likely
   statistics: Callable[[ml_collections.ConfigDict, Any], dict[str, Any]] = (
     lambda c, train: {}
   )

@@ -1,0 +1,164 @@
+"""Tasks: token models and regression take the way of images with labels."""
+
+import functools
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from kd_jax import data, defaults, metrics, models, objectives, tasks
+from kd_jax.recipe import candidates, stages
+from kd_jax.recipe.run import Run
+from kd_jax.report import measure, read_report
+from kd_jax.report.looks import looks_of
+from kd_jax.storage.workdir import Workdir
+
+VOCABULARY, LENGTH = 16, 12
+OFFSETS = {'train': 0, 'validation': 1, 'test': 2}
+
+
+def count(c, split):
+  """Sequences that count in steps of one to three, and what comes next."""
+  rows = 128 if split == 'train' else 32
+  draw = np.random.RandomState(OFFSETS[split] + c.num_workers)
+  start = draw.randint(VOCABULARY, size=(rows, 1))
+  step = draw.randint(1, 4, size=(rows, 1))
+  tokens = (start + step * np.arange(LENGTH + 1)) % VOCABULARY
+  return data.ArrayData(
+    {
+      'tokens': tokens[:, :-1].astype(np.int32),
+      'label': tokens[:, 1:].astype(np.int32),
+    },
+    id=np.arange(rows, dtype=np.int32) + 1000 * OFFSETS[split],
+    reads='tokens',
+    num_classes=VOCABULARY,
+  )
+
+
+class Counter(nn.Module):
+  """A language model of two tokens: logits `[B, L, V]` of the next ones."""
+
+  num_classes: int
+  width: int = 32
+  dtype: str = 'float32'
+  reads: str = 'tokens'
+
+  @property
+  def taps(self):
+    return models.Taps(('mix',), ('mix',), (), 'mix', 'head')
+
+  @nn.compact
+  def __call__(self, tokens, train=False):
+    embed = nn.Embed(self.num_classes, self.width, name='embed')
+    mix = nn.Conv(self.width, (2,), padding='CAUSAL', name='mix')
+    x = nn.relu(mix(embed(tokens)))
+    return nn.Dense(self.num_classes, name='head')(x)
+
+
+def token_accuracy():
+  def update(student, teacher, batch, mask):
+    hits = jnp.argmax(student.output, -1) == batch['label']
+    hits = jnp.where(mask[:, None] > 0, hits, False).astype(jnp.float32)
+    return {'hits': jnp.sum(hits), 'tokens': jnp.sum(mask) * hits.shape[1]}
+
+  return metrics.Metric(
+    update, lambda s: float(s['hits'] / s['tokens']), 'token accuracy', True
+  )
+
+
+def labels():
+  return objectives.weighted_sum({'ce': (1.0, objectives.hard_labels())})
+
+
+TASK = tasks.Task(
+  reads='tokens',
+  load=count,
+  metrics={'token_accuracy': token_accuracy()},
+  labels=labels,
+)
+
+
+def configuration():
+  config = defaults.get_config(tiny=True)
+  config.data.update({'name': 'counting', 'task': 'counting'})
+  config.teacher.model = {'name': 'counter', 'width': 32}
+  config.student.model = {'name': 'counter', 'width': 8}
+  config.teacher.train.epochs = 40
+  config.distill.scheme.cohort = 2
+  for stage in defaults.TRAINED:
+    config[stage].train.batch_size = 32
+  return config
+
+
+def opened(tmp_path, monkeypatch, config):
+  monkeypatch.setitem(tasks.TASKS, 'counting', TASK)
+  monkeypatch.setitem(models.MODELS, 'counter', Counter)
+  return Run(config, Workdir(tmp_path / 'run', config.to_dict()))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('quick_compilation')
+def test_a_cohort_of_token_models_goes_all_the_way(tmp_path, monkeypatch):
+  latencies = functools.partial(measure.latencies, runs=2)
+  monkeypatch.setattr(measure, 'latencies', latencies)
+  run = opened(tmp_path, monkeypatch, configuration())
+  stages.run_stages(run, say=lambda line: None)
+
+  report = read_report(run.workdir.stage('report'))
+  assert [look.title for look in looks_of(report)] == ['token accuracy']
+  rows = {row['name']: row for row in report['models']}
+  assert rows['teacher']['token_accuracy'] > 0.5
+  assert rows['integer (JAX)']['bytes'] < 0.2 * rows['teacher']['bytes']
+  parity = {row['name']: row['agreement'] for row in report['parity']}
+  assert parity['StableHLO int8'] == parity['ONNX int8'] == 1.0
+  exported = run.workdir.stage('export') / 'stablehlo' / 'manifest.json'
+  manifest = json.loads(exported.read_text())
+  assert manifest['input']['shape'] == ['batch', LENGTH]
+  assert manifest['output']['shape'] == ['batch', LENGTH, VOCABULARY]
+  history = run.workdir.result('distill')['history']
+  assert history[-1]['loss/mutual'] > 0
+  assert 'eval/token_accuracy' in history[-1]
+
+
+def test_a_run_goes_on_with_the_same_examples_alone(tmp_path, monkeypatch):
+  config = configuration()
+  first = opened(tmp_path, monkeypatch, config)
+  stages.run_stages(first, ['teacher'], say=lambda line: None)
+  again = opened(tmp_path, monkeypatch, config)
+  stages.run_stages(again, ['alone'], say=lambda line: None)
+
+  def others(c, split):
+    changed = count(c, split)
+    changed.arrays['tokens'][0, 0] += 1
+    return changed
+
+  monkeypatch.setitem(tasks.TASKS, 'counting', TASK._replace(load=others))
+  other = Run(config, Workdir(tmp_path / 'run', config.to_dict()))
+  with pytest.raises(ValueError, match="data set 'counting' is not the one"):
+    stages.run_stages(other, ['distill'], say=lambda line: None)
+
+
+def test_the_first_metric_decides_and_may_be_an_error():
+  task = TASK._replace(
+    metrics={'mse': metrics.mean_squared_error(), **TASK.metrics}
+  )
+  assert task.quality == 'mse' and task.worth(0.25) == -0.25
+  assert list(task.measured(with_teacher=True)) == ['mse', 'token_accuracy']
+  rows = {
+    name: {'weights': 'int8', 'bytes': 1, 'untrained': error}
+    for name, error in (('worse', 0.5), ('better', 0.1))
+  }
+  rows['better']['weights'] = 'int4'
+  budget = candidates.Budget('bytes', 10)
+  chosen = candidates.finalists(rows, list(rows), budget, 1, worth=task.worth)
+  assert chosen == ['better']
+
+
+def test_arrays_that_do_not_fit_are_named():
+  id = np.arange(3, dtype=np.int32)
+  with pytest.raises(ValueError, match="entry to read 'x'.*tokens"):
+    data.ArrayData({'tokens': np.zeros((3, 2))}, id, 'x', 4)
+  with pytest.raises(ValueError, match="3 ids, but arrays of {'x': 2}"):
+    data.ArrayData({'x': np.zeros((2, 2))}, id, 'x', 4)
