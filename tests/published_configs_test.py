@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from kd_jax import cli
-from kd_jax.plan import rehearsal
+from kd_jax.plan import rehearsal, steps
 from kd_jax.recipe import stages
 from kd_jax.report import measure, read_report
 from kd_jax.storage.workdir import read_json
@@ -90,7 +90,7 @@ def test_config_makes_every_step(name, fake_dir):
   config = runpy.run_path(str(CONFIGS / f'{name}.py'))['get_config']('tiny')
   config.data.data_dir = str(fake_dir)
   for stage in rehearsal.STAGES:
-    step = rehearsal.rehearse(rehearsal.Rehearsal(config), stage)
+    step = steps.rehearse(rehearsal.Rehearsal(config), stage)
     state, metrics = jax.eval_shape(step.step, step.state, step.batch, step.rng)
     assert jax.tree.structure(state) == jax.tree.structure(step.state)
     assert step.total_steps == 4
