@@ -89,7 +89,7 @@ def test_config_makes_its_row_of_the_table(name, fake_dir, tmp_path, capsys):
 def test_config_makes_every_step(name, fake_dir):
   config = runpy.run_path(str(CONFIGS / f'{name}.py'))['get_config']('tiny')
   config.data.data_dir = str(fake_dir)
-  for stage in rehearsal.STAGES:
+  for stage in steps.STAGES:
     step = steps.rehearse(rehearsal.Rehearsal(config), stage)
     state, metrics = jax.eval_shape(step.step, step.state, step.batch, step.rng)
     assert jax.tree.structure(state) == jax.tree.structure(step.state)
