@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from kd_jax import cli, plan, sharding
-from kd_jax.plan import chips, program, rehearsal
+from kd_jax.plan import chips, program, rehearsal, steps
 from kd_jax.recipe import fit, stages
 from kd_jax.recipe.run import Run
 from kd_jax.storage.workdir import Workdir
@@ -40,7 +40,7 @@ def _bytes(tree):
 
 
 def test_memory_is_that_of_the_state(planned):
-  step = rehearsal.rehearse(rehearsal.Rehearsal(tiny()), 'distill')
+  step = steps.rehearse(rehearsal.Rehearsal(tiny()), 'distill')
   memory = planned.program.memory
   state = step.state
   assert memory['student'] == _bytes((state.params, state.model_state))
@@ -58,7 +58,7 @@ def test_a_teacher_is_split_if_the_configuration_says_so(split):
   model = {'teacher.model.width': 32}
   config = tiny(**model, **{'mesh.fsdp': 8, 'teacher.split': split})
   memory = plan.plan(config, alternatives=()).program.memory
-  step = rehearsal.rehearse(rehearsal.Rehearsal(tiny(**model)), 'distill')
+  step = steps.rehearse(rehearsal.Rehearsal(tiny(**model)), 'distill')
   whole = _bytes(step.state.teacher)
   assert memory['teacher'] < whole / 4 if split else memory['teacher'] == whole
 
@@ -74,9 +74,7 @@ def test_flops_are_those_of_the_models(planned):
   assert 0.5 < planned.teacher_share < 1
   # Multiply-accumulates of the student's convolution and head, by hand.
   student = 8 * 8 * 9 * 1 * 8 + 8 * 10
-  [network, _] = rehearsal.rehearse(
-    rehearsal.Rehearsal(tiny()), 'distill'
-  ).networks
+  [network, _] = steps.rehearse(rehearsal.Rehearsal(tiny()), 'distill').networks
   assert _bytes(network[1]['params']) == 4 * (9 * 8 + 8 + 8 + 8 * 10 + 10)
   alone = plan.plan(tiny(), stage='alone', alternatives=())
   assert alone.own_flops == 2 * 8 * 3 * student
@@ -138,7 +136,7 @@ def test_a_plan_is_json(planned):
 def test_a_rehearsal_needs_neither_data_nor_weights(changes):
   """Whatever the configuration, and every leaf a shape."""
   stage = 'compress' if 'compress.teacher' in changes else 'distill'
-  step = rehearsal.rehearse(rehearsal.Rehearsal(tiny(**changes)), stage)
+  step = steps.rehearse(rehearsal.Rehearsal(tiny(**changes)), stage)
   for leaf in jax.tree.leaves(step.state):
     assert isinstance(leaf, jax.ShapeDtypeStruct)
   assert step.total_steps == 4
@@ -159,7 +157,7 @@ def test_a_rehearsal_is_the_real_run(tmp_path, data_dir):
   real = fit.make_step(run, 'alone', c, run.task.labels(), stages.untaught(run))
   for made in (config, tiny(**{'data.max_examples': 0})):
     # Prepared or not, the digits are as many.
-    step = rehearsal.rehearse(rehearsal.Rehearsal(made), 'alone')
+    step = steps.rehearse(rehearsal.Rehearsal(made), 'alone')
     assert step.total_steps == fit.total_steps(c, run.splits['train'])
     shapes = jax.eval_shape(lambda: real.state)
     assert jax.tree.all(jax.tree.map(lambda a, b: a == b, shapes, step.state))
@@ -167,7 +165,7 @@ def test_a_rehearsal_is_the_real_run(tmp_path, data_dir):
 
 def rehearse(stage='distill', *, cached=False, **changes):
   run = rehearsal.Rehearsal(tiny(**changes))
-  return rehearsal.rehearse(run, stage, cached=cached)
+  return steps.rehearse(run, stage, cached=cached)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +200,8 @@ def test_a_cache_keeps_the_features_that_are_read():
   config = tiny()
   config.distill.terms = {'at': {'name': 'attention_transfer', 'weight': 1.0}}
   run = rehearsal.Rehearsal(config)
-  taps = rehearsal.rehearse(run, 'distill').reads
-  step = rehearsal.rehearse(run, 'distill', cached=True)
+  taps = steps.rehearse(run, 'distill').reads
+  step = steps.rehearse(run, 'distill', cached=True)
   added = step.batch.keys() - rehearse().batch.keys()
   assert added - {'teacher/output'} == {f'teacher/features/{t}' for t in taps}
   notes = plan.plan(config, alternatives=()).notes
@@ -326,7 +324,7 @@ def test_a_compiled_step_can_be_lowered():
   """Under both compilers that need no device."""
   for how in ('jit', 'shard_map'):
     config = tiny(compiler=how)
-    step = rehearsal.rehearse(rehearsal.Rehearsal(config), 'alone')
+    step = steps.rehearse(rehearsal.Rehearsal(config), 'alone')
     call = sharding.compile_step(step.step, step.run.mesh, how)
     lowered = call.lower(step.state, step.batch, step.rng)
     assert 'all_reduce' in lowered.as_text() or how == 'jit'

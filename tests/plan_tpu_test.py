@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from kd_jax import plan
-from kd_jax.plan import chips, rehearsal
+from kd_jax.plan import chips, rehearsal, steps
 from kd_jax.report import plan as report_plan
 
 pytestmark = [
@@ -42,7 +42,7 @@ def pair(request):
   config = runpy.run_path(str(CONFIGS / f'{name}.py'))['get_config']()
   config.distill.train.batch_size = 256 * PAIRS[name][0]
   made = plan.plan(config, 'v5e:16x16', alternatives=())
-  step = rehearsal.rehearse(rehearsal.Rehearsal(config), 'distill')
+  step = steps.rehearse(rehearsal.Rehearsal(config), 'distill')
   return name, made, step.state.params
 
 

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from kd_jax import cli
-from kd_jax.plan import rehearsal
+from kd_jax.plan import rehearsal, steps
 from kd_jax.recipe import stages
 from kd_jax.report import measure, read_report
 from kd_jax.storage.workdir import read_json
@@ -89,8 +89,8 @@ def test_config_makes_its_row_of_the_table(name, fake_dir, tmp_path, capsys):
 def test_config_makes_every_step(name, fake_dir):
   config = runpy.run_path(str(CONFIGS / f'{name}.py'))['get_config']('tiny')
   config.data.data_dir = str(fake_dir)
-  for stage in rehearsal.STAGES:
-    step = rehearsal.rehearse(rehearsal.Rehearsal(config), stage)
+  for stage in steps.STAGES:
+    step = steps.rehearse(rehearsal.Rehearsal(config), stage)
     state, metrics = jax.eval_shape(step.step, step.state, step.batch, step.rng)
     assert jax.tree.structure(state) == jax.tree.structure(step.state)
     assert step.total_steps == 4

@@ -97,19 +97,19 @@ def _gpu(
 # Google publishes the bandwidth of all links of a chip in both directions: a
 # link has that over twice their number. v5p's 95 are GiB; v4's 2400 Gbps of
 # links are those of the older pages.
-CHIPS = {
-  chip.name: chip
-  for chip in (
-    _tpu('v4', 32, 1200, 275, 275, 50, 6),
-    _tpu('v5e', 16, 819, 197, 393, 50, 4),
-    _tpu('v5p', 95, 2765, 459, 918, 100, 6),
-    _tpu('v6e', 32, 1638, 918, 1836, 100, 4),
-    _tpu('tpu7x', 192, 7380, 2307, None, 100, 6),
-    _gpu('A100-80GB', 80, 2039, 312, 156, 624, 300, 'a100'),
-    _gpu('H100', 80, 3350, 989, 494, 1979, 450, 'h100'),
-    _gpu('H200', 141, 4800, 989, 494, 1979, 450, 'h200'),
-  )
-}
+_TPUS = (
+  _tpu('v4', 32, 1200, 275, 275, 50, 6),
+  _tpu('v5e', 16, 819, 197, 393, 50, 4),
+  _tpu('v5p', 95, 2765, 459, 918, 100, 6),
+  _tpu('v6e', 32, 1638, 918, 1836, 100, 4),
+  _tpu('tpu7x', 192, 7380, 2307, None, 100, 6),
+)
+_GPUS = (
+  _gpu('A100-80GB', 80, 2039, 312, 156, 624, 300, 'a100'),
+  _gpu('H100', 80, 3350, 989, 494, 1979, 450, 'h100'),
+  _gpu('H200', 141, 4800, 989, 494, 1979, 450, 'h200'),
+)
+CHIPS = {chip.name: chip for chip in (*_TPUS, *_GPUS)}
 # Part of `jax.Device.device_kind` -> chip; the first that is found.
 _KINDS = (
   ('TPU v5 lite', 'v5e'),
@@ -198,29 +198,26 @@ def topology(name: str) -> Topology:
       know.
   """
   match = _FORM.fullmatch(name)
-  kinds = [
-    chip for chip in CHIPS if CHIPS[chip].source.endswith(f'docs/{chip}')
-  ]
+  tpus = {chip.name: chip for chip in _TPUS}
   if not match:
     raise ValueError(
       f'There is no topology {name!r}: give a chip and a shape, such as '
-      f"'v5e:16x16' or 'v5p:4x4x8'; the chips are {', '.join(kinds)}."
+      f"'v5e:16x16' or 'v5p:4x4x8'; the chips are {', '.join(tpus)}."
     )
-  chip = rules.choose('chip of a topology', match[1], dict.fromkeys(kinds, 1))
-  del chip
+  chip = rules.choose('chip of a topology', match[1], tpus)
   shape = tuple(map(int, match[2].split('x')))
-  axes = 2 if match[1] in _FLAT else 3
+  axes = 2 if chip.name in _FLAT else 3
   if len(shape) != axes:
     example = '16x16' if axes == 2 else '4x4x8'
     raise ValueError(
-      f'Topology {name!r} has {len(shape)} axes, but {match[1]} is connected '
-      f'along {axes}, such as {match[1]}:{example}.'
+      f'Topology {name!r} has {len(shape)} axes, but {chip.name} is connected '
+      f'along {axes}, such as {chip.name}:{example}.'
     )
   if importlib.util.find_spec('libtpu') is None:
     raise ImportError(
       f'Compiling for {name} needs libtpu: pip install "kd_jax[tpu]".'
     )
-  return Topology(name, _devices(name, match[1], shape), CHIPS[match[1]], shape)
+  return Topology(name, _devices(name, chip.name, shape), chip, shape)
 
 
 def _devices(name: str, chip: str, shape: Sequence[int]) -> Sequence[Any]:

@@ -1,7 +1,7 @@
 """A compiled train step as numbers: memory by owner, work, collectives, bounds.
 
 Owns what the compiler of XLA says of one program and what a chip's published
-figures make of it. Which programs are compiled is `plan`'s.
+figures make of it. Which programs are compiled is `estimate`'s.
 """
 
 import collections
@@ -12,25 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from kd_jax import prune, sharding
+from kd_jax import sharding
 from kd_jax.plan import chips, hlo
-from kd_jax.plan.rehearsal import Step
+from kd_jax.plan.memory import memory_of, placed
+from kd_jax.plan.steps import Step
 from kd_jax.sharding import layout
 
-# What a device holds, in the order of the page.
-OWNERS = (
-  'student',
-  'teacher',
-  'optimizer',
-  'masks',
-  'objective',
-  'batch',
-  'padding',
-  'temporaries',
-  'program',
-)
 _USED = re.compile(r'(?:Used |\()([\d.]+)([KMGT]?)\)? (?:of|exceeds)')
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
@@ -42,7 +31,7 @@ class Program:
   Attributes:
     how: 'compiled', 'estimated', or 'impossible'.
     why: what an estimate assumes, or what is in the way; '' if compiled.
-    memory: owner of `OWNERS` -> bytes; empty if it does not fit.
+    memory: owner of `memory.OWNERS` -> bytes; empty if it does not fit.
     bytes: their sum, or what the compiler asked for.
     fits: whether that is what a device has; None if that is not known.
     flops: floating-point operations of a step, as the compiler counts.
@@ -140,10 +129,10 @@ def compile_program(
   *,
   dtype: str = 'float32',
 ) -> Program:
-  """Compiles the train step of a rehearsal, and reads the result.
+  """Compiles a train step, and reads the result.
 
   Args:
-    step: from `rehearsal.rehearse`, of a run on the topology's devices.
+    step: from `steps.rehearse`, of a run on the topology's devices.
     topology: what it is compiled for.
     dtype: as for `bounds`.
 
@@ -176,23 +165,55 @@ def compile_program(
 
   entries = [
     (math.prod(where.shard_shape(leaf.shape)), math.prod(leaf.shape))
-    for leaf, where in _placed(step, how, 'params')
+    for leaf, where in placed(step, how, 'params')
   ]
   found = hlo.owned(hlo.collectives(_text(compiled)), entries)
   cost = compiled.cost_analysis() or {}
-  flops = float(cost.get('flops', 0))
-  hbm_bytes = float(cost.get('bytes accessed', 0))
-  ici_bytes = sum(c.sent(devices) for c, _ in found)
-  memory = _memory(step, how, compiled.memory_analysis())
+  return in_numbers(
+    'compiled',
+    step,
+    topology,
+    dtype,
+    memory=memory_of(step, how, compiled.memory_analysis()),
+    flops=float(cost.get('flops', 0)),
+    hbm_bytes=float(cost.get('bytes accessed', 0)),
+    ici_bytes=sum(c.sent(devices) for c, _ in found),
+    collectives=_rows(found),
+  )
+
+
+def in_numbers(
+  how: str,
+  step: Step,
+  topology: chips.Topology,
+  dtype: str,
+  *,
+  memory: Mapping[str, int],
+  flops: float,
+  hbm_bytes: float,
+  ici_bytes: float,
+  collectives: Sequence[Mapping[str, Any]] = (),
+  why: str = '',
+) -> Program:
+  """A step that fits the compiler, with all that follows from its work.
+
+  Args:
+    how: 'compiled' or 'estimated'.
+    step: from `steps.rehearse`.
+    topology: what it runs on.
+    dtype: as for `bounds`.
+    memory: see `Program`, and so are the others.
+  """
   total = sum(memory.values())
   return Program(
-    'compiled',
+    how,
+    why,
     memory=memory,
     bytes=total,
     fits=fits(total, topology),
     flops=flops,
     hbm_bytes=hbm_bytes,
-    collectives=_rows(found),
+    collectives=collectives,
     ici_bytes=ici_bytes,
     bounds=bounds(
       topology,
@@ -201,7 +222,7 @@ def compile_program(
       ici_bytes=ici_bytes,
       dtype=dtype,
     ),
-    batch_size=size,
+    batch_size=len_of(step.batch),
     total_steps=step.total_steps,
   )
 
@@ -240,78 +261,6 @@ def _too_large(message: str, batch_size: int, total_steps: int) -> Program:
     batch_size=batch_size,
     total_steps=total_steps,
   )
-
-
-def _placed(
-  step: Step, how: str, field: str
-) -> list[tuple[Any, NamedSharding]]:
-  """The leaves of a part of the state, and where they lie."""
-  mesh = step.run.mesh
-  if field == 'teacher':
-    tree = step.state.teacher
-    where = layout.teacher_shardings(tree, mesh, step.run.layout)
-  else:
-    student = step.state.replace(teacher=None)
-    tree = getattr(student, field)
-    where = getattr(
-      layout.state_shardings(student, mesh, step.run.layout), field
-    )
-  if how != 'jit':
-    everywhere = NamedSharding(mesh, jax.P())
-    where = jax.tree.map(lambda _: everywhere, tree)
-  return list(zip(jax.tree.leaves(tree), jax.tree.leaves(where), strict=True))
-
-
-def shard_bytes(leaf: Any, where: NamedSharding) -> int:
-  """Bytes of an array on one device, without padding."""
-  shape = where.shard_shape(leaf.shape)
-  return math.prod(shape) * _itemsize(leaf.dtype)
-
-
-def _itemsize(dtype: Any) -> int:
-  if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-    return 8
-  return dtype.itemsize
-
-
-def held(step: Step, how: str = 'jit') -> dict[str, int]:
-  """Bytes that a device holds between steps, by owner, without padding.
-
-  Args:
-    step: from `rehearsal.rehearse`.
-    how: the compiler of the step.
-  """
-
-  def of(field):
-    return sum(shard_bytes(*pair) for pair in _placed(step, how, field))
-
-  masks = prune.masks_of(step.state.opt_state) or {}
-  mask_bytes = 0
-  if masks:
-    ids = {id(mask) for mask in masks.values()}
-    pairs = _placed(step, how, 'opt_state')
-    mask_bytes = sum(shard_bytes(*pair) for pair in pairs if id(pair[0]) in ids)
-  split = NamedSharding(step.run.mesh, layout.BATCH)
-  return {
-    'student': of('params') + of('model_state'),
-    'teacher': of('teacher'),
-    'optimizer': of('opt_state') - mask_bytes,
-    'masks': mask_bytes,
-    'objective': of('objective'),
-    'batch': sum(shard_bytes(leaf, split) for leaf in step.batch.values()),
-  }
-
-
-def _memory(step: Step, how: str, analysis: Any) -> dict[str, int]:
-  memory = held(step, how)
-  if analysis is None:
-    return memory
-  arguments = analysis.argument_size_in_bytes
-  new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-  memory['padding'] = max(0, arguments - sum(memory.values()))
-  memory['temporaries'] = analysis.temp_size_in_bytes + max(0, new)
-  memory['program'] = analysis.generated_code_size_in_bytes
-  return memory
 
 
 def _rows(

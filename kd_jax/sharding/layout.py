@@ -1,8 +1,8 @@
 """Where arrays lie on a mesh: from parameter paths to mesh axes.
 
 Owns the three axes, the rules that split a student's and a teacher's
-parameters, and how everything that mirrors them follows. Meshes are made and
-steps compiled in `sharding`.
+parameters, and how everything that mirrors them follows. Meshes are made in
+`meshes`, and steps compiled for them in `compilers`.
 
 - `data`: every device has a part of the batch.
 - `fsdp`: likewise, and parameters, moments and masks are split too; the
