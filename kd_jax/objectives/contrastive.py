@@ -1,11 +1,12 @@
 """CRD: contrastive representation distillation with memory banks on device.
 
-Two banks hold one embedding per training example, of student and teacher. A
-student embedding is scored against the teacher's bank, its own example's row
-and rows of other classes, and the other way round. Negatives are drawn on the
-device, and the banks never leave it. Which examples they are drawn from is a
-choice: `scope='global'` takes all training examples, `scope='local'` those of
-the device's own share of them.
+Owns the banks, the draws and the constants; the formula is in `losses`. Two
+banks hold one embedding per training example, of student and teacher. A student
+embedding is scored against the teacher's bank, its own example's row and rows
+of other classes, and the other way round. Negatives are drawn on the device,
+and the banks never leave it. Which examples they are drawn from is a choice:
+`scope='global'` takes all training examples, `scope='local'` those of the
+device's own share of them.
 """
 
 import functools
