@@ -1,4 +1,8 @@
-"""Pure losses, each usable alone; `objectives` wraps them for training."""
+"""Pure losses, each usable alone; `objectives` wraps them for training.
+
+Owns formulas: one formula, one paper, one function. Weights, schedules and
+whatever trains or is remembered beside a student are not here.
+"""
 
 from kd_jax.losses.contrastive import contrastive_nce as contrastive_nce
 from kd_jax.losses.correlations import batch_relation as batch_relation

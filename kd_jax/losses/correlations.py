@@ -1,9 +1,9 @@
 """Losses on how predictions relate: across classes and across a batch.
 
-They compare softmax probabilities, `[B, C]`, and treat the teacher as
-constant. All but `inter_class_relation` are a float32 scalar over exactly the
-batch they get: under a compiled step that is the global batch. For relations
-of embeddings and maps see `relations`.
+Owns DIST and MLKD; relations of embeddings and maps are in `relations`. They
+compare softmax probabilities, `[B, C]`, and treat the teacher as constant. All
+but `inter_class_relation` are a float32 scalar over exactly the batch they get:
+under a compiled step that is the global batch.
 """
 
 from collections.abc import Sequence

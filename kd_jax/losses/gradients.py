@@ -1,9 +1,10 @@
 """Losses on derivatives with respect to the input, and these derivatives.
 
-The derivatives are functions of a network `fn: x -> logits`. They sum over the
-batch before they differentiate, so examples must not interact within `fn`:
-evaluate BatchNorm with its running statistics. A loss on them differentiates
-the student twice. The teacher is constant.
+Owns both, and runs no network with a state. The derivatives are functions of a
+network `fn: x -> logits`. They sum over the batch before they differentiate, so
+examples must not interact within `fn`: evaluate BatchNorm with its running
+statistics. A loss on them differentiates the student twice. The teacher is
+constant.
 """
 
 from collections.abc import Callable

@@ -71,17 +71,15 @@ def norm(
   return safe_sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=keepdims))
 
 
-def unit(
-  x: jax.Array, axis: int | Sequence[int] = -1, *, eps: float = 1e-12
-) -> jax.Array:
-  """`x / max(norm, eps)` over axes; a zero vector stays zero, with gradient 0.
+def unit(x: jax.Array, axis: int | Sequence[int] = -1) -> jax.Array:
+  """`x` over its norm, or over 1e-12; zeros stay zero, with gradient 0.
 
   Example:
     >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
     [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
   """
   length = norm(x, axis, keepdims=True)
-  return jnp.where(length > 0, x / jnp.maximum(length, eps), 0.0)
+  return jnp.where(length > 0, x / jnp.maximum(length, 1e-12), 0.0)
 
 
 def kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:

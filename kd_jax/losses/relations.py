@@ -1,10 +1,11 @@
 """Losses on how the examples of a batch relate in feature space.
 
-Embeddings `[B, D]`, or maps that are flattened to `[B, -1]`; the teacher is
-constant. Each is a float32 scalar over exactly the batch it gets: under a
+Owns RKD, SP, PKT and CC; relations of predictions are in `correlations`. They
+take embeddings `[B, D]`, or maps that are flattened to `[B, -1]`; the teacher
+is constant. Each is a float32 scalar over exactly the batch it gets: under a
 compiled step that is the global batch. Except for `correlation_congruence`
 student and teacher may have different sizes, and the order of the batch is of
-no importance. For relations of predictions see `correlations`.
+no importance.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,10 @@
 """Losses on transformers: hidden states, attention scores, token relations.
 
-Hidden states are `[B, L, D]` and attention scores `[B, N, L, L]`, of N heads
-with queries before keys. `mask` is `[B, L]`, bool or number: 1 for a token, 0
-for padding; None where all are tokens. Padding has no influence, whatever it
-holds, except where a docstring says so.
+Owns formulas and the averaging over tokens; where in a transformer they read is
+for `objectives`. Hidden states are `[B, L, D]` and attention scores
+`[B, N, L, L]`, of N heads with queries before keys. `mask` is `[B, L]`, bool or
+number: 1 for a token, 0 for padding; None where all are tokens. Padding has no
+influence, whatever it holds, except where a docstring says so.
 
 The published losses are means over all tokens of a batch, not means of the
 examples' means. Each example's loss here is therefore its sum over tokens

@@ -1,4 +1,8 @@
-"""Models by name; every submodule's path is a tap of `adapters.from_linen`."""
+"""Models by name; every submodule's path is a tap of `adapters.from_linen`.
+
+Owns the names and options of a configuration's models. Each family has a file
+of its own, and ensembles of networks are in `kd_jax.networks`.
+"""
 
 import functools
 import inspect

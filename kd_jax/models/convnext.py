@@ -1,6 +1,7 @@
 """ConvNeXt: a convolutional network shaped like a transformer.
 
-Owns the network for ImageNet of Liu et al.
+Owns the network for ImageNet of Liu et al. and its blocks; transformers are in
+`vit`.
 """
 
 from collections.abc import Sequence

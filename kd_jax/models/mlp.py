@@ -1,4 +1,8 @@
-"""A multi-layer perceptron."""
+"""A multi-layer perceptron, for classes or regression values.
+
+Owns the one network here that is not convolutional or a transformer; its inputs
+are flattened.
+"""
 
 from collections.abc import Sequence
 

@@ -16,19 +16,18 @@ STAGES = ((64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2))
 _TAPPED = (2, 3, 4, 5)
 
 
-def make_divisible(channels: float, divisor: int = 8) -> int:
-  """The multiple of `divisor` nearest to `channels`, not 10 % below it.
+def make_divisible(channels: float) -> int:
+  """The multiple of 8 nearest to `channels`, not 10 % below it; 8 at least.
 
   Args:
     channels: a scaled number of channels, > 0.
-    divisor: also the least that is returned.
 
   Example:
     >>> make_divisible(24 * 0.75), make_divisible(32 * 0.35)
     (24, 16)
   """
-  nearest = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-  return nearest + divisor if nearest < 0.9 * channels else nearest
+  nearest = max(8, int(channels + 4) // 8 * 8)
+  return nearest + 8 if nearest < 0.9 * channels else nearest
 
 
 class DepthwiseSeparable(nn.Module):

@@ -1,4 +1,8 @@
-"""A student with a projector and its teacher's classifier (SimKD)."""
+"""A student with a projector and its teacher's classifier (SimKD).
+
+Owns the network around any backbone of this room. That the head is copied from
+the teacher and kept from training is for the caller.
+"""
 
 import jax
 from flax import linen as nn

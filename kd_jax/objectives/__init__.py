@@ -1,7 +1,9 @@
 """Objectives and terms: what a student is trained for.
 
+Owns terms, their sums, and what they train or remember beside the student.
 `on_outputs`, `on_features`, `on_batch` and `on_tokens` make a term of any loss
 of `losses`; the other terms own parameters or state, or run a network again.
+Terms by the words of a configuration are in `kd_jax.terms`.
 """
 
 from kd_jax.objectives.base import Inputs as Inputs

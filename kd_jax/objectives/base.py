@@ -1,8 +1,10 @@
 """Objectives: what a student is trained for, as (init, apply) pairs.
 
-An objective is to losses what an optax transformation is to updates: it may
-own trainable parameters and state, and objectives combine into objectives.
-The formulas themselves live in `losses`.
+Owns the types, the weighted sum, and how a term reads features, parameters and
+batch, with errors that say what is missing. An objective is to losses what an
+optax transformation is to updates: it may own trainable parameters and state,
+and objectives combine into objectives. The terms are in the other files, the
+formulas in `losses`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

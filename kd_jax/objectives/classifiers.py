@@ -1,6 +1,7 @@
 """Terms that read a network's classifier, or give it one.
 
-As in `features`, the taps are named, and connectors adapt what differs.
+Owns the terms for which the weights of a linear head, or one more head, are
+needed. As in `features`, the taps are named, and connectors adapt what differs.
 """
 
 from collections.abc import Sequence

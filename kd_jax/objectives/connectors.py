@@ -1,9 +1,10 @@
 """Small trained maps between a student's features and a teacher's.
 
-Each is an (init, apply) pair of plain functions: `init` makes parameters from
-a key and shapes alone, `apply` runs them in float32. They train beside the
-student and are dropped with the objective. Normalisation takes the statistics
-of the batch at hand, over all devices; nothing here is used in evaluation.
+Owns layers and what is made of them, and no loss. A connector is an (init,
+apply) pair of plain functions: `init` makes parameters from a key and shapes
+alone, `apply` runs them in float32. They train beside the student and are
+dropped with the objective. Normalisation takes the statistics of the batch at
+hand, over all devices; nothing here is used in evaluation.
 """
 
 import itertools
@@ -70,9 +71,7 @@ def norm_params(size: int) -> dict[str, Any]:
   return {'scale': jnp.ones(size), 'bias': jnp.zeros(size)}
 
 
-def batch_norm(
-  params: Any, x: jax.Array, axis_name: str | None, *, eps: float = 1e-5
-) -> jax.Array:
+def batch_norm(params: Any, x: jax.Array, axis_name: str | None) -> jax.Array:
   """Normalises by the mean and variance of the global batch, per channel."""
   axes = tuple(range(x.ndim - 1))
   mean = jnp.mean(x, axis=axes, keepdims=True)
@@ -81,7 +80,7 @@ def batch_norm(
     mean, square = jax.lax.pmean((mean, square), axis_name)
   variance = jnp.maximum(square - jnp.square(mean), 0.0)
   shape = (1,) * (x.ndim - 1) + (-1,)
-  y = (x - mean) * jax.lax.rsqrt(variance + eps)
+  y = (x - mean) * jax.lax.rsqrt(variance + 1e-5)
   return y * params['scale'].reshape(shape) + params['bias'].reshape(shape)
 
 

@@ -1,11 +1,12 @@
 """CRD: contrastive representation distillation with memory banks on device.
 
-Two banks hold one embedding per training example, of student and teacher. A
-student embedding is scored against the teacher's bank, its own example's row
-and rows of other classes, and the other way round. Negatives are drawn on the
-device, and the banks never leave it. Which examples they are drawn from is a
-choice: `scope='global'` takes all training examples, `scope='local'` those of
-the device's own share of them.
+Owns the banks, the draws and the constants; the formula is in `losses`. Two
+banks hold one embedding per training example, of student and teacher. A student
+embedding is scored against the teacher's bank, its own example's row and rows
+of other classes, and the other way round. Negatives are drawn on the device,
+and the banks never leave it. Which examples they are drawn from is a choice:
+`scope='global'` takes all training examples, `scope='local'` those of the
+device's own share of them.
 """
 
 import functools
@@ -83,12 +84,12 @@ def _shares(labels: np.ndarray, count: int) -> list[OtherClasses]:
 
 def _draw_global(
   others: OtherClasses, label: jax.Array, count: int, inputs: Inputs
-) -> jax.Array:
-  """Negatives from all examples, other ones on every device."""
+) -> tuple[jax.Array, int]:
+  """Negatives from all examples, other ones on every device: one share."""
   key = inputs.rng
   if inputs.axis_name is not None:
     key = jax.random.fold_in(key, jax.lax.axis_index(inputs.axis_name))
-  return others.draw(key, label, count)
+  return others.draw(key, label, count), 1
 
 
 def _draw_local(
@@ -161,6 +162,10 @@ def contrastive(
   check_scope(scope)
   labels = np.asarray(labels)
   others = OtherClasses(labels)
+  if scope == 'global':
+    draw = functools.partial(_draw_global, others)
+  else:
+    draw = functools.partial(_draw_local, labels)
 
   def features(inputs):
     return {
@@ -177,21 +182,14 @@ def contrastive(
     rows = ROWS * math.ceil(len(labels) / ROWS)
     return params, _first_state(keys[2], keys[3], (rows, size))
 
-  def drawn(inputs, label):
-    """Negatives, and how many examples they are drawn from."""
-    if scope == 'global':
-      rows = _draw_global(others, label, negatives, inputs)
-      return rows, len(others.order)
-    rows, shares = _draw_local(labels, label, negatives, inputs)
-    return rows, len(others.order) / shares
-
   def apply(params, state, inputs):
     label, index = base.entry(inputs, 'label'), base.entry(inputs, 'id')
     embed = {
       side: numerics.unit(connectors.dense(params[side], x))
       for side, x in features(inputs).items()
     }
-    rows, num_data = drawn(inputs, label)
+    rows, shares = draw(label, negatives, inputs)
+    num_data = len(others.order) / shares
     kept = jnp.concatenate([index[:, None], rows], axis=1)
     total: jax.Array | float = 0.0
     new = {}

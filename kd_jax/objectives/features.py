@@ -1,10 +1,11 @@
 """Terms on intermediate features, with the connectors that they train.
 
-Every term takes tap names, `student` and `teacher`, one or as many of one as
-of the other; its loss is the sum over the pairs. Where two features differ, a
-term adapts them itself: another number of channels by a trained connector,
-another resolution or length by averaging the larger to the smaller. Terms that
-train more than such a connector are in `feature_networks`.
+Owns the terms for which one connector a pair is enough; those that train more
+are in `feature_networks`. Every term takes tap names, `student` and `teacher`,
+one or as many of one as of the other; its loss is the sum over the pairs. Where
+two features differ, a term adapts them itself: another number of channels by a
+trained connector, another resolution or length by averaging the larger to the
+smaller.
 """
 
 import itertools

@@ -1,8 +1,9 @@
 """Terms on derivatives with respect to the input.
 
-They run both networks again, in evaluation mode, so that examples do not
-interact, and differentiate the student twice: a step costs about three times
-as much.
+Owns which derivatives of which network are compared; their formulas are in
+`losses`. They run both networks again, in evaluation mode, so that examples do
+not interact, and differentiate the student twice: a step costs about three
+times as much.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,8 @@
-"""Terms on the networks' outputs: soft targets, labels, regression values."""
+"""Terms on the networks' outputs: soft targets, labels, regression values.
+
+Owns what needs no feature, and schedules; terms that relate the outputs of a
+batch's examples are in `relations`.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,8 @@
 """Schemes: who learns from whom.
 
-Objectives around objectives. Several teachers and cohorts of students come
-from `networks.combine`, whose features are named `<network>/<tap>`.
+Owns objectives around objectives, and no loss but mutual learning. Several
+teachers and cohorts of students come from `networks.combine`, whose features
+are named `<network>/<tap>`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

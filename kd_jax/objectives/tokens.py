@@ -1,8 +1,9 @@
 """Terms on transformers: hidden states, attention maps, relations of tokens.
 
-`batch['attention_mask']` `[B, L]`, 1 for a token and 0 for padding, is
-honoured where the batch has it. Means are over the valid tokens of the global
-batch, however it is split over devices.
+Owns how masks and counts reach the losses of `losses.tokens`.
+`batch['attention_mask']` `[B, L]`, 1 for a token and 0 for padding, is honoured
+where the batch has it. Means are over the valid tokens of the global batch,
+however it is split over devices.
 """
 
 from collections.abc import Callable
