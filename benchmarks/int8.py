@@ -28,6 +28,7 @@ from kd_jax import adapters, deploy, models, parity, quantize
 from kd_jax.export import onnx
 from kd_jax.quantize import convolutions as integer
 from kd_jax.quantize import products
+from kd_jax.quantize.convolution_ways import fastest
 from kd_jax.report import measure
 
 WEIGHTS = [('.*/kernel', quantize.INT8_WEIGHTS)]
@@ -144,7 +145,7 @@ def convolutions(*, runs: int) -> str:
     )
     times, _ = turns.in_turns(calls, runs=runs)
     best = ' | '.join(f'{times[way]["low_ms"]:.2f}' for way in calls)
-    lines.append(f'| {name} | {best} | {integer.fastest(w, groups)} |')
+    lines.append(f'| {name} | {best} | {fastest(w, groups)} |')
   return '\n'.join(lines)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kd_jax import adapters, quantize
 from kd_jax.models import layers
 from kd_jax.models.vit import Context, Scores
-from kd_jax.quantize import QuantSpec, convolutions
+from kd_jax.quantize import QuantSpec, convolution_ways
 
 WEIGHTS = [('.*/(kernel|embedding)', quantize.INT8_WEIGHTS)]
 INPUTS = [('.*', quantize.INT8_ACTIVATIONS)]
@@ -311,13 +311,13 @@ def test_auto_is_the_way_that_was_measured_to_be_fastest():
 
   new = jax.__version_info__ >= (0, 12)
   way = 'direct' if new else 'im2col'
-  assert convolutions.fastest(kernel(3, 3, 64, 64), groups=1) == way
+  assert convolution_ways.fastest(kernel(3, 3, 64, 64), groups=1) == way
   for shape, groups in (
     ((3, 3, 16, 16), 1),
     ((1, 1, 64, 64), 1),
     ((3, 3, 32, 64), 2),
   ):
-    assert convolutions.fastest(kernel(*shape), groups=groups) == 'im2col'
+    assert convolution_ways.fastest(kernel(*shape), groups=groups) == 'im2col'
 
 
 def test_what_cannot_be_executed_is_named():

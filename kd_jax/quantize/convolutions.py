@@ -1,25 +1,21 @@
-"""Convolutions on integers: padding under a zero point, and three ways to run.
+"""Convolutions of a linen Conv: its padding under a zero point, its product.
 
-Owns the geometry of a linen Conv and its product on codes. Reads no variables
-and knows nothing of other layers. Kernels are `[..., I, O]` after the window's
-axes, inputs `[B, ..., D]`.
+Owns the geometry of the layer and its product on codes. Reads no variables and
+knows nothing of other layers; how XLA runs the product is in
+`convolution_ways`. Kernels are `[..., I, O]` after the window's axes, inputs
+`[B, ..., D]`.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kd_jax import rules
+from kd_jax.quantize.convolution_ways import WAYS, Geometry, convolve, fastest
 from kd_jax.quantize.fake_quant import per_channel
 from kd_jax.quantize.products import Codes
-
-# Below this, sums of products of codes are exact in float32.
-_EXACT = 2**24
-_LARGEST_PRODUCT = 128 * 127
 
 
 def pad(module: Any, x: jax.Array, value: jax.Array) -> jax.Array:
@@ -104,13 +100,7 @@ def of_layer(module: Any, x: jax.Array, w: jax.Array) -> jax.Array:
     and not any(n % s for n, s in zip(x.shape[1:-1], strides, strict=True))
   ):
     return _tiled(x, w, strides)
-  return convolve(
-    x,
-    w,
-    strides=strides,
-    dilation=_sizes(module.kernel_dilation, rank),
-    groups=module.feature_group_count,
-  )
+  return convolve(x, w, _geometry(module, rank))
 
 
 def _tiled(x: jax.Array, w: jax.Array, strides: Sequence[int]) -> jax.Array:
@@ -127,158 +117,12 @@ def _tiled(x: jax.Array, w: jax.Array, strides: Sequence[int]) -> jax.Array:
   return jax.lax.dot_general(x, rows, (((rank + 1,), (0,)), ((), ())))
 
 
-def convolve(
-  x: jax.Array,
-  w: jax.Array,
-  *,
-  strides: Sequence[int],
-  dilation: Sequence[int],
-  groups: int,
-  **options: Any,
-) -> jax.Array:
-  """The convolution of an input that is already padded.
-
-  Args:
-    x: `[B, ..., D]`.
-    w: `[..., D / groups, O]`.
-    strides: of each spatial axis.
-    dilation: of the kernel.
-    groups: of channels that do not see each other.
-    **options: of `jax.lax.conv_general_dilated`.
-  """
-  rank = x.ndim - 2
-  spatial = range(1, rank + 1)
-  numbers = jax.lax.ConvDimensionNumbers(
-    (0, rank + 1, *spatial),
-    (rank + 1, rank, *range(rank)),
-    (0, rank + 1, *spatial),
+def _geometry(module: Any, rank: int) -> Geometry:
+  return Geometry(
+    _sizes(module.strides, rank),
+    _sizes(module.kernel_dilation, rank),
+    module.feature_group_count,
   )
-  return jax.lax.conv_general_dilated(
-    x,
-    w,
-    strides,
-    'VALID',
-    rhs_dilation=dilation,
-    dimension_numbers=numbers,
-    feature_group_count=groups,
-    **options,
-  )
-
-
-def _direct(x: jax.Array, w: jax.Array, **geometry: Any) -> jax.Array:
-  return convolve(x, w, preferred_element_type=jnp.int32, **geometry)
-
-
-def _im2col(
-  x: jax.Array,
-  w: jax.Array,
-  *,
-  strides: Sequence[int],
-  dilation: Sequence[int],
-  groups: int,
-) -> jax.Array:
-  """One matrix product of all windows side by side, in which XLA:GPU is fast.
-
-  Depthwise convolutions are sums of products instead: their matrices would
-  have one column.
-  """
-  rank = x.ndim - 2
-  sizes = [
-    (n - (k - 1) * d - 1) // s + 1
-    for n, k, d, s in zip(
-      x.shape[1:-1], w.shape[:rank], dilation, strides, strict=True
-    )
-  ]
-  windows = []
-  for offset in itertools.product(*(range(k) for k in w.shape[:rank])):
-    start = [o * d for o, d in zip(offset, dilation, strict=True)]
-    index = tuple(
-      slice(a, a + (n - 1) * s + 1, s)
-      for a, n, s in zip(start, sizes, strides, strict=True)
-    )
-    windows.append(x[:, *index])
-  channels, features = w.shape[-2:]
-  if channels == 1:
-    wide = [v.astype(jnp.int32) for v in windows]
-    taps = w.reshape(-1, features).astype(jnp.int32)
-    each = features // groups
-    wide = [jnp.repeat(v, each, axis=-1) for v in wide]
-    products = [v * per_channel(taps[i], v) for i, v in enumerate(wide)]
-    return sum(products[1:], start=products[0])
-  kernel = w.reshape(-1, groups, features // groups)
-  split = [v.reshape(*v.shape[:-1], groups, channels) for v in windows]
-  columns = jnp.concatenate(split, axis=-1)
-  equation = '...gk,kgo->...go'
-  if groups == 1:
-    columns, kernel = columns[..., 0, :], kernel[:, 0]
-    equation = '...k,ko->...o'
-  out = jnp.einsum(equation, columns, kernel, preferred_element_type=jnp.int32)
-  return out.reshape(*out.shape[: rank + 1], features)
-
-
-def _float32(x: jax.Array, w: jax.Array, **geometry: Any) -> jax.Array:
-  """The float convolution of exact integers, where they stay exact."""
-  if math.prod(w.shape[:-1]) * _LARGEST_PRODUCT >= _EXACT:
-    return _im2col(x, w, **geometry)
-  y = convolve(
-    x.astype(jnp.float32),
-    w.astype(jnp.float32),
-    precision=jax.lax.Precision.HIGHEST,
-    **geometry,
-  )
-  return y.astype(jnp.int32)
-
-
-_WAYS: dict[str, Callable[..., jax.Array]] = {
-  'direct': _direct,
-  'im2col': _im2col,
-  'float32': _float32,
-}
-
-
-def fastest(w: jax.Array, groups: int) -> str:
-  """The way that 'auto' stands for: the fastest on the default backend.
-
-  Milliseconds on two cores of an AMD EPYC with VNNI, the best of 80 runs in
-  turns (`benchmarks/int8.py` prints them for your machine):
-
-  | input -> channels, 3x3     | jax  | direct | im2col | float32 convolution |
-  | ---                        | ---: | ---:   | ---:   | ---:                |
-  | 16x34x34x64 -> 64          | 0.12 | 2.20   | 8.92   | 19.21               |
-  | 16x18x18x128 -> 256, by 2  | 0.12 | 1.17   | 1.55   | 3.56                |
-  | 16x16x16x128 -> 128, 1x1   | 0.12 | 0.47   | 0.38   | 1.45                |
-  | 16x34x34x64, depthwise     | 0.12 | 361    | 0.45   | 32.8                |
-  | 16x34x34x64 -> 64          | 0.10 | 14.8   | 12.1   | 63.8                |
-  | 8x16x16x256 -> 256         | 0.10 | 44.0   | 20.8   | 88.5                |
-
-  Small kernels of 0.12, 3x3 on 16x34x34, direct against im2col: 16 -> 16
-  channels 6.35 and 0.96 ms, 3 -> 64 0.96 and 0.43, 8 -> 16 3.37 and 0.53; but
-  16 -> 20 0.71 and 1.54, 12 -> 32 0.65 and 1.42, 64 -> 8 0.86 and 3.67. XLA
-  has a fast direct one from more than 256 pairs of channels on.
-
-  So on CPUs it is direct from JAX 0.12 on, but for groups of channels, windows
-  of one and up to 256 pairs of channels, and im2col before. XLA has no int8
-  convolution for GPUs, where it is im2col; on TPUs it is direct.
-
-  Args:
-    w: the kernel, `[..., I, O]`.
-    groups: of channels.
-
-  Example:
-    >>> fastest(jnp.ones((3, 3, 1, 8), jnp.int8), groups=8)
-    'im2col'
-  """
-  backend = jax.default_backend()
-  if backend == 'cpu':
-    pairs = w.shape[-2] * w.shape[-1]
-    plain = groups == 1 and pairs > 256 and math.prod(w.shape[:-2]) > 1
-    return 'direct' if plain and jax.__version_info__ >= (0, 12) else 'im2col'
-  return 'im2col' if backend == 'gpu' else 'direct'
-
-
-def check_way(name: str) -> None:
-  """Raises ValueError for a way of running convolutions that is none."""
-  rules.choose('convolution', name, {'auto': None, **_WAYS})
 
 
 def product(
@@ -303,19 +147,14 @@ def product(
   Returns:
     float32 `[B, ..., O]`.
   """
-  rank = x.code.ndim - 2
   features = w.code.shape[-1]
-  groups, parts = module.feature_group_count, w.scale.shape[-2]
+  geometry = _geometry(module, x.code.ndim - 2)
+  groups, parts = geometry.groups, w.scale.shape[-2]
+  geometry = geometry._replace(groups=groups * parts)
   kernel, scale = _split_groups(w, groups)
   if way == 'auto':
-    way = fastest(kernel, groups * parts)
-  total = _WAYS[way](
-    x.code,
-    kernel,
-    strides=_sizes(module.strides, rank),
-    dilation=_sizes(module.kernel_dilation, rank),
-    groups=groups * parts,
-  )
+    way = fastest(kernel, geometry.groups)
+  total = WAYS[way](x.code, kernel, geometry)
   if x.zero_point is not None:
     # XLA sums the rows of a matrix three times faster than many axes.
     rows = kernel.reshape(-1, kernel.shape[-1])

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from kd_jax import rules as rules_lib
 from kd_jax.quantize import convolutions, inputs, products
+from kd_jax.quantize.convolution_ways import check_way
 from kd_jax.quantize.fake_quant import QuantSpec, per_channel
 from kd_jax.quantize.grids import Grid, StoredGrid, grids_of
 from kd_jax.quantize.products import Codes
@@ -54,7 +55,7 @@ def execute_integers(
       product of all windows, or where a channel sees itself alone their sum;
       'float32', the float convolution where it is exact, below 1033 products a
       sum and without algorithms such as Winograd's, and im2col elsewhere;
-      'auto', the fastest on this backend, see `convolutions.fastest`.
+      'auto', the fastest on this backend, see `convolution_ways.fastest`.
 
   Returns:
     An interceptor for `flax.linen.intercept_methods`; the variables are those
@@ -64,7 +65,7 @@ def execute_integers(
     ValueError: for an unknown way; when called, for a layer that has no integer
       execution.
   """
-  convolutions.check_way(convolution)
+  check_way(convolution)
 
   def interceptor(next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
