@@ -65,14 +65,15 @@ class Mutated(importlib.machinery.SourceFileLoader):
 class Session:
   """Runs the collected tests for every mutant."""
 
-  def __init__(self, mutants, timeout, cold):
-    self.mutants, self.timeout, self.cold = mutants, timeout, cold
+  def __init__(self, mutants, args):
+    self.mutants, self.timeout = mutants, args.timeout
+    self.cold, self.every = args.cold, args.every
 
   def pytest_runtestloop(self, session):
     counts = {}
     signal.signal(signal.SIGALRM, _raise_timeout)
     for mutant in self.mutants:
-      names = _users(mutant)
+      names = [''] if self.every else _users(mutant)
       items = [i for i in session.items if any(n in i.name for n in names)]
       items = items or session.items
       start = time.monotonic()
@@ -202,6 +203,7 @@ def main():
   parser.add_argument('--only', default='', help='a pattern of mutants')
   parser.add_argument('--timeout', type=int, default=300, help='in seconds')
   parser.add_argument('--cold', action='store_true', help='compile all anew')
+  parser.add_argument('--every', action='store_true', help='test, for each')
   parser.add_argument('--list', action='store_true', help='run nothing')
   args = parser.parse_args()
   mutants = [m for file in args.files for m in _mutants(file, args)]
@@ -211,7 +213,7 @@ def main():
   os.environ['MUTANT_UNDER_TEST'] = ''
   os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   sys.meta_path.insert(0, Mutated)
-  plugins = [Session(mutants, args.timeout, args.cold)]
+  plugins = [Session(mutants, args)]
   pytest.main([*OPTIONS, '-k', args.k, *args.tests], plugins=plugins)
 
 
