@@ -4,8 +4,9 @@
 
 mutmut makes the mutants; those that put None in the place of a value are left
 out, since nearly all crash. They run in one session of pytest: to import and
-to compile takes longer than to test. A mutant gets the tests whose names hold
-that of its function, or of a public one of its file that uses it, or else all.
+to compile takes longer than to test. If there are tests whose names hold that
+of a function, or of a public one of its file that uses it, its mutants get these
+and the tests without parameters; or else all.
 Between mutants the caches of the library and the tests are cleared; `--cold`
 clears JAX's own too, for which one function jitted twice is one program.
 """
@@ -73,9 +74,7 @@ class Session:
     counts = {}
     signal.signal(signal.SIGALRM, _raise_timeout)
     for mutant in self.mutants:
-      names = [''] if self.every else _users(mutant)
-      items = [i for i in session.items if any(n in i.name for n in names)]
-      items = items or session.items
+      items = self._tests_of(mutant, session.items)
       start = time.monotonic()
       if (mutant.file, mutant.function) not in counts:
         counts[mutant.file, mutant.function] = {}
@@ -97,6 +96,13 @@ class Session:
       lives = sum(c.get('lives', 0) for c in of_file)
       print(f'{file}: {killed} killed, {lives} live', flush=True)
     return True
+
+  def _tests_of(self, mutant, items):
+    names = _users(mutant)
+    named = [i for i in items if any(n in i.name for n in names)]
+    if self.every or not named:
+      return items
+    return named + [i for i in items if i not in named and '[' not in i.name]
 
   def _failed(self, session, items):
     """The name of the first test that fails, or None."""
