@@ -5,10 +5,10 @@
 mutmut makes the mutants; those that put None in the place of a value are left
 out, since nearly all crash. They run in one session of pytest: to import and
 to compile takes longer than to test. If there are tests whose names hold that
-of a function, or of a public one of its file that uses it, its mutants get these
-and the tests without parameters; or else all.
-Between mutants the caches of the library and the tests are cleared; `--cold`
-clears JAX's own too, for which one function jitted twice is one program.
+of a function, or of a public one of its file that uses it, its mutants get
+these and the tests without parameters; or else all. Between mutants the caches
+of the library and the tests are cleared; `--cold` clears JAX's own too, for
+which one function jitted twice is one program.
 """
 
 import argparse
