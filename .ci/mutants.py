@@ -4,10 +4,11 @@
 
 mutmut makes the mutants; those that put None in the place of a value are left
 out, since nearly all crash. They run in one session of pytest: to import and
-to compile takes longer than to test. A mutant gets the tests whose names hold
-that of its function, or of a public one of its file that uses it, or else all.
-Between mutants the caches of the library and the tests are cleared; `--cold`
-clears JAX's own too, for which one function jitted twice is one program.
+to compile takes longer than to test. If there are tests whose names hold that
+of a function, or of a public one of its file that uses it, its mutants get
+these and the tests without parameters; or else all. Between mutants the caches
+of the library and the tests are cleared; `--cold` clears JAX's own too, for
+which one function jitted twice is one program.
 """
 
 import argparse
@@ -65,16 +66,15 @@ class Mutated(importlib.machinery.SourceFileLoader):
 class Session:
   """Runs the collected tests for every mutant."""
 
-  def __init__(self, mutants, timeout, cold):
-    self.mutants, self.timeout, self.cold = mutants, timeout, cold
+  def __init__(self, mutants, args):
+    self.mutants, self.timeout = mutants, args.timeout
+    self.cold, self.every = args.cold, args.every
 
   def pytest_runtestloop(self, session):
     counts = {}
     signal.signal(signal.SIGALRM, _raise_timeout)
     for mutant in self.mutants:
-      names = _users(mutant)
-      items = [i for i in session.items if any(n in i.name for n in names)]
-      items = items or session.items
+      items = self._tests_of(mutant, session.items)
       start = time.monotonic()
       if (mutant.file, mutant.function) not in counts:
         counts[mutant.file, mutant.function] = {}
@@ -96,6 +96,13 @@ class Session:
       lives = sum(c.get('lives', 0) for c in of_file)
       print(f'{file}: {killed} killed, {lives} live', flush=True)
     return True
+
+  def _tests_of(self, mutant, items):
+    names = _users(mutant)
+    named = [i for i in items if any(n in i.name for n in names)]
+    if self.every or not named:
+      return items
+    return named + [i for i in items if i not in named and '[' not in i.name]
 
   def _failed(self, session, items):
     """The name of the first test that fails, or None."""
@@ -202,6 +209,7 @@ def main():
   parser.add_argument('--only', default='', help='a pattern of mutants')
   parser.add_argument('--timeout', type=int, default=300, help='in seconds')
   parser.add_argument('--cold', action='store_true', help='compile all anew')
+  parser.add_argument('--every', action='store_true', help='test, for each')
   parser.add_argument('--list', action='store_true', help='run nothing')
   args = parser.parse_args()
   mutants = [m for file in args.files for m in _mutants(file, args)]
@@ -211,7 +219,7 @@ def main():
   os.environ['MUTANT_UNDER_TEST'] = ''
   os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   sys.meta_path.insert(0, Mutated)
-  plugins = [Session(mutants, args.timeout, args.cold)]
+  plugins = [Session(mutants, args)]
   pytest.main([*OPTIONS, '-k', args.k, *args.tests], plugins=plugins)
 
 

@@ -56,6 +56,10 @@ REFUSED = {
     lambda: losses.minilm_relation(zeros((1, 2, 4)), zeros((1, 2, 4)), heads=3),
     '3 relation heads do not divide 4 features',
   ),
+  'no_relation_heads': (
+    lambda: losses.minilm_relation(zeros((1, 2, 4)), zeros((1, 2, 4)), heads=0),
+    '0 relation heads',
+  ),
   'relation_tokens': (
     lambda: losses.minilm_relation(zeros((1, 2, 4)), zeros((1, 3, 4)), heads=2),
     'same tokens',
@@ -70,7 +74,7 @@ REFUSED = {
     lambda: losses.projected_jacobian(
       lambda x: x, zeros((1, 2)), zeros((1, 3))
     ),
-    r'direction has shape \(1, 3\)',
+    r'^projected_jacobian: direction has shape \(1, 3\)',
   ),
 }
 

@@ -559,8 +559,21 @@ def test_shapes_that_differ_are_named():
     (losses.huber, (x((2, 1)), x(2)), r'prediction has shape \(2, 1\)'),
     (losses.decoupled_kd, (x((2, 3)), x((2, 4)), x(2, int)), 'same classes'),
     (losses.decoupled_kd, (x((2, 3)), x((2, 3)), x(3, int)), 'label has shape'),
-    (losses.normalized_kd, (x((2, 1)), x((2, 1)), x(2, int)), 'two classes'),
-    (losses.teacher_free_kd, (x((2, 1)), x(2, int)), 'two classes'),
+    (
+      losses.decoupled_kd,
+      (x((2, 1)), x((2, 1)), x(2, int)),
+      '^decoupled_kd needs at least two classes',
+    ),
+    (
+      losses.normalized_kd,
+      (x((2, 1)), x((2, 1)), x(2, int)),
+      '^normalized_kd needs at least two classes',
+    ),
+    (
+      losses.teacher_free_kd,
+      (x((2, 1)), x(2, int)),
+      '^teacher_free_kd needs at least two classes',
+    ),
     (losses.standardize_logits, (x((2, 1)),), 'one class'),
     (
       losses.top_k_kl_divergence,
@@ -581,11 +594,31 @@ def test_shapes_that_differ_are_named():
     (losses.dist, (x((2, 3, 4)), x((2, 3, 4))), r'need \[B, C\]'),
     (losses.relational_angle, (x((2, 3)), x((3, 3))), r'\(3, 3\)'),
     (losses.similarity_preserving, (x(2), x(2)), r'\[B, ...\]'),
-    (losses.correlation_congruence, (x((2, 3)), x((2, 4))), r'\(2, 4\)'),
+    (
+      losses.correlation_congruence,
+      (x((2, 3)), x((2, 4))),
+      r'^correlation_congruence.*\(2, 4\)',
+    ),
     (losses.correlation_congruence, (x((1, 3)), x((1, 3))), 'two examples'),
   ):
     with pytest.raises(ValueError, match=message):
       f(*arrays)
+
+
+@_each([name for name in WITH_TEACHER if '/' not in name])
+def test_a_batch_of_other_examples_is_refused(name):
+  """Also one example, which would be compared with each of the teacher's."""
+  inputs = _inputs(name)
+  subject = {
+    'batch_norm_margin': 'overhaul',
+    'top_k_kl_divergence': 'the top k',
+  }.get(name, name)
+  for count in (1, B - 1):
+    student = jax.tree.map(lambda x, n=count: x[:n], inputs['student'])
+    with pytest.raises(
+      ValueError, match=rf'^({subject}|teacher and student)\b.*\({count}\b'
+    ):
+      CASES[name].loss(**inputs | {'student': student})
 
 
 def test_options_that_do_not_exist_are_named():

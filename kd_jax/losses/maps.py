@@ -33,6 +33,9 @@ def attention_transfer(
   Returns:
     `[B]` float32; 0 where the attention maps are proportional.
 
+  Raises:
+    ValueError: if the batches differ.
+
   Example:
     >>> maps = jnp.arange(8.0).reshape(1, 2, 2, 2)
     >>> attention_transfer(maps, -3 * maps).round(6).tolist()
@@ -42,7 +45,7 @@ def attention_transfer(
     Zagoruyko, Komodakis, "Paying More Attention to Attention", 2017,
     arXiv:1612.03928.
   """
-  student, teacher = _same_resolution(student, teacher)
+  student, teacher = _same_resolution('attention_transfer', student, teacher)
   difference = _attention(student, p) - _attention(teacher, p)
   return jnp.mean(jnp.square(difference), axis=-1)
 
@@ -71,6 +74,9 @@ def factor_transfer(
   Returns:
     `[B]` float32; 0 where the factors are proportional.
 
+  Raises:
+    ValueError: if the batches differ.
+
   Example:
     >>> maps = jnp.arange(8.0).reshape(1, 2, 2, 2)
     >>> factor_transfer(maps, -3 * maps).round(6).tolist()
@@ -80,17 +86,21 @@ def factor_transfer(
     Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via
     Factor Transfer", 2018, arXiv:1802.04977.
   """
-  student, teacher = _same_resolution(student, teacher)
+  student, teacher = _same_resolution('factor_transfer', student, teacher)
   difference = _attention(student, p1) - _attention(teacher, p1)
   return jnp.mean(jnp.abs(difference) ** p2, axis=-1)
 
 
 def _same_resolution(
-  student: ArrayLike, teacher: ArrayLike
+  what: str, student: ArrayLike, teacher: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-  return numerics.to_smaller(
-    numerics.float32(student), numerics.constant(teacher)
-  )
+  student, teacher = numerics.float32(student), numerics.constant(teacher)
+  if min(student.ndim, teacher.ndim) < 4 or len(student) != len(teacher):
+    raise ValueError(
+      f'{what}: student and teacher are [B, H, W, D] of one batch, not '
+      f'{student.shape} and {teacher.shape}.'
+    )
+  return numerics.to_smaller(student, teacher)
 
 
 def _attention(maps: jax.Array, p: ArrayLike) -> jax.Array:
@@ -115,6 +125,9 @@ def neuron_selectivity(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
   Returns:
     `[B]` float32, >= 0 up to rounding; 0 where the sets of channels agree.
 
+  Raises:
+    ValueError: if the batches differ.
+
   Example:
     >>> maps = jnp.arange(8.0).reshape(1, 2, 2, 2)
     >>> abs(neuron_selectivity(maps, maps[..., ::-1])).round(6).tolist()
@@ -126,7 +139,7 @@ def neuron_selectivity(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
   """
   student, teacher = (
     numerics.unit(x.reshape(len(x), -1, x.shape[-1]), axis=1)
-    for x in _same_resolution(student, teacher)
+    for x in _same_resolution('neuron_selectivity', student, teacher)
   )
 
   def similarity(a, b):

@@ -233,6 +233,9 @@ CASES: dict[str, Case] = {
   'minilm_relation': _case(
     losses.minilm_relation, _minilm_relation, _hidden, options=RELATION
   ),
+  'minilm_relation/one_head': _case(
+    losses.minilm_relation, _minilm_relation, _hidden, options={'heads': 1}
+  ),
   'minilm_relation/masked': _over_batch(
     losses.minilm_relation,
     _minilm_relation,
