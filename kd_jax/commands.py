@@ -1,4 +1,8 @@
-"""What the commands of `cli` do, once their flags are parsed."""
+"""What the commands of `cli` do, once their flags are parsed.
+
+Owns the order of calls and what is printed at the end; flags and messages of
+wrong ones are `cli`'s, and the work is `recipe`'s, `plan`'s and `launch`'s.
+"""
 
 import pathlib
 import sys

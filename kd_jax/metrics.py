@@ -1,5 +1,6 @@
 """Metrics as sums that add over batches and devices, and their results.
 
+Owns what is measured of outputs; which metrics count for a problem is `tasks`.
 A metric never averages averages: `update` returns sums and counts, sums add
 with `merge`, and `result` divides once. Uneven last batches are exact because
 padding has mask 0.

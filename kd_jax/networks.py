@@ -2,7 +2,7 @@
 
 All are functions of the house's form, `(variables, batch, rng=None, *,
 train=False) -> Forward`, from functions of that form; any of them serves as a
-student or as a teacher. Nothing here knows linen or nnx.
+student or as a teacher. Owns no layers, and knows neither linen nor nnx.
 """
 
 from collections.abc import Callable, Mapping, Sequence

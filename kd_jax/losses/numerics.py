@@ -1,6 +1,6 @@
 """What the losses share: float32, equal shapes, safe norms, pooling.
 
-Nothing here is a loss. Gradients are finite where a norm is zero, and matrix
+Owns no loss. Gradients are finite where a norm is zero, and matrix
 products keep float32's precision on hardware whose default is lower.
 """
 

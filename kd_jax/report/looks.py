@@ -1,6 +1,6 @@
 """How a report writes its metrics: title, percent or number, which is better.
 
-A report says so itself, in `metrics`; those of image classification are meant
+Owns no metric and no number. A report says so itself, in `metrics`; those of image classification are meant
 where it does not. The first metric is the one that decides.
 """
 

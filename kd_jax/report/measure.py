@@ -1,4 +1,8 @@
-"""Measurements for the report: multiply-accumulates, latency, hardware."""
+"""Measurements for the report: multiply-accumulates, latency, hardware.
+
+Owns how time and work are counted, of functions that it is given; knows no
+report and no network.
+"""
 
 import os
 import platform

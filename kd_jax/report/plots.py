@@ -1,6 +1,6 @@
 """The plots of a report, as matplotlib Figures that no pyplot knows of.
 
-A Figure from here shows itself in a notebook, saves with `savefig`, and never
+Owns lines, bars and colours; measures nothing. A Figure from here shows itself in a notebook, saves with `savefig`, and never
 touches the global state of pyplot; matplotlib is loaded by the first call.
 """
 

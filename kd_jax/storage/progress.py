@@ -1,4 +1,7 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere.
+
+Owns how it is shown, by the first process alone; what is shown is its caller's.
+"""
 
 import sys
 import time

@@ -1,4 +1,8 @@
-"""Variables as one safetensors file: nothing is executed when it is read."""
+"""Variables as one safetensors file: nothing is executed when it is read.
+
+Owns names and dtypes of arrays in the file; states of training are
+`checkpoint`'s.
+"""
 
 import hashlib
 from collections.abc import Mapping

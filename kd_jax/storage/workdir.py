@@ -1,5 +1,7 @@
 """The directory of one run: its configuration, and the results of its stages.
 
+Owns names of files and digests; what a stage writes there is its own.
+
 config.json              what the run was started with
 origin.json              the data and the software that it was made from
 <stage>/result.json      present when the stage is finished
