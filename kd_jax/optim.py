@@ -1,8 +1,8 @@
 """Optimizers and schedules by name, built from optax.
 
 Owns what a name means and the order of one update; pruning wraps the result.
-That order is: clip the gradients, add coupled L1 and L2, scale as
-the optimizer does, add decoupled L1 and L2, multiply by the learning rate.
+That order is: clip the gradients, add coupled L1 and L2, scale as the optimizer
+does, add decoupled L1 and L2, multiply by the learning rate.
 """
 
 import re

@@ -1,10 +1,11 @@
 """Rules that address parameters and layers by path; first match wins.
 
 Owns paths, matching, and what is said of a word that is not known; not what a
-rule is for. A path is the '/'-joined name of a leaf or layer, such as 'stage1/conv/kernel'.
-A rule is a pair `(pattern, value)`: the pattern is matched with
-`re.fullmatch`, and `None` as value leaves the path out. Quantization, pruning
-and weight decay all choose their parameters here, and nowhere else.
+rule is for. A path is the '/'-joined name of a leaf or layer, such as
+'stage1/conv/kernel'. A rule is a pair `(pattern, value)`: the pattern is
+matched with `re.fullmatch`, and `None` as value leaves the path out.
+Quantization, pruning and weight decay all choose their parameters here, and
+nowhere else.
 """
 
 import difflib

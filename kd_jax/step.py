@@ -2,8 +2,8 @@
 
 One train step is: teacher forward; mask -> fake-quant -> student forward ->
 objective -> optimizer. Pruning masks live in the optimizer (`prune`), so that
-the parameters that arrive here are already masked. Owns neither compilation
-nor loops, data and files.
+the parameters that arrive here are already masked. Owns neither compilation nor
+loops, data and files.
 """
 
 import inspect

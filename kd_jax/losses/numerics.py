@@ -1,7 +1,7 @@
 """What the losses share: float32, equal shapes, safe norms, pooling.
 
-Owns no loss. Gradients are finite where a norm is zero, and matrix
-products keep float32's precision on hardware whose default is lower.
+Owns no loss. Gradients are finite where a norm is zero, and matrix products
+keep float32's precision on hardware whose default is lower.
 """
 
 from collections.abc import Sequence

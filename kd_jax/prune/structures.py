@@ -1,9 +1,10 @@
 """Structures: which weights are pruned together.
 
 Owns which weights go together; how good they are is `scores`', and over how
-many of them they compete is `scopes`'. A structure is a function `(scores, sparsity, scope) -> masks` over dicts of
-parameter path -> array. It is pure and traceable, and adds no memory. -inf as
-a score marks a weight that was pruned before: units of such weights come last.
+many of them they compete is `scopes`'. A structure is a function `(scores,
+sparsity, scope) -> masks` over dicts of parameter path -> array. It is pure and
+traceable, and adds no memory. -inf as a score marks a weight that was pruned
+before: units of such weights come last.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,9 +1,9 @@
 """Methods side by side: the same teacher, student, data and seeds for all.
 
-For every seed a teacher is trained once, and the student once with each
-method, always from the same weights, batches and crops. What is reported is
-the last step, never the best, on the test split. Owns the order of trainings
-and what they share; what a method is stands in `methods`.
+For every seed a teacher is trained once, and the student once with each method,
+always from the same weights, batches and crops. What is reported is the last
+step, never the best, on the test split. Owns the order of trainings and what
+they share; what a method is stands in `methods`.
 """
 
 import datetime

@@ -1,9 +1,9 @@
 """A report as one HTML page that needs nothing else: no network, no script.
 
 Owns the page; plots and tables are made by `plots` and `table`. Plots are
-inline SVG whose colours are CSS variables, so that they follow the
-page into dark mode, and whose text stays text. The page quotes the report and
-escapes every word of it.
+inline SVG whose colours are CSS variables, so that they follow the page into
+dark mode, and whose text stays text. The page quotes the report and escapes
+every word of it.
 """
 
 import html as escaping

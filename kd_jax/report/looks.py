@@ -1,7 +1,8 @@
 """How a report writes its metrics: title, percent or number, which is better.
 
-Owns no metric and no number. A report says so itself, in `metrics`; those of image classification are meant
-where it does not. The first metric is the one that decides.
+Owns no metric and no number. A report says so itself, in `metrics`; those of
+image classification are meant where it does not. The first metric is the one
+that decides.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,8 @@
 """The plots of a report, as matplotlib Figures that no pyplot knows of.
 
-Owns lines, bars and colours; measures nothing. A Figure from here shows itself in a notebook, saves with `savefig`, and never
-touches the global state of pyplot; matplotlib is loaded by the first call.
+Owns lines, bars and colours; measures nothing. A Figure from here shows itself
+in a notebook, saves with `savefig`, and never touches the global state of
+pyplot; matplotlib is loaded by the first call.
 """
 
 import io

@@ -1,9 +1,10 @@
 """Three compilers of a step: the same step on one device or many.
 
-Owns neither the step nor where arrays lie. `compile_step` is the only place that compiles a train step. Under 'jit' the
-step is written for the global batch and XLA partitions it, parameters too, as
-`layout` says; under 'shard_map' and 'pmap' it runs per device on its part of
-the batch, and must have been made with that mesh axis as its `axis_name`.
+Owns neither the step nor where arrays lie. `compile_step` is the only place
+that compiles a train step. Under 'jit' the step is written for the global batch
+and XLA partitions it, parameters too, as `layout` says; under 'shard_map' and
+'pmap' it runs per device on its part of the batch, and must have been made with
+that mesh axis as its `axis_name`.
 """
 
 import dataclasses
