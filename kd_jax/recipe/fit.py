@@ -27,7 +27,13 @@ from kd_jax.storage.checkpoint import Checkpoints
 from kd_jax.storage.weights import save_weights
 from kd_jax.train.feed import Several
 from kd_jax.train.profiling import Profile
-from kd_jax.types import StudentFn, TeacherFn, TrainState, Variables
+from kd_jax.types import (
+  BatchStream,
+  StudentFn,
+  TeacherFn,
+  TrainState,
+  Variables,
+)
 
 Result = dict[str, Any]
 # Words of a configuration -> arguments of `adapters.from_linen`.
@@ -226,17 +232,9 @@ def _train(
   cache: Any,
 ) -> train_lib.Trained:
   per_epoch = data.batches_per_epoch(examples, c.batch_size)
-  part, readers = sharding.readers(run.mesh)
   sharding.connect(run.mesh)
   source = data.make_input(examples, run.mesh, run.config.data.input)
-  batches = data.train_batches(
-    source.examples,
-    batch_size=c.batch_size,
-    seed=run.config.seed,
-    process_index=part,
-    process_count=readers,
-    num_workers=run.config.data.num_workers,
-  )
+  batches = _batches(run, source.examples, c.batch_size)
   fingerprint = {'stage': where, 'config': run.workdir.fingerprint}
   if cache is not None:
     batches = cache.attach(batches)
@@ -281,6 +279,19 @@ def _train(
       several=several,
       profile=profile,
     )
+
+
+def _batches(run: Run, examples: data.Examples, size: int) -> BatchStream:
+  """What this process reads of the batches of a training."""
+  part, readers = sharding.readers(run.mesh)
+  return data.train_batches(
+    examples,
+    batch_size=size,
+    seed=run.config.seed,
+    process_index=part,
+    process_count=readers,
+    num_workers=run.config.data.num_workers,
+  )
 
 
 def _evaluator(

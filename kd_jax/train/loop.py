@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from kd_jax.guard import SKIPPED, SPIKES, Failures
 from kd_jax.sharding import hosts, preemption
@@ -21,6 +20,7 @@ from kd_jax.storage.checkpoint import CheckpointError, Checkpoints
 from kd_jax.storage.progress import ProgressBar
 from kd_jax.train import profiling
 from kd_jax.train.feed import Fed, Feed, Several, dispatches
+from kd_jax.train.window import Window, means
 from kd_jax.types import Batch, BatchStream, HostBatch, Metrics, TrainState
 
 
@@ -92,91 +92,42 @@ def train(
     Preempted: after SIGTERM or SIGINT, once the state is saved. An evaluation
       is broken off, and made when training goes on.
   """
-  teacher = state.teacher
-  like = {'state': state.replace(teacher=None), 'rng': rng}
-  restored = checkpoints.restore(like)
-  history: list[dict[str, float]] = []
-  window, failures = _Window(profile), Failures()
-  seconds, step, owed = 0.0, 0, False
-  if restored is not None:
-    step = restored.step
-    state = restored.state['state'].replace(teacher=teacher)
-    rng = restored.state['rng']
-    saved = restored.data_state
-    if saved is None:
-      raise CheckpointError(
-        f'The checkpoint of step {step} does not say where the batches stand: '
-        'it was not saved by a training. Use another directory.'
-      )
-    batches.set_state(saved['batches'])
-    history = saved['history']
-    seconds = saved['seconds']
-    window.restore(saved['window'])
-    failures.set_state(saved['failures'])
-    owed = saved['owed']
-  started = time.perf_counter()
-
-  def elapsed() -> float:
-    return seconds + time.perf_counter() - started
-
-  def save(numbers: dict[str, float] | None) -> None:
-    checkpoints.save(
-      step,
-      {'state': state.replace(teacher=None), 'rng': rng},
-      data_state={
-        'batches': feed.get_state(),
-        'history': history,
-        'seconds': elapsed(),
-        'window': window.numbers(),
-        'failures': failures.get_state(),
-        # The evaluation of this step, which a signal broke off.
-        'owed': numbers is None,
-      },
-      metrics=numbers,
-    )
-
+  training = _Training(state, rng, batches, checkpoints, Window(profile))
+  del state, rng  # Both change with the first step.
+  training.restore()
   with (
-    ProgressBar(title, total_steps, start=step) as bar,
+    ProgressBar(title, total_steps, start=training.step) as bar,
     _stop_requested() as stop,
   ):
-    if owed:
+    if training.owed:
       with stop.raised():
-        history[-1] |= evaluate(state)
+        training.history[-1] |= evaluate(training.state)
     at_once = 1 if several is None else several.steps
-    counts = dispatches(step, total_steps, evaluate_every, at_once)
+    counts = dispatches(training.step, total_steps, evaluate_every, at_once)
     feed = Feed(batches, put, counts, several, profile)
-    while step < total_steps:
+    while training.step < total_steps:
       checkpoints.check()
       batch = feed.take()
       run = train_step
       if several is not None and batch.steps > 1:
         run = several.step
-      window.start()
-      state, metrics = run(state, batch.arrays, rng)
-      feed.fetch(metrics)
-      step += batch.steps
-      window.add(metrics, batch)
+      feed.fetch(training.make(run, batch))
+      step = training.step
       due = step % evaluate_every == 0 or step == total_steps
       if due or step % log_every < batch.steps:
-        rows, rate = window.close()
-        spikes = failures.spikes
-        for sentence in (
-          *_looked_at(failures, rows, step, title, checkpoints),
-          *_compiled_again(run, batch, step),
-        ):
+        sentences, rate = training.close_row(title)
+        for sentence in (*sentences, *_compiled_again(run, batch, step)):
           bar.say(sentence)
-        spikes = failures.spikes - spikes
-        history.append({'step': step} | _means(rows) | {SPIKES: spikes})
-        bar.update(step, _brief(history[-1]), rate)
+        bar.update(step, _brief(training.history[-1]), rate)
       stopping = stop.is_set()
       if due or stopping:
         numbers: dict[str, float] | None = None if due else {}
         if due:
           with contextlib.suppress(Preempted), stop.raised():
-            numbers = evaluate(state)
-          history[-1] |= numbers or {}
+            numbers = evaluate(training.state)
+          training.history[-1] |= numbers or {}
         stopping |= numbers is None
-        save(numbers)
+        training.save(feed.get_state(), numbers)
       if stopping:
         checkpoints.wait()
         raise Preempted(f'{title}: stopped by a signal; saved at step {step}.')
@@ -184,59 +135,100 @@ def train(
     if times:
       bar.say(profiling.sentence(times))
   checkpoints.wait()
-  return Trained(state, history, elapsed() if total_steps else 0.0, times)
+  seconds = training.elapsed() if total_steps else 0.0
+  return Trained(training.state, training.history, seconds, times)
 
 
-class _Window:
-  """Metrics since the last row; kept on the device until the row is due."""
+@dataclasses.dataclass
+class _Training:
+  """Where a training stands: all that a checkpoint of it holds.
 
-  def __init__(self, profile: profiling.Profile | None):
-    self.profile = profile
-    self._clear([])
+  Attributes:
+    seconds: in the loop, before this start.
+    owed: whether a signal broke off the evaluation of this step.
+  """
 
-  def _clear(self, rows: list[Metrics]) -> None:
-    self.rows = rows
-    self.metrics: list[tuple[int, Metrics]] = []
-    self.steps = self.examples = 0
-    self.started = 0.0
+  state: TrainState
+  rng: jax.Array
+  batches: BatchStream
+  checkpoints: Checkpoints
+  window: Window
+  step: int = 0
+  history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+  failures: Failures = dataclasses.field(default_factory=Failures)
+  seconds: float = 0.0
+  owed: bool = False
+  started: float = dataclasses.field(default_factory=time.perf_counter)
 
-  def restore(self, rows: list[Metrics]) -> None:
-    """Goes on with the metrics of the steps of a window that was saved."""
-    self._clear(rows)
+  def restore(self) -> None:
+    """Goes to the last checkpoint, if there is one."""
+    restored = self.checkpoints.restore(self._arrays())
+    if restored is None:
+      return
+    saved = restored.data_state
+    if saved is None:
+      raise CheckpointError(
+        f'The checkpoint of step {restored.step} does not say where the '
+        'batches stand: it was not saved by a training. Use another directory.'
+      )
+    self.step, self.rng = restored.step, restored.state['rng']
+    teacher = self.state.teacher
+    self.state = restored.state['state'].replace(teacher=teacher)
+    self.batches.set_state(saved['batches'])
+    self.history, self.seconds = saved['history'], saved['seconds']
+    self.window.restore(saved['window'])
+    self.failures.set_state(saved['failures'])
+    self.owed = saved['owed']
+    self.started = time.perf_counter()
 
-  def start(self) -> None:
-    """Before every dispatch; the first one starts the clock."""
-    self.started = self.started or time.perf_counter()
+  def save(
+    self, batches: dict[str, Any], numbers: dict[str, float] | None
+  ) -> None:
+    """Starts to write a checkpoint.
 
-  def add(self, metrics: Metrics, batch: Fed) -> None:
-    self.metrics.append((batch.steps, metrics))
-    self.steps += batch.steps
-    self.examples += batch.examples
-    if self.profile is not None:
-      self.profile.dispatched(metrics)
+    Args:
+      batches: where they stand.
+      numbers: of the evaluation; None if it is owed.
+    """
+    self.checkpoints.save(
+      self.step,
+      self._arrays(),
+      data_state={
+        'batches': batches,
+        'history': self.history,
+        'seconds': self.elapsed(),
+        'window': self.window.numbers(),
+        'failures': self.failures.get_state(),
+        'owed': numbers is None,
+      },
+      metrics=numbers,
+    )
 
-  def numbers(self) -> list[dict[str, float]]:
-    """The metrics of every step as JSON values."""
-    return [{name: float(x) for name, x in row.items()} for row in self._all()]
+  def _arrays(self) -> dict[str, Any]:
+    return {'state': self.state.replace(teacher=None), 'rng': self.rng}
 
-  def _all(self) -> list[Metrics]:
-    rows = list(self.rows)
-    for steps, got in jax.device_get(self.metrics):
-      if steps == 1:
-        rows.append(got)
-      else:
-        rows += [{k: v[i] for k, v in got.items()} for i in range(steps)]
-    return rows
+  def elapsed(self) -> float:
+    """Seconds in the loop, over all starts."""
+    return self.seconds + time.perf_counter() - self.started
 
-  def close(self) -> tuple[list[Metrics], float]:
-    """The metrics of every step, and examples per second; starts anew."""
-    rows = self._all()
-    seconds = time.perf_counter() - self.started
-    if self.profile is not None:
-      self.profile.window(self.steps, seconds)
-    rate = self.examples / seconds
-    self._clear([])
-    return rows, rate
+  def make(self, run: Callable[..., Any], batch: Fed) -> Metrics:
+    """One dispatch; its metrics, still on the devices."""
+    self.window.start()
+    self.state, metrics = run(self.state, batch.arrays, self.rng)
+    self.step += batch.steps
+    self.window.add(metrics, batch)
+    return metrics
+
+  def close_row(self, title: str) -> tuple[list[str], float]:
+    """Ends a row of the history; what is to be said, and examples a second."""
+    rows, rate = self.window.close()
+    spikes = self.failures.spikes
+    sentences = _looked_at(
+      self.failures, rows, self.step, title, self.checkpoints
+    )
+    spikes = self.failures.spikes - spikes
+    self.history.append({'step': self.step} | means(rows) | {SPIKES: spikes})
+    return sentences, rate
 
 
 def _compiled_again(
@@ -267,19 +259,6 @@ def _looked_at(
     raise FloatingPointError(
       f'{title}: {e}; lower the learning rate or clip the gradients. {saved}.'
     ) from e
-
-
-def _means(rows: list[Metrics]) -> dict[str, float]:
-  """The mean of every metric over the steps that were not dropped.
-
-  Without such a step there are no means: JSON has no NaN.
-  """
-  kept = [row for row in rows if not row.get(SKIPPED, 0)]
-  numbers = {
-    name: float(np.mean([row[name] for row in kept], dtype=np.float64))
-    for name in (rows[0] if kept else ())
-  }
-  return numbers | {SKIPPED: len(rows) - len(kept)}
 
 
 def _brief(row: Mapping[str, float]) -> dict[str, float]:
