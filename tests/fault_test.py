@@ -23,7 +23,7 @@ from damage import flip, largest
 from flax import linen as nn
 
 from kd_jax import adapters, cli, guard, metrics, objectives, quantize, train
-from kd_jax.recipe.run import Run
+from kd_jax.recipe import evaluation
 from kd_jax.report import measure
 from kd_jax.sharding import preemption
 from kd_jax.sharding.preemption import Preempted
@@ -391,15 +391,15 @@ def test_a_run_goes_on_from_its_directory_alone(
   ]
   straight, stopped = tmp_path / 'straight', tmp_path / 'stopped'
   assert cli.main([*words, f'--workdir={straight}']) == 0
-  evaluate, calls = Run.evaluate, []
+  evaluate, calls = evaluation.evaluate, []
 
-  def evaluating(self, *args, **kwargs):
+  def evaluating(*args, **kwargs):
     calls.append(1)
     if len(calls) == 3:
       signal.raise_signal(signal.SIGTERM)
-    return evaluate(self, *args, **kwargs)
+    return evaluate(*args, **kwargs)
 
-  monkeypatch.setattr(Run, 'evaluate', evaluating)
+  monkeypatch.setattr(evaluation, 'evaluate', evaluating)
   assert cli.main([*words, f'--workdir={stopped}']) == preemption.REQUEUE
   folder = stopped / 'teacher' / 'checkpoints'
   last = max(int(p.name) for p in folder.iterdir() if p.name.isdigit())
