@@ -1,6 +1,5 @@
 """Recipes of compression: words, phases, one train step, and the integers."""
 
-import functools
 import importlib.util
 import itertools
 import pathlib
@@ -14,7 +13,7 @@ from quantized_models import trained
 
 from kd_jax import objectives, prune
 from kd_jax.recipe.compression import Compression, Phase
-from kd_jax.recipe.words import moment
+from kd_jax.recipe.words import Training
 from kd_jax.step import init_state, make_train_step
 
 CONFIG = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
@@ -286,7 +285,7 @@ def test_a_bad_word_gets_one_sentence(changes, message):
 
 
 def test_moments_are_rounded_and_end_with_the_training():
-  at = functools.partial(moment, steps=10, epoch_steps=3)
+  at = Training(steps=10, epoch_steps=3).at
   assert [at(t) for t in ('33%', '0.5 epochs', '1 step', '99 steps')] == [
     *(3, 2, 1, 10)
   ]

@@ -19,6 +19,9 @@ from kd_jax.quantize.specs import QuantSpec, scale_and_zero_point
 
 Range = tuple[jax.Array, jax.Array]
 
+# Of OCTAV's ends, on the way to their fixed point.
+_UPDATES = 20
+
 
 def _exact_ends(stats: histograms.Stats) -> Range:
   """The extremes with 0 between them, in units of the histogram."""
@@ -162,7 +165,6 @@ def octav(
   spec: QuantSpec,
   *,
   ignore_zeros: bool = False,
-  iterations: int = 20,
 ) -> Range:
   """Optimally clipped range, by the fixed point of its optimality condition.
 
@@ -184,7 +186,6 @@ def octav(
     spec: the quantizer, of which bits and symmetry matter.
     ignore_zeros: see `percentile`. Zeros are exact on every grid, but the
       formula counts a rounding error for them unless they are ignored.
-    iterations: number of updates.
 
   References:
     Sakr et al., "Optimal Clipping and Magnitude-aware Differentiation for
@@ -202,7 +203,7 @@ def octav(
       return sums / jnp.where(cost > 0, cost, 1)
 
     # From 0 the first update gives the mean of |x|.
-    a = jax.lax.fori_loop(0, iterations, update, jnp.zeros_like(highest))
+    a = jax.lax.fori_loop(0, _UPDATES, update, jnp.zeros_like(highest))
     return _result(stats, -a, a)
 
   b = histograms.bins(stats, ignore_zeros=ignore_zeros)
@@ -220,7 +221,7 @@ def octav(
     return jnp.minimum(new_low, 0), jnp.maximum(new_high, 0)
 
   start = (jnp.zeros_like(lowest), jnp.zeros_like(highest))
-  low, high = jax.lax.fori_loop(0, iterations, update_both, start)
+  low, high = jax.lax.fori_loop(0, _UPDATES, update_both, start)
   return _result(stats, low, high)
 
 

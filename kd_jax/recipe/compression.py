@@ -2,12 +2,11 @@
 
 Owns how pruning and quantization go together in one train step, and become
 integers after it: dense -> prune -> recover -> quantize -> freeze -> remove
-units -> fold -> convert. What each of them is stands in `recipe_pruning` and
-`recipe_quantization`. Nothing is trained here, and what the network learns from
-is in `distillation`.
+units -> fold -> convert. What each of them is stands in `pruning` and
+`quantization`. Nothing is trained here, and what the network learns from is in
+`distillation`.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from kd_jax import adapters, deploy, prune
 from kd_jax.parity import check_parity
 from kd_jax.recipe.pruning import Pruning
 from kd_jax.recipe.quantization import Quantization
-from kd_jax.recipe.words import moment
+from kd_jax.recipe.words import Training, Uncompressed
 from kd_jax.types import Batch, StudentFn, Variables
 
 
@@ -59,7 +58,6 @@ class Compression:
 
   Attributes:
     recipe: what was given.
-    model: likewise.
     pruning: what it loses, and when.
     quantization: its grids, and when they are used.
 
@@ -91,27 +89,18 @@ class Compression:
     accumulate: int = 1,
     interceptors: Sequence[adapters.Interceptor] = (),
   ):
-    self.recipe, self.model = recipe, model
-    self._steps, self._batch = steps, batch
-    self._interceptors = tuple(interceptors)
-    at = functools.partial(moment, steps=steps, epoch_steps=epoch_steps)
-    network = model, dict(variables), batch, self._interceptors
-    p, q = recipe.prune, recipe.quantize
-    self.pruning = Pruning(
-      p, *network, begin=at(p.begin), end=at(p.end), steps=steps
+    self.recipe, self._steps = recipe, steps
+    self._network = Uncompressed(
+      model, dict(variables), batch, tuple(interceptors)
     )
-    self.quantization = Quantization(
-      q,
-      *network,
-      begin=at(q.begin),
-      freeze=at(q.freeze),
-      steps=steps,
-      accumulate=accumulate,
-    )
-    if q.ranges == 'lsq' and self.pruning.removes:
+    training = Training(steps, epoch_steps, accumulate)
+    self.pruning = Pruning(recipe.prune, self._network, training)
+    self.quantization = Quantization(recipe.quantize, self._network, training)
+    if recipe.quantize.ranges == 'lsq' and self.pruning.removes:
       raise ValueError(
         "quantize.ranges='lsq' learns steps for what leaves, which the rest "
-        f'was trained with: prune.structure={p.structure!r} needs other ranges.'
+        f'was trained with: prune.structure={recipe.prune.structure!r} needs '
+        'other ranges.'
       )
 
   def phases(self) -> list[Phase]:
@@ -150,9 +139,9 @@ class Compression:
     """
     own = self.quantization.interceptors(axis_name)
     return adapters.from_linen(
-      self.model,
+      self._network.model,
       taps=taps,
-      interceptors=(*self._interceptors, *own),
+      interceptors=(*self._network.interceptors, *own),
       axis_name=axis_name,
       **options,
     )
@@ -188,9 +177,9 @@ class Compression:
     """
     variables, overrides = self.pruning.remove(variables)
     folded = deploy.fold(
-      self.model,
+      self._network.model,
       self.quantization.with_ranges(variables),
-      self._batch,
+      self._network.batch,
       interceptors=self.interceptors(overrides),
     )
     return Converted(self.quantization.convert(folded), overrides, folded)
@@ -200,8 +189,8 @@ class Compression:
   ) -> tuple[adapters.Interceptor, ...]:
     """Those of a network that lost what `overrides` says."""
     if not self.pruning.removes:
-      return self._interceptors
-    return (*self._interceptors, prune.resized(overrides))
+      return self._network.interceptors
+    return (*self._network.interceptors, prune.resized(overrides))
 
   def integer_forward(
     self, overrides: prune.Overrides, **options: Any
@@ -213,7 +202,7 @@ class Compression:
       **options: others of `deploy.integer_forward`.
     """
     return deploy.integer_forward(
-      self.model,
+      self._network.model,
       interceptors=self.interceptors(overrides),
       dynamic=self.quantization.rules('activations'),
       **options,
@@ -232,7 +221,7 @@ class Compression:
     if not self.quantization.anything:
       return []
     report = check_parity(
-      self.model,
+      self._network.model,
       converted.folded,
       converted.variables,
       batch,

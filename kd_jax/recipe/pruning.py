@@ -7,7 +7,7 @@ quantization is `compression`.
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +17,8 @@ import optax
 
 from kd_jax import adapters, prune
 from kd_jax import rules as rules_lib
-from kd_jax.recipe.words import SCORES
-from kd_jax.types import Batch, Variables
+from kd_jax.recipe.words import SCORES, Training, Uncompressed
+from kd_jax.types import Variables
 
 _STRUCTURES = (
   "'weights', 'neurons', 'residual_blocks', 'channels', N:M such as '2:4', or "
@@ -38,13 +38,8 @@ class Pruning:
 
   Args:
     recipe: the field `prune` of `kd_jax.defaults`.
-    model: the linen module.
-    variables: its trained variables.
-    batch: pre-processed; its values are read where residual blocks leave.
-    interceptors: others of the network.
-    begin: see above, and so is `end`.
-    end: not before `begin`.
-    steps: of training.
+    network: what is pruned.
+    training: in which it is.
 
   Raises:
     ValueError: for a word that a field does not know, or a begin after the last
@@ -54,19 +49,15 @@ class Pruning:
   def __init__(
     self,
     recipe: ml_collections.ConfigDict,
-    model: adapters.LinenModule,
-    variables: Variables,
-    batch: Batch,
-    interceptors: Sequence[adapters.Interceptor],
-    *,
-    begin: int,
-    end: int,
-    steps: int,
+    network: Uncompressed,
+    training: Training,
   ):
-    self.recipe, self.begin, self.end = recipe, begin, end
-    self._network = model, variables, batch, interceptors
+    self.recipe, self._network = recipe, network
+    self.begin = training.at(recipe.begin)
+    self.end = training.at(recipe.end)
     rules_lib.choose('way to prune', recipe.method, _METHODS)
-    if recipe.sparsity and recipe.method == 'gradual' and begin >= steps:
+    late = self.begin >= training.steps
+    if recipe.sparsity and recipe.method == 'gradual' and late:
       raise ValueError(
         f'prune.begin={recipe.begin!r} is not before the last step.'
       )
@@ -81,9 +72,13 @@ class Pruning:
     self.removes = bool(whole and recipe.sparsity)
 
   def _find(self, find: Callable[..., Any]) -> Any:
-    model, variables, batch, interceptors = self._network
-    forward = adapters.from_linen(model, interceptors=interceptors)
-    return find(forward, variables, batch, keep=self.recipe.keep)
+    network = self._network
+    forward = adapters.from_linen(
+      network.model, interceptors=network.interceptors
+    )
+    return find(
+      forward, network.variables, network.batch, keep=self.recipe.keep
+    )
 
   @functools.cached_property
   def plan(self) -> prune.Plan:

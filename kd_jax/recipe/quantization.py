@@ -7,7 +7,6 @@ together with pruning is `compression`.
 
 import functools
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -15,8 +14,14 @@ import numpy as np
 
 from kd_jax import adapters, deploy, quantize
 from kd_jax import rules as rules_lib
-from kd_jax.recipe.words import OBSERVERS, SPECS, WEIGHT_OBSERVERS
-from kd_jax.types import Batch, StudentFn, Variables
+from kd_jax.recipe.words import (
+  OBSERVERS,
+  SPECS,
+  WEIGHT_OBSERVERS,
+  Training,
+  Uncompressed,
+)
+from kd_jax.types import StudentFn, Variables
 
 _RANGES = {'observed': '', 'lsq': 'lsq', 'pact': 'pact'}
 
@@ -31,14 +36,8 @@ class Quantization:
 
   Args:
     recipe: the field `quantize` of `kd_jax.defaults`.
-    model: the linen module.
-    variables: its trained variables.
-    batch: pre-processed; its values are read where ranges are learned.
-    interceptors: others of the network.
-    begin: see above, and so is `freeze`.
-    freeze: at most `steps`.
-    steps: of training.
-    accumulate: forwards of training in a step.
+    network: what is quantized.
+    training: in which it is.
 
   Raises:
     ValueError: for a word that a field does not know, or learned ranges that
@@ -48,23 +47,14 @@ class Quantization:
   def __init__(
     self,
     recipe: ml_collections.ConfigDict,
-    model: adapters.LinenModule,
-    variables: Variables,
-    batch: Batch,
-    interceptors: Sequence[adapters.Interceptor],
-    *,
-    begin: int,
-    freeze: int,
-    steps: int,
-    accumulate: int = 1,
+    network: Uncompressed,
+    training: Training,
   ):
-    self.recipe, self.begin, self.freeze = recipe, begin, freeze
-    self._model, self._variables, self._batch = model, variables, batch
-    self._interceptors, self._steps = interceptors, steps
-    # Observers and norms count forwards, not steps.
-    self._begin, self._freeze = begin * accumulate, freeze * accumulate
+    self.recipe, self._network, self._training = recipe, network, training
+    self.begin = training.at(recipe.begin)
+    self.freeze = training.at(recipe.freeze)
     self.learned = rules_lib.choose('kind of ranges', recipe.ranges, _RANGES)
-    if self.learned and begin:
+    if self.learned and self.begin:
       raise ValueError(
         f'quantize.ranges={recipe.ranges!r} learns from the first step on: '
         "quantize.begin must be '0%'."
@@ -111,10 +101,11 @@ class Quantization:
   @functools.cached_property
   def _least_inputs(self) -> dict[str, float]:
     """layer -> the least value among its inputs in the batch."""
+    network = self._network
     stats = quantize.calibrate(
-      deploy.evaluation(self._model, interceptors=self._interceptors),
-      self._variables,
-      [self._batch],
+      deploy.evaluation(network.model, interceptors=network.interceptors),
+      network.variables,
+      [network.batch],
       deploy.ACTIVATION_RULES,
       observer=quantize.min_max(),
     )
@@ -142,8 +133,10 @@ class Quantization:
   ) -> list[adapters.Interceptor]:
     """Those of the train step: frozen norms, then rounded activations."""
     found: list[adapters.Interceptor] = []
+    # Observers and norms count forwards, not steps.
+    forwards = self._training.accumulate
     if self._freezes_norms:
-      found.append(quantize.freeze_batch_norm(after=self._freeze))
+      found.append(quantize.freeze_batch_norm(after=self.freeze * forwards))
     if not self.rounds('activations'):
       return found
     rules = self.rules('activations')
@@ -151,34 +144,38 @@ class Quantization:
       method = self.recipe.ranges
       return [*found, quantize.learned_activations(rules, method=method)]
     observer = self.observer()
-    if self.freeze < self._steps:
-      observer = quantize.freeze_observer(observer, after=max(self._freeze, 1))
+    if self.freeze < self._training.steps:
+      after = max(self.freeze * forwards, 1)
+      observer = quantize.freeze_observer(observer, after=after)
     return [
       *found,
       quantize.quantize_activations(
-        rules, observer=observer, begin=self._begin, axis_name=axis_name
+        rules,
+        observer=observer,
+        begin=self.begin * forwards,
+        axis_name=axis_name,
       ),
     ]
 
   @property
   def _freezes_norms(self) -> bool:
-    has_norms = bool(self._variables.get('batch_stats'))
-    return self.anything and has_norms and self.freeze < self._steps
+    has_norms = bool(self._network.variables.get('batch_stats'))
+    return self.anything and has_norms and self.freeze < self._training.steps
 
   def start(self, forward: StudentFn) -> dict[str, Any]:
     """The variables before the first step, of the forward of training."""
-    variables = dict(self._variables)
+    variables = dict(self._network.variables)
     if self._freezes_norms:
       variables = quantize.init_batch_norm_steps(variables)
     if self.rounds('activations'):
       rules = self.rules('activations')
       if self.learned:
         variables['params'] = quantize.init_learned_activations(
-          forward, variables, self._batch, rules
+          forward, variables, self._network.batch, rules
         )
       else:
         variables['quant_stats'] = quantize.init_quant_stats(
-          forward, variables, self._batch, rules
+          forward, variables, self._network.batch, rules
         )
     if self.learned == 'lsq' and self.rounds('weights'):
       variables['params'] = quantize.init_lsq_params(

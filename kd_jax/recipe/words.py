@@ -1,15 +1,17 @@
 """The words of a recipe of compression, and what they stand for.
 
-Owns the names that the fields of `config.compress` take; what a recipe makes of
-a network is `compression`.
+Owns the names that the fields of `config.compress` take, and what its words are
+read beside: the network and the length of its training. What a recipe makes of
+them is `compression`.
 """
 
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from kd_jax import prune, quantize
+from kd_jax import adapters, prune, quantize
+from kd_jax.types import Batch
 
 INTEGER_WEIGHTS = {
   'int8': quantize.INT8_WEIGHTS,
@@ -54,31 +56,59 @@ SCORES: dict[str, Callable[[], prune.Score]] = {
 _MOMENT = re.compile(r'(\d+(?:\.\d+)?) ?(%|steps?|epochs?)')
 
 
-def moment(text: str, *, steps: int, epoch_steps: int) -> int:
-  """A point in training as a step.
+class Uncompressed(NamedTuple):
+  """The network that a recipe compresses.
 
-  Args:
-    text: '30%' of the steps, '400 steps' or '12 epochs'.
-    steps: of the whole training.
-    epoch_steps: of one epoch.
-
-  Returns:
-    The step, at most `steps`.
-
-  Raises:
-    ValueError: for another text.
-
-  Example:
-    >>> points = '50%', '7 steps', '2 epochs', '9 epochs'
-    >>> [moment(p, steps=100, epoch_steps=20) for p in points]
-    [50, 7, 40, 100]
+  Attributes:
+    model: the linen module; it is not edited.
+    variables: its trained variables, where compression starts.
+    batch: pre-processed; its values are read where ranges are learned by
+      gradients and where residual blocks leave, else only its shapes.
+    interceptors: others than those of compression, which go first.
   """
-  match = _MOMENT.fullmatch(text.strip())
-  if match is None:
-    raise ValueError(
-      f"{text!r} is no point in training: use '30%', '400 steps' or "
-      "'12 epochs'."
-    )
-  number, unit = float(match[1]), match[2][0]
-  size = {'%': steps / 100, 's': 1, 'e': epoch_steps}[unit]
-  return min(round(number * size), steps)
+
+  model: adapters.LinenModule
+  variables: dict[str, Any]
+  batch: Batch
+  interceptors: tuple[adapters.Interceptor, ...]
+
+
+class Training(NamedTuple):
+  """The training in which a network is compressed.
+
+  Attributes:
+    steps: of all of it.
+    epoch_steps: of one epoch.
+    accumulate: forwards in a step, see `make_train_step`.
+  """
+
+  steps: int
+  epoch_steps: int
+  accumulate: int = 1
+
+  def at(self, text: str) -> int:
+    """A point in training as a step.
+
+    Args:
+      text: '30%' of the steps, '400 steps' or '12 epochs'.
+
+    Returns:
+      The step, at most `steps`.
+
+    Raises:
+      ValueError: for another text.
+
+    Example:
+      >>> points = '50%', '7 steps', '2 epochs', '9 epochs'
+      >>> [Training(steps=100, epoch_steps=20).at(p) for p in points]
+      [50, 7, 40, 100]
+    """
+    match = _MOMENT.fullmatch(text.strip())
+    if match is None:
+      raise ValueError(
+        f"{text!r} is no point in training: use '30%', '400 steps' or "
+        "'12 epochs'."
+      )
+    number, unit = float(match[1]), match[2][0]
+    size = {'%': self.steps / 100, 's': 1, 'e': self.epoch_steps}[unit]
+    return min(round(number * size), self.steps)
