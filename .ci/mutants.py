@@ -1,6 +1,6 @@
 """Mutates files of the library and runs tests against every mutant.
 
-  python .ci/mutants.py FILES... --tests TESTS... [--sample 20] [-k EXPRESSION]
+  python .ci/mutants.py FILE=TESTS[,TESTS] ... [--sample 20] [-k EXPRESSION]
 
 mutmut makes the mutants; those that put None in the place of a value are left
 out, since nearly all crash. They run in one session of pytest: to import and
@@ -35,6 +35,7 @@ class Mutant(NamedTuple):
   """One mutated function, as mutmut names it, and how it differs."""
 
   file: str
+  tests: tuple[str, ...]
   name: str
   change: str
 
@@ -71,13 +72,13 @@ class Session:
     self.cold, self.every = args.cold, args.every
 
   def pytest_runtestloop(self, session):
-    counts = {}
+    clean, counts = [], {}
     signal.signal(signal.SIGALRM, _raise_timeout)
     for mutant in self.mutants:
       items = self._tests_of(mutant, session.items)
       start = time.monotonic()
-      if (mutant.file, mutant.function) not in counts:
-        counts[mutant.file, mutant.function] = {}
+      if items not in clean:
+        clean.append(items)
         mutant.activate('x_none__mutmut_0')
         failed = self._failed(session, items)
         print(f'{mutant.function}: {len(items)} tests, fail as is: {failed}')
@@ -88,17 +89,15 @@ class Session:
       print(result, f'{seconds:.1f} s', mutant.name, failed or '', flush=True)
       if failed is None:
         print(mutant.change, flush=True)
-      found = counts[mutant.file, mutant.function]
-      found[result] = found.get(result, 0) + 1
-    for file in dict.fromkeys(file for file, _ in counts):
-      of_file = [c for (f, _), c in counts.items() if f == file]
-      killed = sum(c.get('killed', 0) for c in of_file)
-      lives = sum(c.get('lives', 0) for c in of_file)
-      print(f'{file}: {killed} killed, {lives} live', flush=True)
+      found = counts.setdefault(mutant.file, {'killed': 0, 'lives': 0})
+      found[result] += 1
+    for file, found in counts.items():
+      print(file, found, flush=True)
     return True
 
   def _tests_of(self, mutant, items):
     names = _users(mutant)
+    items = [i for i in items if i.nodeid.startswith(mutant.tests)]
     named = [i for i in items if any(n in i.name for n in names)]
     if self.every or not named:
       return items
@@ -154,7 +153,7 @@ def _raise_timeout(*_):
   raise TimeoutError('The mutant takes too long.')
 
 
-def _mutants(file, args):
+def _mutants(file, tests, args):
   """A sample of the mutants of a file, which is imported with them."""
   mutated = mutate_file_contents(file, pathlib.Path(file).read_text())
   Mutated.codes[file.removesuffix('.py').replace('/', '.')] = mutated.code
@@ -164,7 +163,8 @@ def _mutants(file, args):
   sample = random.Random(0).sample(kept, min(args.sample, len(kept)))
   sample.sort(key=kept.index)
   print(f'{file}: {len(mutated.mutant_names)} mutants, {len(kept)} not of None')
-  return [Mutant(file, n, '\n'.join(changes[n])) for n in sample]
+  tests = tuple(tests.split(','))
+  return [Mutant(file, tests, n, '\n'.join(changes[n])) for n in sample]
 
 
 def _changes(code):
@@ -202,8 +202,7 @@ def _puts_none(change):
 
 def main():
   parser = argparse.ArgumentParser()
-  parser.add_argument('files', nargs='+')
-  parser.add_argument('--tests', nargs='+', required=True)
+  parser.add_argument('files', nargs='+', help='FILE=TESTS[,TESTS]')
   parser.add_argument('-k', default='', help='as of pytest')
   parser.add_argument('--sample', type=int, default=60, help='of each file')
   parser.add_argument('--only', default='', help='a pattern of mutants')
@@ -212,7 +211,8 @@ def main():
   parser.add_argument('--every', action='store_true', help='test, for each')
   parser.add_argument('--list', action='store_true', help='run nothing')
   args = parser.parse_args()
-  mutants = [m for file in args.files for m in _mutants(file, args)]
+  pairs = [entry.split('=') for entry in args.files]
+  mutants = [m for pair in pairs for m in _mutants(*pair, args)]
   if args.list:
     print('\n'.join(f'{m.name}\n{m.change}' for m in mutants))
     return
@@ -220,7 +220,8 @@ def main():
   os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   sys.meta_path.insert(0, Mutated)
   plugins = [Session(mutants, args)]
-  pytest.main([*OPTIONS, '-k', args.k, *args.tests], plugins=plugins)
+  tests = dict.fromkeys(test for mutant in mutants for test in mutant.tests)
+  pytest.main([*OPTIONS, '-k', args.k, *tests], plugins=plugins)
 
 
 if __name__ == '__main__':
