@@ -112,7 +112,7 @@ def test_tables_and_plots_are_written(finished, capsys):
   assert ' * |' in text and '| conv2 |' in text
   tradeoff.print_table(_result(finished))
   printed = capsys.readouterr().out
-  assert 'int4-50' in printed and 'test images' in printed
+  assert 'int4-50' in printed and 'test examples' in printed
 
 
 def test_the_same_command_trains_nothing_again(finished, trained, capsys):
