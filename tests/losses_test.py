@@ -515,6 +515,11 @@ def test_relations_of_rkd_ignore_what_they_should():
     np.testing.assert_allclose(loss(moved, y), loss(x, y), rtol=1e-4)
 
 
+def test_two_examples_are_enough_for_their_correlation():
+  x = np.array([[0.0, 1.0], [3.0, 4.0]])
+  assert float(losses.correlation_congruence(x, x + 2)) == 2 * 2 + 2 * 2
+
+
 def test_large_maps_are_compared_a_few_examples_at_a_time():
   """More differences than are held at once, and not a whole number of times."""
   rng = np.random.default_rng(0)

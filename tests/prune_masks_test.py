@@ -117,6 +117,13 @@ def test_kept_counts_are_those_of_exact_arithmetic():
     prune.kept_count(2**31, 0.5)
 
 
+def test_shares_below_nothing_and_beyond_all_are_clipped():
+  for size in (1, 10, 2**31 - 1):
+    assert int(prune.kept_count(size, -0.5)) == size
+    assert int(prune.kept_count(size, 1.0)) == 1
+    assert int(prune.kept_count(size, 2.0)) == 1
+
+
 def test_a_global_threshold_empties_no_layer_and_keeps_the_total():
   params = {
     'large': 10 + jnp.arange(96.0),

@@ -417,3 +417,31 @@ def test_kernels_count_for_themselves_however_they_are_prepared():
   variables = {'params': {'w': np.ones((5, 8), 'f'), 'g': np.ones(8, 'f')}}
   rows = prune.layer_costs(forward, variables, {'image': np.ones((3, 5), 'f')})
   assert {r.path: r.macs for r in rows} == {'params/w': 40, 'params/g': 0}
+
+
+def test_a_loop_counts_once_and_each_branch_of_a_choice():
+  """How often a loop goes round is not known before it runs."""
+
+  def apply(params, x):
+    _, x = jax.lax.while_loop(
+      lambda carry: carry[0] < params['rounds'],
+      lambda carry: (carry[0] + 1, carry[1] @ params['w']),
+      (0, x),
+    )
+    return jax.lax.cond(
+      jnp.sum(x) > 0, lambda x: x @ params['v'], lambda x: -x @ params['v'], x
+    )
+
+  variables = {'params': {'w': np.ones((5, 5), 'f'), 'v': np.ones((5, 2), 'f')}}
+  variables['params']['rounds'] = np.int32(3)
+  forward = adapters.from_apply(apply)
+  rows = prune.layer_costs(forward, variables, {'image': np.ones((3, 5), 'f')})
+  macs = {r.path: r.macs for r in rows}
+  assert macs == {'params/w': 25, 'params/v': 2 * 10, 'params/rounds': 0}
+
+
+def test_arrays_of_two_batches_have_no_cost_per_example():
+  forward = adapters.from_apply(lambda params, x: x @ params['w'])
+  batch = {'image': np.ones((3, 5), 'f'), 'label': np.zeros(2, 'i4')}
+  with pytest.raises(ValueError, match=r'layer_costs: .*\[2, 3\] examples'):
+    prune.layer_costs(forward, {'params': {'w': np.ones((5, 8), 'f')}}, batch)
