@@ -243,7 +243,8 @@ def test_stages_are_activated_preactivations(name):
       assert stage == before and x.min() < 0
     else:
       assert y.min() < 0
-      np.testing.assert_array_equal(x, np.maximum(y, 0))
+      # Where the ReLU is computed again, with another fusion, to rounding.
+      np.testing.assert_allclose(x, np.maximum(y, 0), rtol=1e-5, atol=1e-6)
 
 
 NORMS = {
