@@ -11,7 +11,7 @@ from flax import linen as nn
 from kd_jax import data, defaults, metrics, models, objectives, tasks
 from kd_jax.recipe import candidates, stages
 from kd_jax.recipe.run import Run
-from kd_jax.report import measure, read_report
+from kd_jax.report import measure, read_report, size_figure
 from kd_jax.report.looks import looks_of
 from kd_jax.storage.workdir import Workdir
 
@@ -162,3 +162,20 @@ def test_arrays_that_do_not_fit_are_named():
     data.ArrayData({'tokens': np.zeros((3, 2))}, id, 'x', 4)
   with pytest.raises(ValueError, match="3 ids, but arrays of {'x': 2}"):
     data.ArrayData({'x': np.zeros((2, 2))}, id, 'x', 4)
+
+
+def test_an_error_is_drawn_with_a_name_at_every_point():
+  report = {
+    'metrics': metrics.describe({'mse': metrics.mean_squared_error()}),
+    'models': [
+      {'name': 'teacher', 'mse': 0.5, 'bytes': 20_000},
+      {'name': 'int8', 'mse': 0.6, 'bytes': 1_000},
+    ],
+  }
+  figure = size_figure(report)
+  figure.draw_without_rendering()
+  [axes] = figure.axes
+  names = {text.get_text(): text.xy for text in axes.texts}
+  assert names == {'teacher': (20_000, 0.5), 'int8': (1_000, 0.6)}
+  low, high = axes.get_ylim()
+  assert low < 0.5 and high > 0.6 and axes.get_ylabel() == 'MSE'

@@ -254,13 +254,14 @@ def _figure(
 
 def _training(report: Report) -> str:
   """The panels of the training curves, side by side where there is room."""
+  higher = quality_of(report).higher
   found = [
     _figure(
       'quality',
       report,
       plots.draw_quality,
-      'Evaluations during training. The axis starts where learning has begun, '
-      'not at zero.',
+      'Evaluations during training. The axis leaves out the first steps'
+      + (', and does not start at zero.' if higher else '.'),
     ),
     _figure(
       'loss',

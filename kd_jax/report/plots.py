@@ -184,7 +184,7 @@ def draw_quality(ax: Any, report: Report) -> bool:
   elif ends and not look.higher:
     ax.set_ylim(0, look.scaled(1.1 * max(ends)))
   if ends:
-    _legend(ax, loc='lower right' if look.higher else 'upper right')
+    _legend(ax, loc='lower right')
   return bool(ends)
 
 
@@ -239,7 +239,8 @@ def draw_size(ax: Any, report: Report) -> bool:
   points = [(n, b, a) for n, b, a in known if b and b > 0 and a is not None]
   if not points:
     return False
-  sizes, scores = [p[1] for p in points], [look.scaled(p[2]) for p in points]
+  names, sizes = [p[0] for p in points], [p[1] for p in points]
+  scores = [look.scaled(p[2]) for p in points]
   ax.set_xscale('log')
   ax.set_xlim(min(sizes) / 3, max(sizes) * 2.2)
   spread = max(max(scores) - min(scores), 1.0 if look.percent else 1e-3)
@@ -260,11 +261,12 @@ def draw_size(ax: Any, report: Report) -> bool:
       label=f'teacher, one standard error ({examples_of(report)} examples)',
     )
     _legend(ax, loc='lower left', bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
-  for i, (name, x, _) in enumerate(points):
+  shown = list(zip(names, sizes, scores, strict=True))
+  for i, (name, x, y) in enumerate(shown):
     color = COLORS.get(name, COLORS[COMPRESSED])
     marker = MARKERS[i % len(MARKERS)]
-    ax.plot(x, scores[i], marker, color=color, ms=8, mec=PAPER, mew=0.8)
-  name_points(ax, [(n, x, 100 * y) for n, x, y in points], color=MUTED)
+    ax.plot(x, y, marker, color=color, ms=8, mec=PAPER, mew=0.8)
+  name_points(ax, shown, color=MUTED)
   return True
 
 
