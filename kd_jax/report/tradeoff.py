@@ -135,12 +135,14 @@ def draw(ax: Any, result: Mapping[str, Any]) -> bool:
     if row['chosen']:
       point = (row[cost], look.scaled(row['trained']))
       ax.plot(*point, '*', ms=15, color=colors['distilled'], label='chosen')
+      # Where there is room: away from the nearer end of the axis.
+      left = row[cost] > (min(r[cost] for r in rows) + limit) / 2
       ax.annotate(
         row['name'],
         point,
-        xytext=(-10, -16),
+        xytext=(-10 if left else 10, -16),
         textcoords='offset points',
-        ha='right',
+        ha='right' if left else 'left',
       )
   ax.axhline(
     look.scaled(result['dense']['quality']),
