@@ -5,7 +5,7 @@ from importlib import metadata
 
 if metadata.version('jaxlib').startswith('0.10.'):
   # An older generator of code, which with `quick_compilation` takes about half
-  # the time: most of that of all tests is compilation. JAX 0.12 has no such flag.
+  # the time: most of that of all tests is compilation. JAX 0.12 lacks it.
   flags = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_use_fusion_emitters=false'
 
