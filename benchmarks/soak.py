@@ -80,7 +80,7 @@ def train_to_the_end(directory: pathlib.Path) -> None:
 
   mesh, measured = (
     sharding.make_mesh(),
-    metrics.classification(with_teacher=False),
+    metrics.classification(),
   )
   eval_step = jax.jit(
     lambda v, b: make_eval_step(forward, measured)(

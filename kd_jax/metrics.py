@@ -127,14 +127,17 @@ def calibration_error(*, bins: int = 15) -> Metric:
     gap = np.abs(sums['hits'] - sums['confidence'])
     return float(gap.sum() / sums['count'].sum())
 
-  return Metric(update, result, title='ECE', higher=False)
+  return Metric(update, result, title='ECE', percent=True, higher=False)
 
 
-def classification(*, with_teacher: bool) -> dict[str, Metric]:
-  """The metrics of every report row, by name."""
-  always = {'accuracy': accuracy(), 'calibration_error': calibration_error()}
-  compared = {'agreement': agreement(), 'kl': kl()}
-  return always | (compared if with_teacher else {})
+def classification() -> dict[str, Metric]:
+  """What every classifier is measured by, accuracy first."""
+  return {'accuracy': accuracy(), 'calibration_error': calibration_error()}
+
+
+def classification_compared() -> dict[str, Metric]:
+  """How a classifier is compared with its teacher."""
+  return {'agreement': agreement(), 'kl': kl()}
 
 
 def describe(metrics: Mapping[str, Metric]) -> list[dict[str, Any]]:

@@ -13,8 +13,6 @@ from kd_jax import adapters, models, objectives, quantize, step
 from kd_jax.quantize import QuantSpec
 from kd_jax.types import Forward
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 
 def _rng():
   return np.random.default_rng(0)

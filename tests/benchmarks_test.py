@@ -26,7 +26,7 @@ COLUMNS = (
 )
 pytestmark = [
   pytest.mark.once,
-  pytest.mark.usefixtures('quick_compilation', 'beside_each_other'),
+  pytest.mark.usefixtures('beside_each_other'),
 ]
 
 

@@ -14,11 +14,7 @@ from kd_jax.recipe.run import Run
 from kd_jax.storage import checkpoint, lock, weights
 from kd_jax.storage.workdir import Workdir, read_json
 
-pytestmark = [
-  pytest.mark.once,
-  pytest.mark.xdist_group('cache_teacher'),
-  pytest.mark.usefixtures('quick_compilation'),
-]
+pytestmark = pytest.mark.once
 
 
 def _config(data_dir):

@@ -20,10 +20,6 @@ from kd_jax.storage.weights import load_weights
 RECIPE = f'{CONFIGS / "compress.py"}:tiny'
 MODEL = {'name': 'cnn', 'widths': (8, 6)}
 BUDGET = '2.1 KB'
-pytestmark = [
-  pytest.mark.usefixtures('quick_compilation'),
-  pytest.mark.xdist_group('compress_cli'),
-]
 
 
 @pytest.fixture(scope='module')

@@ -18,7 +18,7 @@ from kd_jax.step import init_state, make_train_step
 
 CONFIG = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
 STEPS, EPOCH = 8, 2
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.once
 
 
 def _recipe(**changes):

@@ -1,22 +1,43 @@
-"""Shared by all tests: eight simulated devices and strict numerics."""
+"""Shared by all tests: eight devices, strict numerics, quick compilation."""
 
 import os
 from importlib import metadata
 
+# Most of the time of most tests is compilation, of programs that run for a few
+# steps. Other processes inherit what is set here.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 if metadata.version('jaxlib').startswith('0.10.'):
-  # An older generator of code, which with `quick_compilation` takes about half
-  # the time: most of that of all tests is compilation. JAX 0.12 lacks it.
+  # An older generator of code. JAX 0.12 lacks it, and would end at the flag.
   flags = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_use_fusion_emitters=false'
 
 import jax
 import pytest
 
+QUICK = 'jax_disable_most_optimizations'
+
 jax.config.update('jax_platforms', 'cpu')
 # Also for other processes: with libtpu there they would look for TPUs first.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Makes a file the work of one process; those of slow tests are first.
+
+  What one test compiled the next has in memory, and no process is left with
+  the longest file when the others are done.
+  """
+  slow = set()
+  for item in items:
+    path = item.nodeid.partition('::')[0]
+    if item.get_closest_marker('xdist_group') is None:
+      item.add_marker(pytest.mark.xdist_group(path))
+    if item.get_closest_marker('slow'):
+      slow.add(path)
+  items.sort(key=lambda item: item.nodeid.partition('::')[0] not in slow)
 
 
 @pytest.fixture
@@ -26,14 +47,13 @@ def rng():
 
 
 @pytest.fixture
-def quick_compilation():
-  """Compiles in half the time to slower programs, for tests that compile much.
-
-  Use it where what is compiled runs for a few steps and is not measured.
-  """
-  jax.config.update('jax_disable_most_optimizations', True)
+def full_optimization(monkeypatch):
+  """Compiles as users do: for what is measured, and for what runs for long."""
+  before = jax.config.read(QUICK)
+  jax.config.update(QUICK, False)
+  monkeypatch.setenv(QUICK.upper(), '0')
   yield
-  jax.config.update('jax_disable_most_optimizations', False)
+  jax.config.update(QUICK, before)
 
 
 @pytest.fixture(scope='session')

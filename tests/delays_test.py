@@ -10,7 +10,7 @@ from quantized_models import trained
 from kd_jax import adapters, quantize
 from kd_jax.quantize import QuantSpec
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.once
 
 
 def _rng():

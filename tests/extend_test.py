@@ -56,7 +56,6 @@ def test_there_is_a_file_for_each_kind():
 
 @pytest.mark.slow
 @pytest.mark.once
-@pytest.mark.usefixtures('quick_compilation')
 def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
   for name, text in {**FILES, 'together.py': TOGETHER}.items():
     if name != 'my_task.py':
@@ -92,7 +91,6 @@ def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.once
-@pytest.mark.usefixtures('quick_compilation')
 def test_a_run_of_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(tasks.TASKS, 'diabetes', None)
   latencies = functools.partial(measure.latencies, runs=2)

@@ -8,8 +8,6 @@ import pytest
 from kd_jax import quantize
 from kd_jax.quantize import QuantSpec
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 
 def _rng():
   return np.random.default_rng(0)

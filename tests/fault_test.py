@@ -376,7 +376,6 @@ def test_a_window_of_dropped_steps_has_no_mean(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('quick_compilation')
 def test_a_run_goes_on_from_its_directory_alone(
   tmp_path, data_dir, monkeypatch, caplog
 ):

@@ -12,8 +12,6 @@ from kd_jax import adapters, objectives, quantize, step
 from kd_jax.quantize import QuantSpec
 from kd_jax.quantize.fold import FoldableNorm
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 FOLDABLE = {'cnn': 2, 'resnet': 9, 'biased': 2}
 
 

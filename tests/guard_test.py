@@ -14,8 +14,6 @@ from kd_jax.step import init_state, make_train_step
 from kd_jax.storage.checkpoint import Checkpoints
 from kd_jax.types import Forward
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 
 def _everything():
   """A step with BatchNorm, observers, masks, momentum and an average."""

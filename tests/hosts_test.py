@@ -10,20 +10,12 @@ import hosts_worker
 import jax
 import numpy as np
 import pytest
-from pairs import QUICK, Pair
+from pairs import Pair
 
 from kd_jax import sharding
 from kd_jax.storage.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.xdist_group('hosts')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick():
-  """Compiles as the processes of a pair do."""
-  jax.config.update(QUICK, True)
-  yield
-  jax.config.update(QUICK, False)
 
 
 @pytest.fixture(scope='module')

@@ -15,7 +15,7 @@ from kd_jax import adapters, deploy, parity, quantize
 from kd_jax.quantize import QuantSpec
 
 DYNAMIC = [('.*', QuantSpec(symmetric=False, narrow=False, dynamic=True))]
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.once
 
 
 @functools.cache

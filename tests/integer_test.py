@@ -18,7 +18,6 @@ WEIGHTS = [('.*/(kernel|embedding)', quantize.INT8_WEIGHTS)]
 INPUTS = [('.*', quantize.INT8_ACTIVATIONS)]
 INT4 = QuantSpec(bits=4, axis=-1)
 DYNAMIC = QuantSpec(symmetric=False, narrow=False, dynamic=True)
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 WAYS = ('direct', 'im2col', 'float32')
 
 

@@ -366,7 +366,7 @@ def test_a_workload_file_is_written_and_not_replaced(
   assert json.loads((tmp_path / 'n.gke.json').read_text()) == made
 
 
-GCLOUD = """#!{python}
+GCLOUD = """#!{python} -IS
 import pathlib, sys
 here = pathlib.Path(__file__).parent
 verb, words = sys.argv[4], ' '.join(sys.argv[1:])

@@ -24,7 +24,6 @@ from kd_jax.plan import hlo
 from kd_jax.sharding import layout
 from kd_jax.step import init_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 MESHES = {
   'data': {},
   'fsdp': {'fsdp': 8},

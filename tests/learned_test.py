@@ -12,7 +12,7 @@ from kd_jax import adapters, models, objectives, quantize, step
 from kd_jax.quantize import QuantSpec
 from kd_jax.quantize.learned import initial_step
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.once
 
 SIGNED = QuantSpec(bits=4, narrow=False)
 UNSIGNED = QuantSpec(bits=4, symmetric=False, narrow=False)

@@ -35,15 +35,6 @@ def _inputs(name, seed=0):
   return dict(CASES[name].inputs(np.random.default_rng(seed)))
 
 
-def _each(names):
-  """A test of every case; all of one case where it was compiled."""
-  return pytest.mark.parametrize(
-    'name',
-    [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names],
-    ids=str,
-  )
-
-
 WITH_TEACHER = [name for name in CASES if 'teacher' in _inputs(name)]
 EQUAL = [name for name in WITH_TEACHER if CASES[name].minimum is not None]
 
@@ -144,7 +135,7 @@ def test_every_public_loss_has_a_case():
   assert len(CASES) == sum(len(m.CASES) for m in MODULES)
 
 
-@_each(CASES)
+@pytest.mark.parametrize('name', CASES)
 def test_value_is_the_papers_formula(name):
   inputs = _inputs(name)
   loss, _ = _evaluate(name, inputs)
@@ -154,7 +145,7 @@ def test_value_is_the_papers_formula(name):
   np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-5 * _scale(want))
 
 
-@_each(CASES)
+@pytest.mark.parametrize('name', CASES)
 def test_gradient_is_that_of_the_papers_formula(name):
   """By central differences in float64, of some elements and of all at once."""
   inputs = _inputs(name)
@@ -186,7 +177,7 @@ def test_gradient_is_that_of_the_papers_formula(name):
     )
 
 
-@_each(CASES)
+@pytest.mark.parametrize('name', CASES)
 def test_forward_mode_agrees_with_reverse_mode(name):
   inputs = _inputs(name)
   _, gradient = _evaluate(name, inputs)
@@ -198,7 +189,7 @@ def test_forward_mode_agrees_with_reverse_mode(name):
   )
 
 
-@_each(EQUAL)
+@pytest.mark.parametrize('name', EQUAL)
 def test_minimum_is_where_student_equals_teacher(name):
   case, inputs = CASES[name], _inputs(name)
   loss, gradient = _evaluate(name, inputs)
@@ -214,14 +205,14 @@ def test_minimum_is_where_student_equals_teacher(name):
   assert np.all(loss >= minimum) and np.any(loss > minimum)
 
 
-@_each(WITH_TEACHER)
+@pytest.mark.parametrize('name', WITH_TEACHER)
 def test_no_gradient_reaches_the_teacher(name):
   _, gradient = _evaluate(name, _inputs(name))
   np.testing.assert_array_equal(gradient['teacher'], 0.0)
   assert np.any(gradient['student'] != 0)
 
 
-@_each(CASES)
+@pytest.mark.parametrize('name', CASES)
 def test_gradient_is_finite_where_inputs_are_degenerate(name):
   inputs = _inputs(name)
   student, teacher = inputs['student'], inputs.get('teacher')
@@ -244,7 +235,7 @@ def test_gradient_is_finite_where_inputs_are_degenerate(name):
     assert np.isfinite(gradient['student']).all()
 
 
-@_each(CASES)
+@pytest.mark.parametrize('name', CASES)
 def test_bfloat16_and_eager_equal_float32_and_compiled(name):
   """To float32's precision: only the inputs were rounded."""
 
@@ -268,7 +259,7 @@ def test_bfloat16_and_eager_equal_float32_and_compiled(name):
   assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(gradient))
 
 
-@_each(CASES)
+@pytest.mark.parametrize('name', CASES)
 def test_permuting_the_batch_permutes_or_keeps_the_loss(name):
   case, inputs = CASES[name], _inputs(name)
   order = np.random.default_rng(1).permutation(B)
@@ -282,7 +273,7 @@ def test_permuting_the_batch_permutes_or_keeps_the_loss(name):
   np.testing.assert_allclose(permuted, want, rtol=1e-5, atol=tolerance)
 
 
-@_each(CASES)
+@pytest.mark.parametrize('name', CASES)
 def test_other_values_are_not_traced_again(name):
   _evaluate(name, _inputs(name))
   traces = _compiled(name)[1]
@@ -291,7 +282,7 @@ def test_other_values_are_not_traced_again(name):
   assert len(traces) == count
 
 
-@_each(CASES)
+@pytest.mark.parametrize('name', CASES)
 def test_eight_devices_equal_one(name):
   inputs = _inputs(name)
   loss, gradient = _evaluate(name, inputs)
@@ -316,7 +307,7 @@ def test_eight_devices_equal_one(name):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * _scale(want))
 
 
-@_each(PER_EXAMPLE)
+@pytest.mark.parametrize('name', PER_EXAMPLE)
 def test_vmap_equals_the_batch_at_once(name):
   """Over two batches of four; a loss without a mask sees no other example."""
   case, inputs = CASES[name], _inputs(name)
@@ -330,7 +321,7 @@ def test_vmap_equals_the_batch_at_once(name):
   )
 
 
-@_each(outputs.CASES)
+@pytest.mark.parametrize('name', outputs.CASES)
 def test_losses_on_outputs_take_any_leading_axes(name):
   case, inputs = CASES[name], _inputs(name)
   loss, _ = _evaluate(name, inputs)
@@ -344,7 +335,7 @@ def test_losses_on_outputs_take_any_leading_axes(name):
   np.testing.assert_allclose(of_one, loss[0], **tolerance)
 
 
-@_each(outputs.LOGITS)
+@pytest.mark.parametrize('name', outputs.LOGITS)
 def test_extreme_logits_give_finite_values_and_gradients(name):
   inputs = _inputs(name)
   extreme = 1e4 * np.sign(inputs['student'])
@@ -361,7 +352,7 @@ def test_extreme_logits_give_finite_values_and_gradients(name):
     assert np.isfinite(gradient['student']).all()
 
 
-@_each(outputs.LOGITS)
+@pytest.mark.parametrize('name', outputs.LOGITS)
 def test_the_loss_ignores_an_offset_of_the_logits(name):
   inputs = _inputs(name)
   loss, _ = _evaluate(name, inputs)
@@ -377,7 +368,7 @@ EXCLUDING = [
 ]
 
 
-@_each(EXCLUDING)
+@pytest.mark.parametrize('name', EXCLUDING)
 def test_a_class_without_teacher_mass_is_the_limit_of_little_mass(name):
   inputs = _inputs(name)
   if 'label' in inputs:
@@ -610,7 +601,9 @@ def test_shapes_that_differ_are_named():
       f(*arrays)
 
 
-@_each([name for name in WITH_TEACHER if '/' not in name])
+@pytest.mark.parametrize(
+  'name', [name for name in WITH_TEACHER if '/' not in name]
+)
 def test_a_batch_of_other_examples_is_refused(name):
   """Also one example, which would be compared with each of the teacher's."""
   inputs = _inputs(name)

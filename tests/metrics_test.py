@@ -77,9 +77,11 @@ def _calibration_error(logits, label, bins):
 
 def test_sums_over_uneven_batches_are_exact():
   data = _data()
-  chosen = metrics.classification(with_teacher=True) | {
-    'mse': metrics.mean_squared_error()
-  }
+  chosen = (
+    metrics.classification()
+    | metrics.classification_compared()
+    | {'mse': metrics.mean_squared_error()}
+  )
   got = _evaluate(chosen, data)
   student, teacher = data['student'], data['teacher']
   p, q = _softmax(student), _softmax(teacher)
@@ -116,7 +118,7 @@ def test_a_certain_and_right_model_is_calibrated():
 
 @pytest.mark.parametrize('fill', [np.nan, np.inf, 1e30])
 def test_what_padding_holds_does_not_matter(fill):
-  chosen = metrics.classification(with_teacher=True)
+  chosen = metrics.classification() | metrics.classification_compared()
   data = _data()
   eval_step = step.make_eval_step(_student, chosen, teacher_fn=_teacher)
   ones = {'params': jnp.float32(1)}
@@ -147,7 +149,7 @@ def test_the_eval_step_measures_with_the_mapped_parameters():
 
 
 def test_without_a_teacher_nothing_compares_with_it():
-  assert set(metrics.classification(with_teacher=False)) == {
+  assert set(metrics.classification()) == {
     'accuracy',
     'calibration_error',
   }

@@ -12,7 +12,7 @@ NOTEBOOKS = pathlib.Path(__file__).parent.parent / 'notebooks'
 
 
 @pytest.fixture
-def execute(tmp_path, data_dir, monkeypatch):
+def execute(tmp_path, data_dir, monkeypatch, full_optimization):
   """`(name, epochs) -> notebook` after it has run."""
   monkeypatch.setenv('TFDS_DATA_DIR', str(data_dir))
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')

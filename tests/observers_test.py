@@ -10,8 +10,6 @@ import pytest
 from kd_jax import quantize
 from kd_jax.quantize import QuantSpec, criteria, histograms
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 
 def _rng():
   return np.random.default_rng(0)

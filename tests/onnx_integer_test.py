@@ -15,7 +15,6 @@ from kd_jax.export import onnx as onnx_lib
 from kd_jax.models import layers
 from kd_jax.quantize import QuantSpec
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 DYNAMIC = [('.*', QuantSpec(symmetric=False, narrow=False, dynamic=True))]
 INT4 = QuantSpec(bits=4, axis=-1)
 # Operators that onnxruntime runs on integers.

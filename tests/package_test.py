@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-pytestmark = [pytest.mark.once, pytest.mark.xdist_group('package')]
+pytestmark = pytest.mark.once
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ('kd_jax', 'tests', 'configs')
 FILES = ('LICENSE', 'MANIFEST.in', 'README.md', 'pyproject.toml', 'setup.cfg')

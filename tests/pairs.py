@@ -10,7 +10,6 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 BOUND = 500  # seconds, of what takes 20 alone
-QUICK = 'jax_disable_most_optimizations'  # compiles in half the time
 RUN = ('-m', 'kd_jax', 'run')
 
 
@@ -19,9 +18,6 @@ def environment(devices):
   return os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'JAX_NUM_CPU_DEVICES': str(devices),
-    QUICK.upper(): '1',
-    # Also small programs: later processes have the same ones.
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'PYTHONPATH': str(ROOT),
   }
 

@@ -13,7 +13,6 @@ from kd_jax.recipe import fit, stages
 from kd_jax.recipe.run import Run
 from kd_jax.storage.workdir import Workdir
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = ROOT / 'configs' / 'digits.py'
 
@@ -29,10 +28,7 @@ def tiny(**changes):
 @pytest.fixture(scope='module')
 def planned():
   """A plan of the tiny digits, measured, with estimates."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  made = plan.plan(tiny(), estimate=True, measured=True)
-  jax.config.update('jax_disable_most_optimizations', False)
-  return made
+  return plan.plan(tiny(), estimate=True, measured=True)
 
 
 def _bytes(tree):

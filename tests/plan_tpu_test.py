@@ -13,11 +13,7 @@ from kd_jax import plan
 from kd_jax.plan import chips, rehearsal, steps
 from kd_jax.report import plan as report_plan
 
-pytestmark = [
-  pytest.mark.once,
-  pytest.mark.slow,
-  pytest.mark.xdist_group('tpu'),
-]
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 PAIRS = {
   # Images a chip, compiled / own FLOPs: the compiler leaves out products with

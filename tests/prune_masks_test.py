@@ -11,7 +11,6 @@ from prune_trees import KERNELS, kernels, make_tree, top
 from kd_jax import prune
 
 ALL = [('.*', True)]
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 SPARSITIES = [0.0, 0.01, 0.25, 1 / 3, 0.5, 0.625, 0.8, 0.9, 0.99, 0.9999]
 
 

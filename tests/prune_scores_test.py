@@ -10,7 +10,6 @@ from prune_trees import KERNELS, kernels, make_tree, random_like, top, train
 from kd_jax import adapters, models, objectives, prune, step
 
 RATE = 0.1
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def _taylor(steps, power):

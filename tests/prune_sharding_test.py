@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax import prune
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 ALL = [('.*', True)]
 SPECS = {'conv': P(None, None, None, 'd'), 'w': P('d', None)}
 # Units that lie within a device: for others an axis has to be gathered.

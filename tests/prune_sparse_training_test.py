@@ -20,7 +20,6 @@ from prune_trees import (
 from kd_jax import optim, prune
 
 RULES = [('w', True)]
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def _update(tx):

@@ -17,8 +17,6 @@ from prune_trees import (
 
 from kd_jax import prune
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 
 def _scores(seed=0):
   """Scores of a convolution, a stack of matrices and a matrix, with ties."""

@@ -12,7 +12,6 @@ from prune_trees import KERNELS, kernels, make_tree, top, train
 from kd_jax import optim, prune
 
 ALL = [('.*', True)]
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 OPTIMIZERS = {

@@ -23,7 +23,6 @@ def _network():
   return model, deploy.fold(model, variables, batch), batch
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_rows_are_the_loss_of_one_change_at_a_time():
   model, variables, batch = _network()
   variables['params']['nothing'] = None
@@ -58,7 +57,6 @@ def test_rows_are_the_loss_of_one_change_at_a_time():
   )
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_one_compilation_serves_all_parameters_and_options():
   model, variables, batch = _network()
   traces = []
@@ -80,7 +78,6 @@ def test_one_compilation_serves_all_parameters_and_options():
   assert len(traces) == 2
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_pruning_and_any_loss_can_be_measured():
   model, variables, batch = _network()
 
@@ -114,7 +111,6 @@ def test_pruning_and_any_loss_can_be_measured():
   )
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_mistakes_of_sensitivity_are_named():
   model, variables, batch = _network()
   forward = cases.forward_of(model)
@@ -216,6 +212,7 @@ def test_bytes_of_a_parameter():
   assert quantize.weight_bytes(w, affine) == 158 + 28 + 7
 
 
+@pytest.mark.usefixtures('full_optimization')
 def test_bits_are_allocated_to_a_trained_network():
   """Half way between all 4 and all 8 bits: better than 4 bits everywhere."""
   model, variables = cases.trained('cnn')

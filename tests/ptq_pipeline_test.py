@@ -28,6 +28,7 @@ def _network(name):
   return model, variables, test, cases.run(model, variables, test)
 
 
+@pytest.mark.usefixtures('full_optimization')
 @pytest.mark.parametrize('name', ['cnn', 'vit'])
 def test_static_int8_agrees_with_the_float_network(name):
   model, variables, test, want = _network(name)
@@ -159,7 +160,6 @@ def _same_sharding(a, b):
   assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
-@pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize('kind', ['Auto', 'Explicit'])
 def test_sharded_kernels_stay_sharded(kind):
   """Output channels of both layers are spread over devices."""

@@ -55,7 +55,6 @@ COUNTS = {  # free scales: before BatchNorm is folded
 }
 
 
-@pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize('folded', [False, True])
 @pytest.mark.parametrize('name', COUNTS)
 def test_any_scales_leave_the_function_unchanged(name, folded):
@@ -147,7 +146,6 @@ class _Pair(nn.Module):
     return nn.Dense(3, name='second')(x)
 
 
-@pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize('name', BETWEEN)
 def test_what_may_lie_between_two_layers(name):
   model, rng = _Pair(name), np.random.default_rng(0)
@@ -177,7 +175,6 @@ def _plain(apply):
   return adapters.from_apply(lambda p, x: apply(p, x))
 
 
-@pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize(
   'apply',
   [
@@ -200,7 +197,6 @@ def test_weights_with_another_use_are_left_alone(apply):
   assert found == []
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_scales_in_nnx_and_beside_none():
   class Net(nnx.Module):
     def __init__(self, rngs):
@@ -264,7 +260,6 @@ def _dense_pair(a, b, bias=None):
   return model, {'params': params}
 
 
-@pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_equalised_ranges_are_the_geometric_mean(dtype):
   rng = np.random.default_rng(0)
@@ -291,7 +286,6 @@ def test_equalised_ranges_are_the_geometric_mean(dtype):
   np.testing.assert_array_equal(first['kernel'][:, 4], a[:, 4])
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_all_ranges_of_a_chain_meet():
   model, variables, batch = cases.random_variables('depthwise')
   got = quantize.equalize(cases.forward_of(model), variables, batch)['params']
@@ -338,7 +332,6 @@ def test_equalisation_saves_int8_per_tensor():
   assert agreement(good) > 0.99
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_equalisation_without_pairs_changes_nothing():
   model = nn.Dense(3)
   variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
@@ -352,7 +345,6 @@ def test_equalisation_without_pairs_changes_nothing():
 # --- SmoothQuant
 
 
-@pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize('alpha', [0.5, 0.8])
 def test_smoothing_follows_the_formula(alpha):
   model, variables, batch = cases.random_variables('vit')
@@ -382,7 +374,6 @@ def test_smoothing_follows_the_formula(alpha):
   )
 
 
-@pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize('name', ['vit', 'stack', 'cnn', 'depthwise'])
 def test_smoothing_leaves_the_function_unchanged(name):
   model, variables, batch = cases.random_variables(name)
@@ -398,7 +389,6 @@ def test_smoothing_leaves_the_function_unchanged(name):
   )
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_scanned_blocks_are_smoothed_one_by_one():
   model, variables, batch = cases.random_variables('stack')
   got = quantize.smooth(deploy.evaluation(model), variables, [batch])
@@ -452,7 +442,6 @@ def test_smoothing_helps_inputs_with_outliers():
   assert error(good) < 0.1 * error(bad)
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_mistakes_of_smoothing_are_named():
   model, variables, batch = cases.random_variables('mlp')
   make_forward = deploy.evaluation(model)

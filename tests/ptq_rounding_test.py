@@ -38,7 +38,6 @@ def _kl(model, variables, test, want):
 # --- calibration
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_calibration_observes_every_batch_in_evaluation_mode():
   """BatchNorm and Dropout are in the model; ranges are of its real inputs."""
 
@@ -78,7 +77,6 @@ def test_calibration_observes_every_batch_in_evaluation_mode():
     quantize.calibrate(deploy.evaluation(Net()), variables, batches, wrong)
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_calibration_uses_the_given_observer():
   model, variables, batch = cases.random_variables('stack')
   observer = quantize.ema_min_max(decay=0.0)
@@ -143,7 +141,6 @@ def test_corrected_biases_give_the_float_means(rules):
     np.testing.assert_array_equal(*same)
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_batches_count_by_their_size():
   """A linear layer: the correction is that of all examples at once."""
   rng = np.random.default_rng(0)
@@ -267,7 +264,6 @@ def test_adarounded_weights_are_on_the_grid_of_nearest_rounding():
   assert moved > 10
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_adaround_minimises_the_error_of_a_layer():
   """Every rounding of a small layer is tried: the learned one is near best."""
   rng = np.random.default_rng(3)
@@ -348,7 +344,6 @@ def test_targets_differ_and_mistakes_are_named():
     adaround(batches, affine)
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_scanned_layers_are_adarounded():
   dtype = 'bfloat16'
   model, variables, batch = cases.random_variables('stack', dtype=dtype)
@@ -371,7 +366,6 @@ def test_scanned_layers_are_adarounded():
   assert not got['blocks']['dense2']['kernel'][1].any()
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_the_weight_that_sets_the_scale_keeps_its_code():
   """Though another teacher's is smaller by one: the grid would be another."""
   w = np.linspace(1, 2, 999).astype('f')
@@ -396,7 +390,6 @@ def test_the_weight_that_sets_the_scale_keeps_its_code():
   np.testing.assert_allclose(codes, np.round(codes), atol=1e-5)
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_adaround_draws_by_its_key():
   rng = np.random.default_rng(0)
   model = nn.Sequential([nn.Dense(16)])

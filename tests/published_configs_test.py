@@ -39,11 +39,7 @@ MODELS = [
   'ONNX int8',
 ]
 
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.once,
-  pytest.mark.usefixtures('quick_compilation'),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 
 @pytest.fixture(scope='session')
@@ -100,10 +96,12 @@ def test_config_makes_every_step(name, fake_dir):
 
 
 @pytest.mark.parametrize('name', WHOLE)
-def test_config_runs_every_stage(name, fake_dir, tmp_path, monkeypatch):
+def test_config_runs_every_stage(
+  name, fake_dir, tmp_path, monkeypatch, request
+):
   assert run(name, 'tiny', fake_dir, tmp_path, *TRAINED) == 0
   # Compiled quickly, integer convolutions take a second and more.
-  jax.config.update('jax_disable_most_optimizations', False)
+  request.getfixturevalue('full_optimization')
   # Two rounds of measurements do here.
   latencies = functools.partial(measure.latencies, runs=2)
   monkeypatch.setattr(measure, 'latencies', latencies)

@@ -9,8 +9,6 @@ from flax import linen as nn
 from kd_jax import adapters, models, objectives, quantize, sharding, step
 from kd_jax.quantize import QuantSpec
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 OBSERVERS = {
   'min_max': quantize.min_max(),
   'ema': quantize.ema_min_max(decay=0.9),

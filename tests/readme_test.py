@@ -13,6 +13,7 @@ def test_the_readme_has_python_blocks():
   assert len(BLOCKS) >= 2
 
 
+@pytest.mark.usefixtures('full_optimization')
 @pytest.mark.parametrize('number', range(len(BLOCKS)))
 def test_readme_block_runs(number, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)

@@ -18,7 +18,7 @@ from kd_jax.recipe import shrunk
 from kd_jax.step import init_state, make_train_step
 from kd_jax.storage.workdir import Workdir
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.once
 RESNET = ('stage1_block1', 'stage1_block2', 'stage2_block2', 'stage3_block2')
 OPTIONS = {
   'resnet': {'name': 'resnet', 'depth': 14, 'width': 4},

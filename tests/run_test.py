@@ -16,8 +16,6 @@ from kd_jax import cli
 from kd_jax.report import read_report
 from kd_jax.storage import weights
 
-# One worker runs the tiny job once, for all the tests that read it.
-pytestmark = pytest.mark.xdist_group('run')
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / 'configs' / 'digits.py') + ':tiny'
 

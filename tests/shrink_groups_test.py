@@ -17,7 +17,6 @@ from shrunk_models import difference, random_units
 from kd_jax import adapters, models, prune, quantize
 from kd_jax.prune.tags import ALWAYS, Tags
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 FAMILIES = {
   'mlp': models.MLP(3, hidden=(8, 6)),
   'cnn': models.CNN(3, widths=(4, 6)),

@@ -16,7 +16,7 @@ from shrunk_models import difference, random_units
 
 from kd_jax import adapters, prune
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.once
 
 
 def _filled(shapes, seed=0):

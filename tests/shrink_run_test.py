@@ -15,7 +15,7 @@ from kd_jax.export import export_stablehlo, load_stablehlo, onnx
 from kd_jax.models import layers
 from kd_jax.storage import weights
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.once
 
 
 class Net(nn.Module):

@@ -12,7 +12,6 @@ from kd_jax import adapters, models, prune
 from kd_jax.prune.plan import Group, Member, Plan
 from kd_jax.report import measure
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 ONE = ((0,), (1,), (2,), (3,))
 # Two groups: four channels, which a flatten of 2x1 reads twice, and two heads
 # of two places; `tail` is in no group.

@@ -99,7 +99,6 @@ def opened(tmp_path, monkeypatch, config):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('quick_compilation')
 def test_a_cohort_of_token_models_goes_all_the_way(tmp_path, monkeypatch):
   latencies = functools.partial(measure.latencies, runs=2)
   monkeypatch.setattr(measure, 'latencies', latencies)

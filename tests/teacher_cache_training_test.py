@@ -17,7 +17,7 @@ from kd_jax import data, objectives, sharding, train
 from kd_jax.data import cache_form
 from kd_jax.storage.checkpoint import Checkpoints
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.once
 EPOCHS = 3
 # Of the losses, relative: a rounding of the teacher's logits each.
 TOLERANCE = {'float32': 2e-6, 'float16': 2e-3, 'bfloat16': 2e-2}

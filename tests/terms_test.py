@@ -18,7 +18,6 @@ from kd_jax.models import Taps
 from kd_jax.objectives.contrastive import OtherClasses
 from kd_jax.types import Forward
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 CLASSES, BATCH, TOKENS = 5, 16, 6
 IDS = 24
 

@@ -151,7 +151,11 @@ def print_table(comparison: Comparison) -> None:
     console = Console(width=_WIDTH)
   header, rows = cells(comparison)
   brief = {'method', 'vs alone', 'step'}
-  brief |= {_heading(look) for look in looks_of(comparison) if look.percent}
+  brief |= {
+    _heading(look)
+    for look in looks_of(comparison)
+    if look.percent and look.higher
+  }
   brief.add(_heading(quality_of(comparison)))
   shown = [
     i

@@ -60,7 +60,7 @@ CLASSIFICATION = (
   Look('accuracy', 'accuracy', True, True),
   Look('agreement', 'agreement', True, True),
   Look('kl', 'KL', False, False),
-  Look('calibration_error', 'ECE', False, False),
+  Look('calibration_error', 'ECE', True, False),
 )
 
 

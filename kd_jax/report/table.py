@@ -105,7 +105,11 @@ def model_columns(report: Report) -> list[Column]:
     Column('model', [Cell(str(m.get('name') or DASH)) for m in models]),
     Column(quality.title, beside(quality.name, write(quality), gap)),
     *(
-      Column(look.title, plain(look.name, write(look)), brief=look.percent)
+      Column(
+        look.title,
+        plain(look.name, write(look)),
+        brief=look.percent and look.higher,
+      )
       for look in others
     ),
     Column('parameters', beside('parameters', count, nonzero)),

@@ -162,8 +162,8 @@ def _labels() -> objectives.Objective:
 CLASSIFICATION = Task(
   reads='image',
   load=_load,
-  metrics=metrics.classification(with_teacher=False),
-  compared={'agreement': metrics.agreement(), 'kl': metrics.kl()},
+  metrics=metrics.classification(),
+  compared=metrics.classification_compared(),
   labels=_labels,
   statistics=_statistics,
   preprocess=_preprocess,
