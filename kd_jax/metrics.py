@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import losses
-from kd_jax.types import Batch, Forward, check_same_shape
+from kd_jax.types import ATTENTION_MASK, Batch, Forward, check_same_shape
 
 
 class Metric(NamedTuple):
@@ -35,19 +35,34 @@ class Metric(NamedTuple):
   higher: bool = True
 
 
+def _counts(prediction: jax.Array, batch: Batch, mask: jax.Array) -> jax.Array:
+  """Which predictions count: no example, and no token, that only pads."""
+  if mask.shape != prediction.shape[: mask.ndim]:
+    raise ValueError(
+      f'A metric needs one mask entry per example: mask has shape {mask.shape} '
+      f'but the predictions have shape {prediction.shape}.'
+    )
+  counts = jnp.expand_dims(mask > 0, range(mask.ndim, prediction.ndim))
+  tokens = batch.get(ATTENTION_MASK)
+  if tokens is not None and prediction.ndim > 1:
+    check_same_shape(
+      'a metric of tokens needs one mask entry per token',
+      attention_mask=tokens,
+      prediction=prediction,
+    )
+    counts &= tokens != 0
+  return jnp.broadcast_to(counts, prediction.shape)
+
+
 def _mean(
   value: Callable[[Forward, Forward, Batch], jax.Array], **looks: Any
 ) -> Metric:
   def update(student, teacher, batch, mask):
-    per_example = value(student, teacher, batch)
-    check_same_shape(
-      'a metric needs one mask entry per prediction',
-      mask=mask,
-      prediction=per_example,
-    )
+    values = value(student, teacher, batch)
+    counts = _counts(values, batch, mask)
     # where, not a product: padding may hold NaN.
-    total = jnp.sum(jnp.where(mask > 0, per_example, 0.0))
-    return {'sum': total, 'count': jnp.sum(mask > 0).astype(jnp.float32)}
+    total = jnp.sum(jnp.where(counts, values, 0.0))
+    return {'sum': total, 'count': jnp.sum(counts, dtype=jnp.float32)}
 
   def result(sums):
     return float(sums['sum'] / sums['count'])
@@ -112,11 +127,13 @@ def calibration_error(*, bins: int = 15) -> Metric:
 
   def update(student, teacher, batch, mask):
     probabilities = jax.nn.softmax(student.output.astype(jnp.float32))
+    confidence = jnp.max(probabilities, axis=-1)
+    counts = _counts(confidence, batch, mask).ravel()
     # where, not a product: padding may hold NaN.
-    confidence = jnp.where(mask > 0, jnp.max(probabilities, axis=-1), 0.0)
-    hits = _equal(jnp.argmax(student.output, -1), batch['label'])
+    confidence = jnp.where(counts, confidence.ravel(), 0.0)
+    hits = _equal(jnp.argmax(student.output, -1), batch['label']).ravel()
     index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1)
-    member = jax.nn.one_hot(index.astype(jnp.int32), bins) * (mask > 0)[:, None]
+    member = jax.nn.one_hot(index.astype(jnp.int32), bins) * counts[:, None]
     return {
       'confidence': jnp.sum(member * confidence[:, None], axis=0),
       'hits': jnp.sum(member * hits[:, None], axis=0),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from kd_jax import loops
-from kd_jax.objectives import Inputs, Objective
+from kd_jax.objectives import Inputs, Objective, mean
 from kd_jax.types import (
   CACHED,
   Batch,
@@ -102,12 +102,7 @@ def make_train_step(
     rng = jax.random.fold_in(rng, state.step)
     trainable = (state.params, state.objective.params)
     zeros = jax.tree.map(jnp.zeros_like, trainable)
-    if axis_name is not None:
-      # Replicated parameters would otherwise get gradients already summed
-      # over the axis, N times too large, under shard_map.
-      trainable, zeros = jax.lax.pcast(
-        (trainable, zeros), axis_name, to='varying'
-      )
+    trainable, zeros = _varying((trainable, zeros), axis_name)
 
     def gradients(carried, batch, rng, part):
       """Of one part of the batch: new states, loss and metrics, gradients."""
@@ -137,19 +132,17 @@ def make_train_step(
         loss, new_state, metrics = objective.apply(
           objective_params, objective_state, inputs
         )
-        return jnp.mean(loss), (student.model_state, new_state, metrics)
+        return mean(loss, inputs), (student.model_state, new_state, metrics)
 
-      (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-      if axis_name is not None:
-        loss, aux = _mean_over((loss, aux), axis_name)
-      return aux[:2], (loss, aux[2]), grads
+      found, grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+      loss, (*states, metrics) = _mean_over(found, axis_name)
+      return tuple(states), (loss, metrics), grads
 
     carried = (state.model_state, state.objective.state)
     carried, (loss, metrics), grads = loops.accumulate(
       gradients, carried, zeros, batch, rng, accumulate
     )
-    if axis_name is not None:
-      grads = _mean_over(grads, axis_name)
+    grads = _mean_over(grads, axis_name)
     model_state, objective_state = carried
 
     with jax.named_scope('optimizer'):
@@ -173,58 +166,6 @@ def make_train_step(
     return new_state, metrics | {'grad_norm': optax.tree.norm(grads[0])}
 
   return train_step
-
-
-def with_step(
-  params_fn: Callable[..., Params],
-) -> Callable[[Params, jax.Array], Params]:
-  """A map of parameters as a function of the parameters and the step.
-
-  Args:
-    params_fn: `params -> params` or `(params, step) -> params`.
-
-  Example:
-    >>> [int(fn(3, 2)) for fn in (with_step(lambda p: p), with_step(pow))]
-    [3, 9]
-  """
-  try:
-    arguments = list(inspect.signature(params_fn).parameters.values())
-  except ValueError:  # Some builtins have no signature.
-    arguments = []
-  needed = [
-    a for a in arguments if a.default is a.empty and a.kind in _POSITIONAL
-  ]
-  if len(needed) > 1:
-    return params_fn
-  return lambda params, step: params_fn(params)
-
-
-def _without_cached(batch: Batch) -> Batch:
-  """What an objective sees of a batch.
-
-  A term that runs the teacher again, on other images, must not get the outputs
-  that were stored for these.
-  """
-  return {k: v for k, v in batch.items() if not k.startswith(CACHED)}
-
-
-def _mean_over(tree: Any, axis_name: str) -> Any:
-  def mean(x):
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-      return x
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-      return jax.lax.pmean(x, axis_name)
-    # Counters and flags, equal on every device; a mean would make floats.
-    return jax.lax.pmax(x, axis_name)
-
-  return jax.tree.map(mean, tree)
-
-
-def _apply(tx: Any, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-  if not jax.tree.leaves(params):
-    return params, opt_state
-  updates, opt_state = tx.update(grads, opt_state, params)
-  return optax.apply_updates(params, updates), opt_state
 
 
 def init_state(
@@ -340,3 +281,70 @@ def make_eval_step(
     }
 
   return eval_step
+
+
+def with_step(
+  params_fn: Callable[..., Params],
+) -> Callable[[Params, jax.Array], Params]:
+  """A map of parameters as a function of the parameters and the step.
+
+  Args:
+    params_fn: `params -> params` or `(params, step) -> params`.
+
+  Example:
+    >>> [int(fn(3, 2)) for fn in (with_step(lambda p: p), with_step(pow))]
+    [3, 9]
+  """
+  try:
+    arguments = list(inspect.signature(params_fn).parameters.values())
+  except ValueError:  # Some builtins have no signature.
+    arguments = []
+  needed = [
+    a for a in arguments if a.default is a.empty and a.kind in _POSITIONAL
+  ]
+  if len(needed) > 1:
+    return params_fn
+  return lambda params, step: params_fn(params)
+
+
+def _without_cached(batch: Batch) -> Batch:
+  """What an objective sees of a batch.
+
+  A term that runs the teacher again, on other images, must not get the outputs
+  that were stored for these.
+  """
+  return {k: v for k, v in batch.items() if not k.startswith(CACHED)}
+
+
+def _varying(tree: Any, axis_name: str | None) -> Any:
+  """Replicated parameters as each device's own, where an axis is mapped.
+
+  Their gradients would otherwise come summed over the axis, N times too large,
+  under `shard_map`.
+  """
+  if axis_name is None:
+    return tree
+  return jax.lax.pcast(tree, axis_name, to='varying')
+
+
+def _mean_over(tree: Any, axis_name: str | None) -> Any:
+  """The mean over a mapped axis; the tree itself without one."""
+  if axis_name is None:
+    return tree
+
+  def mean(x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return x
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+      return jax.lax.pmean(x, axis_name)
+    # Counters and flags, equal on every device; a mean would make floats.
+    return jax.lax.pmax(x, axis_name)
+
+  return jax.tree.map(mean, tree)
+
+
+def _apply(tx: Any, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+  if not jax.tree.leaves(params):
+    return params, opt_state
+  updates, opt_state = tx.update(grads, opt_state, params)
+  return optax.apply_updates(params, updates), opt_state

@@ -20,6 +20,8 @@ Variables = Mapping[str, Any]
 HostBatch = Mapping[str, np.ndarray]
 # What a batch's entries with a teacher's stored outputs begin with.
 CACHED = 'teacher/'
+# `[B, L]` of a batch of tokens, where it has some that only pad: 0 for those.
+ATTENTION_MASK = 'attention_mask'
 
 
 class BatchStream(Iterator[HostBatch], Protocol):

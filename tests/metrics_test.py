@@ -163,5 +163,5 @@ def test_an_empty_data_set_is_named():
 def test_a_mask_of_another_shape_is_refused():
   tokens = Forward(jnp.zeros((4, 4, 3)))
   batch = {'label': jnp.zeros((4, 4), jnp.int32)}
-  with pytest.raises(ValueError, match='one mask entry per prediction'):
-    metrics.accuracy().update(tokens, None, batch, jnp.ones(4))
+  with pytest.raises(ValueError, match='one mask entry per example'):
+    metrics.accuracy().update(tokens, None, batch, jnp.ones(3))

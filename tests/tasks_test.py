@@ -3,7 +3,6 @@
 import functools
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -57,17 +56,6 @@ class Counter(nn.Module):
     return nn.Dense(self.num_classes, name='head')(x)
 
 
-def token_accuracy():
-  def update(student, teacher, batch, mask):
-    hits = jnp.argmax(student.output, -1) == batch['label']
-    hits = jnp.where(mask[:, None] > 0, hits, False).astype(jnp.float32)
-    return {'hits': jnp.sum(hits), 'tokens': jnp.sum(mask) * hits.shape[1]}
-
-  return metrics.Metric(
-    update, lambda s: float(s['hits'] / s['tokens']), 'token accuracy', True
-  )
-
-
 def labels():
   return objectives.weighted_sum({'ce': (1.0, objectives.hard_labels())})
 
@@ -75,7 +63,9 @@ def labels():
 TASK = tasks.Task(
   reads='tokens',
   load=count,
-  metrics={'token_accuracy': token_accuracy()},
+  metrics={
+    'token_accuracy': metrics.accuracy()._replace(title='token accuracy')
+  },
   labels=labels,
 )
 

@@ -9,6 +9,7 @@ Terms by the words of a configuration are in `kd_jax.terms`.
 from kd_jax.objectives.base import Inputs as Inputs
 from kd_jax.objectives.base import Objective as Objective
 from kd_jax.objectives.base import TapNames as TapNames
+from kd_jax.objectives.base import mean as mean
 from kd_jax.objectives.base import term as term
 from kd_jax.objectives.base import value_at as value_at
 from kd_jax.objectives.base import weighted_sum as weighted_sum

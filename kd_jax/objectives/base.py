@@ -15,12 +15,14 @@ import jax.numpy as jnp
 
 from kd_jax import rules
 from kd_jax.types import (
+  ATTENTION_MASK,
   Batch,
   Forward,
   Metrics,
   StudentFn,
   TeacherFn,
   Variables,
+  check_same_shape,
 )
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -128,6 +130,45 @@ def term(
   return Objective(lambda inputs: ({}, {}), apply, taps)
 
 
+def mean(values: Any, inputs: Inputs) -> jax.Array:
+  """The mean of a loss or of hits, without the tokens that only pad.
+
+  Args:
+    values: a scalar, `[B]` of examples, or `[B, L]` of tokens. Those of tokens
+      where `batch['attention_mask']` `[B, L]` is 0 do not count, and each other
+      token of the global batch counts the same.
+    inputs: those of the step.
+
+  Returns:
+    A float32 scalar. On a part of the batch it is this part's share: the mean
+    over devices is that of the global batch. 0 where all tokens pad.
+
+  Raises:
+    ValueError: if values of tokens are not one for each of the mask.
+  """
+  values = jnp.asarray(values, jnp.float32)
+  mask = inputs.batch.get(ATTENTION_MASK)
+  if mask is None or values.ndim < 2:
+    return jnp.mean(values)
+  check_same_shape(
+    'a mean over tokens needs one mask entry per token',
+    values=values,
+    attention_mask=mask,
+  )
+  valid = mask != 0
+  share = over_devices(jnp.mean(valid, dtype=jnp.float32), inputs)
+  # where, not a product: what pads may be NaN.
+  kept = jnp.mean(jnp.where(valid, values, 0.0))
+  return kept / jnp.where(share > 0, share, 1.0)
+
+
+def over_devices(value: jax.Array, inputs: Inputs) -> jax.Array:
+  """The mean over the mapped axis, if there is one."""
+  if inputs.axis_name is None:
+    return value
+  return jax.lax.pmean(value, inputs.axis_name)
+
+
 def value_at(scalar: Scalar, step: jax.Array) -> jax.Array | float:
   """The value of a constant or of a schedule at a step."""
   return scalar(step) if callable(scalar) else scalar
@@ -183,7 +224,7 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
       loss, new_state[name], extra = objective.apply(
         params[name], state[name], keyed(inputs, i)
       )
-      loss = jnp.mean(loss)
+      loss = mean(loss, inputs)
       total += value_at(weight, inputs.step) * loss
       metrics |= extra | {f'loss/{name}': loss}
     return total, new_state, metrics | {'loss/total': total}

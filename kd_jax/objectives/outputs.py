@@ -100,7 +100,7 @@ def hard_labels(
       share = inputs.batch['mix_weight']
       loss = share * loss + (1 - share) * other
     hits = jnp.argmax(logits, axis=-1) == label
-    return loss, {'accuracy': jnp.mean(hits.astype(jnp.float32))}
+    return loss, {'accuracy': base.mean(hits, inputs)}
 
   return base.term(loss_fn, taps=base.read_taps(student, ()))
 

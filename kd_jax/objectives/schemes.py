@@ -134,7 +134,7 @@ def _mean_over(
         params[name], state[name], keyed(inputs, i, name)
       )
       weight = base.value_at(weights[name], inputs.step)
-      total += weight * jnp.mean(loss)
+      total += weight * base.mean(loss, inputs)
       share += weight
       metrics |= {f'{key}/{name}': value for key, value in extra.items()}
     return total / share, new, metrics

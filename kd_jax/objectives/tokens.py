@@ -17,8 +17,7 @@ from kd_jax.losses import numerics
 from kd_jax.objectives import base, connectors
 from kd_jax.objectives.base import Inputs, Objective
 from kd_jax.objectives.features import Names, over_pairs
-
-MASK = 'attention_mask'
+from kd_jax.types import ATTENTION_MASK
 
 
 def on_tokens(
@@ -51,7 +50,7 @@ def on_tokens(
   connect = connectors.make_connector('linear' if project else 'identity')
 
   def compare(params, inputs, s, t, i):
-    mask = inputs.batch.get(MASK)
+    mask = inputs.batch.get(ATTENTION_MASK)
     count = _mean_count(mask, s, inputs, power)
     at = base.values_at(options, inputs.step)
     return loss(connect.apply(params, s), t, mask, mean_count=count, **at)
@@ -65,10 +64,8 @@ def _mean_count(
   """Valid tokens of an example, to a power, averaged over the global batch."""
   if mask is None:
     return jnp.float32(x.shape[-2] ** power)
-  count = jnp.mean(jnp.sum(numerics.float32(mask != 0), axis=-1) ** power)
-  if inputs.axis_name is not None:
-    count = jax.lax.pmean(count, inputs.axis_name)
-  return count
+  counts = jnp.sum(numerics.float32(mask != 0), axis=-1)
+  return base.over_devices(jnp.mean(counts**power), inputs)
 
 
 def patient(*, student: Names, teacher: Names, position: int = 0) -> Objective:
