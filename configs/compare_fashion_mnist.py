@@ -9,7 +9,7 @@ it TFDS downloads (`kd_jax[tfds]`). Weights are chosen as in
 `compare_digits.py`, which also says what is missing; FSP is here, as both
 networks are equally wide.
 
-Cost: 42 methods, most of them trained seven times, 30 epochs of 54,000 images
+Cost: all methods, most of them trained seven times, 30 epochs of 54,000 images
 each: for an accelerator. No table was made yet. For an afternoon on a CPU take
 fewer of everything: `--config.methods="('alone', 'kd', 'at')"
 --config.seeds=3 --config.data.train_examples=2000`.

@@ -1,9 +1,7 @@
 """kd_jax: distil, prune and quantize JAX models in one compiled train step.
 
 The names here are what research code needs to train with its own models;
-everything else is in the submodules: `adapters`, `networks`, `models`,
-`losses`, `objectives`, `terms`, `methods`, `quantize`, `prune`, `optim`,
-`metrics`, `data`, `sharding`, `export`.
+everything else is in the submodules, which the README's table of rooms lists.
 """
 
 from kd_jax.adapters import from_apply as from_apply
