@@ -196,11 +196,17 @@ def init_state(
     A `TrainState` at step 0.
 
   Raises:
-    ValueError: if only one of `teacher_fn` and `teacher` is given, or the
-      objective has parameters and there is no `objective_tx`.
+    ValueError: if only one of `teacher_fn` and `teacher` is given, variables
+      have no 'params', or the objective has parameters and there is no
+      `objective_tx`.
   """
   if (teacher_fn is None) != (teacher is None):
     raise ValueError('teacher_fn and teacher variables come together.')
+  if 'params' not in variables:
+    raise ValueError(
+      "Variables are {'params': ..., **collections}, and there is no 'params' "
+      f'among {", ".join(map(repr, variables))}.'
+    )
   variables = jax.tree.map(jnp.array, dict(variables))
   params = variables['params']
   model_state = {k: v for k, v in variables.items() if k != 'params'}

@@ -527,6 +527,13 @@ def test_teacher_function_and_variables_come_together():
       step.init_state(*args, **options)
 
 
+def test_parameters_alone_are_no_variables():
+  student_fn, variables = _linen()
+  args = (_distillation(), optax.sgd(0.1), variables['params'], _batch())
+  with pytest.raises(ValueError, match="there is no 'params' among 'dense1'"):
+    step.init_state(student_fn, *args)
+
+
 def test_an_objective_that_needs_a_teacher_says_so():
   train_step, state = _setup(_linen(), _distillation(), optax.sgd(0.1))
   with pytest.raises(ValueError, match='soft_targets needs a teacher'):
