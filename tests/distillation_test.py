@@ -196,12 +196,16 @@ def test_cast_params_leaves_statistics_and_integers():
 # --- through a run
 
 
-def _config():
-  path = ROOT / 'configs' / 'digits.py'
-  spec = importlib.util.spec_from_file_location('digits', path)
+def _tiny(name):
+  path = ROOT / 'configs' / f'{name}.py'
+  spec = importlib.util.spec_from_file_location(name, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  config = module.get_config('tiny')
+  return module.get_config('tiny')
+
+
+def _config():
+  config = _tiny('digits')
   config.data.max_examples = 64
   config.eval_batch_size = 32
   for part in (config.teacher, config.alone, config.distill, config.compress):
@@ -322,6 +326,31 @@ def test_a_cohort_is_trained_in_one_step_and_the_first_is_kept(
   assert rows[0]['loss/mutual'] > 0
   assert {f'accuracy/student{i}' for i in range(3)} <= set(rows[0])
   assert all(_changed(run).values())
+
+
+@pytest.mark.parametrize('other', [{'reuse_head': True}, {'ema': 0.9}])
+def test_a_cohort_with_another_scheme_is_refused_before_any_training(
+  tmp_path, data_dir, other
+):
+  def change(config):
+    config.distill.scheme.update({'cohort': 2, **other})
+
+  (name,) = other
+  with pytest.raises(ValueError, match=f'scheme.{name} .*cohort=1, not 2'):
+    _run(tmp_path, data_dir, change, then=('teacher',))
+  assert not list(tmp_path.rglob('weights.safetensors'))
+
+
+@pytest.mark.parametrize('method', ['simkd', 'mean_teacher'])
+def test_methods_that_need_one_student_are_not_compared_in_a_cohort(
+  tmp_path, data_dir, method
+):
+  config = _tiny('compare_digits')
+  config.data.data_dir = str(data_dir)
+  config.distill.scheme.cohort = 2
+  config.methods = (method,)
+  with pytest.raises(ValueError, match='cohort=1, not 2'):
+    compare.compare(config, tmp_path)
 
 
 @pytest.mark.once

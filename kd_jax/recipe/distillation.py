@@ -189,6 +189,27 @@ def _fit_link(
   return fit.fit(run, where, c, objective, student, teacher=teacher, key=key)
 
 
+def check_scheme(scheme: ml_collections.ConfigDict) -> None:
+  """Refuses schemes that do not go together.
+
+  Args:
+    scheme: `config.distill.scheme`.
+
+  Raises:
+    ValueError: for a cohort with `reuse_head` or with `ema`.
+  """
+  if scheme.cohort > 1 and scheme.reuse_head:
+    raise ValueError(
+      'distill.scheme.reuse_head gives one student the head of the teacher: '
+      f'it needs distill.scheme.cohort=1, not {scheme.cohort}.'
+    )
+  if scheme.cohort > 1 and scheme.ema:
+    raise ValueError(
+      'distill.scheme.ema teaches one student by its own average: it needs '
+      f'distill.scheme.cohort=1, not {scheme.cohort}.'
+    )
+
+
 def link(
   run: Run, model: Any, teacher: Network, key: str
 ) -> tuple[Objective, Student, Network | None]:
@@ -199,8 +220,12 @@ def link(
     model: the linen module of the link.
     teacher: the link before.
     key: names the random key of its weights.
+
+  Raises:
+    ValueError: as `check_scheme`, or for `ema` with a cache.
   """
   c = run.config.distill
+  check_scheme(c.scheme)
   examples = fit.examples_for(run, None if c.scheme.ema else teacher)
   objective = functools.partial(
     make_objective,

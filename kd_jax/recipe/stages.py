@@ -208,7 +208,8 @@ def run_stages(
 
   Raises:
     ValueError: for an unknown stage, one whose predecessors are missing or
-      damaged, other data than before, or if another process runs here.
+      damaged, schemes that do not go together, other data than before, or if
+      another process runs here.
     Preempted: after SIGTERM or SIGINT, see `preemption`.
   """
   order = list(STAGES)
@@ -220,6 +221,7 @@ def run_stages(
       for name in order[order.index(chosen[0]) :]:
         run.workdir.clear(name)
     if not all(map(run.workdir.finished, chosen)):
+      distillation.check_scheme(run.config.distill.scheme)
       origin.record(run, say=say)
     for name in chosen:
       preemption.poll()
