@@ -41,8 +41,8 @@ def open_run(
   Args:
     config: of `configs/compress.py`.
     path: the trained model: a work directory of `kd-jax run`, also 'gs://...',
-      whose data and student replace those of the configuration, or a local
-      safetensors file.
+      whose data, student and teacher's model replace those of the
+      configuration, or a local safetensors file.
     stage: whose student of a work directory: 'distill' or 'alone'.
     workdir: where everything is written.
 
@@ -66,6 +66,9 @@ def open_run(
         config[key] = value
       reused = stored.config['distill']['scheme']['reuse_head']
       config.distill.scheme.reuse_head = reused and stage == 'distill'
+      # A head that was reused is as wide as the teacher that it came from.
+      teacher = stored.config['teacher']['model']
+      config.teacher.model = ml_collections.ConfigDict(teacher)
   elif not local or not place.is_file():
     raise ValueError(
       f'--model={path} is neither a work directory of kd-jax run nor a '
