@@ -101,9 +101,8 @@ def _output(
     weighted = [w * z for w, z in zip(shares, logits, strict=True)]
     return sum(weighted[1:], start=weighted[0])
   log_p = [jax.nn.log_softmax(z / temperature) for z in logits]
-  mixed = jax.nn.logsumexp(
-    jnp.stack(log_p), axis=0, b=jnp.reshape(jnp.array(shares), (-1, 1, 1))
-  )
+  each = jnp.array(shares).reshape(-1, *(1 for _ in logits[0].shape))
+  mixed = jax.nn.logsumexp(jnp.stack(log_p), axis=0, b=each)
   return temperature * mixed
 
 

@@ -151,9 +151,7 @@ def test_a_safetensors_file_is_the_model_that_the_recipe_names(
   assert run.config.student.model.widths == (8, 6)
 
 
-def test_a_student_with_the_head_of_its_teacher_is_searched(
-  data_dir, tmp_path
-):
+def test_a_student_with_the_head_of_its_teacher_is_searched(data_dir, tmp_path):
   config = config_of(data_dir, MODEL['widths'])
   config.teacher.model = {'name': 'cnn', 'widths': (4, 7)}
   config.distill.scheme.reuse_head = True

@@ -55,19 +55,22 @@ VARIABLES = networks.combine_variables(
 
 
 @pytest.mark.parametrize('shares', [None, {'a': 3.0, 'b': 1.0}])
-def test_an_ensemble_averages_logits_or_probabilities(shares):
-  a, b = X, 6 * X
+# Of tokens, and as many sequences as networks, which must not be taken for one.
+@pytest.mark.parametrize('shape', [(2, 3), (2, 1, 3), (1, 2, 3), (1, 1, 2, 3)])
+def test_an_ensemble_averages_logits_or_probabilities(shares, shape):
+  x = X.reshape(shape)
+  a, b = x, 6 * x
   w = 0.5 if shares is None else 0.75
   make = functools.partial(networks.combine, NETWORKS, weights=shares)
-  out = make(space='logits')(VARIABLES, {'image': X})
+  out = make(space='logits')(VARIABLES, {'image': x})
   np.testing.assert_allclose(out.output, w * a + (1 - w) * b, rtol=1e-6)
   for temperature in (1.0, 4.0):
     mixed = make(space='probabilities', temperature=temperature)
-    got = jax.nn.softmax(mixed(VARIABLES, {'image': X}).output / temperature)
+    got = jax.nn.softmax(mixed(VARIABLES, {'image': x}).output / temperature)
     want = w * jax.nn.softmax(a / temperature)
     want += (1 - w) * jax.nn.softmax(b / temperature)
     np.testing.assert_allclose(got, want, rtol=1e-5)
-  first = make(space='first')(VARIABLES, {'image': X})
+  first = make(space='first')(VARIABLES, {'image': x})
   np.testing.assert_array_equal(first.output, a)
   assert set(out.features) == {'a/output', 'a/tap', 'b/output', 'b/tap'}
   assert jax.device_get(out.model_state) == {'seen': {'a': 1, 'b': 6}}
