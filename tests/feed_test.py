@@ -152,6 +152,19 @@ def test_groups_of_steps_train_as_single_steps_and_resume_to_the_bit(tmp_path):
   assert resumed.history == together.history
 
 
+@pytest.mark.parametrize('parts', [1, 2])
+def test_examples_are_those_of_the_global_batch(parts):
+  """However many processes read the same part of it."""
+  batches = data.train_batches(
+    _images(), batch_size=8, seed=0, process_index=0, process_count=parts
+  )
+
+  def put(batch):
+    return {k: np.concatenate([v] * parts) for k, v in batch.items()}
+
+  assert feed.Feed(batches, put, iter([1])).take().examples == 8
+
+
 def test_a_step_that_is_compiled_again_is_said(tmp_path, capsys):
   """Once a batch of another dtype arrives."""
   mesh = sharding.make_mesh(jax.devices()[:1])
