@@ -18,7 +18,7 @@ _CHUNK = 1024
 
 
 class Examples(Protocol):
-  """What `pipeline` makes batches of: `Images`, or `ResidentImages`.
+  """What `pipeline` makes batches of: a `Split`, or `Resident` rows of one.
 
   Attributes:
     prefetch: how many batches to read ahead of the one in use.
