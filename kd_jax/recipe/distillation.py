@@ -271,9 +271,7 @@ def _cohort(
     members = {
       name: adapters.from_linen(
         model,
-        taps=[
-          t.removeprefix(f'{name}/') for t in taps if t.startswith(f'{name}/')
-        ],
+        taps=networks.taps_of(taps, name),
         axis_name=axis_name,
         **options,
       )
