@@ -134,12 +134,10 @@ def make_objective(
       cache does not hold.
   """
   train = run.splits['train']
-  own = train.label if isinstance(train, data.ImageData) else None
   labels = None
   # Ids of other examples are not those of the labels.
-  if own is not None and run.transfer is train:
-    labels = np.full(int(train.id.max()) + 1, -1, np.int32)
-    labels[train.id] = own
+  if isinstance(train, data.InMemory) and run.transfer is train:
+    labels = _classes(train)
   c = run.config.teacher
   facts = terms_lib.Facts(
     student=student,
@@ -154,6 +152,16 @@ def make_objective(
     # The ensemble is one teacher, of which only the output is common.
     facts = facts._replace(teacher=None)
   return terms_lib.make_objective(terms.to_dict(), facts)
+
+
+def _classes(examples: data.InMemory) -> np.ndarray | None:
+  """The class of each example by its id, where each has one."""
+  own = examples.arrays.get('label')
+  if own is None or own.ndim != 1:
+    return None
+  labels = np.full(int(examples.id.max()) + 1, -1, np.int32)
+  labels[examples.id] = own
+  return labels
 
 
 def distill(run: Run, where: str = 'distill') -> Result:
