@@ -9,7 +9,6 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -20,6 +19,7 @@ from kd_jax.export import exporters
 from kd_jax.prune import layer_costs, sparsity_report
 from kd_jax.quantize import dequantize_params
 from kd_jax.recipe import evaluation, origin
+from kd_jax.recipe.evaluation import Apply
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
 from kd_jax.report import measure
@@ -34,21 +34,6 @@ TRAINED = {
   'compress': 'pruned + int8 fake-quant',
 }
 BATCHES = (1, 32)
-# (raw batch) -> output
-Apply = Callable[[Mapping[str, Any]], Any]
-
-
-def exported(run: Run, directory: Path) -> dict[str, Apply]:
-  """The exports in a directory, by name."""
-  return {
-    name: _of_batch(predict, run.task.reads)
-    for name, predict in exporters.load(directory).items()
-  }
-
-
-def _of_batch(predict: Callable[[np.ndarray], Any], reads: str) -> Apply:
-  # Exports are for one device, whatever the batch lies on.
-  return lambda batch: predict(np.asarray(batch[reads]))
 
 
 def networks(run: Run) -> dict[str, Network]:
@@ -70,7 +55,7 @@ def applies(run: Run) -> dict[str, Apply]:
   }
   if run.workdir.done('export'):
     run.workdir.verify('export')
-    found |= exported(run, run.workdir.stage('export'))
+    found |= exporters.load(run.workdir.stage('export'))
   return found
 
 
@@ -158,10 +143,7 @@ def _latency(
   run: Run, found: Mapping[str, Apply]
 ) -> dict[str, dict[str, dict[str, float]]]:
   return {
-    str(size): measure.latencies(
-      {name: evaluation.of_raw(run, apply) for name, apply in found.items()},
-      evaluation.raw(run, 'test', size),
-    )
+    str(size): measure.latencies(found, evaluation.raw(run, 'test', size))
     for size in BATCHES
   }
 

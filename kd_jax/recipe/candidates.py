@@ -322,8 +322,7 @@ def _latencies(
   }
   applies['dense'] = evaluation.apply(run, dense)
   return measure.latencies(
-    {name: evaluation.of_raw(run, apply) for name, apply in applies.items()},
-    evaluation.raw(run, 'train', run.config.search.latency_batch),
+    applies, evaluation.raw(run, 'train', run.config.search.latency_batch)
   )
 
 

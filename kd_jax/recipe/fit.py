@@ -301,8 +301,7 @@ def _evaluator(
   if 'validation' not in run.splits:
     return lambda state: {}
   forward = (student.served_make or student.make)()
-  reads = run.task.reads
-  fn = jax.jit(deploy.from_raw(forward, run.preprocess, reads=reads))
+  fn = jax.jit(deploy.from_raw(forward, run.preprocess, reads=run.task.reads))
   params_at = jax.jit(with_step(student.params_fn))
   mesh = run.own_mesh if run.config.compiler == 'pmap' else run.mesh
 
@@ -310,7 +309,7 @@ def _evaluator(
     variables = dict(student.served(_averaged(state)))
     variables['params'] = params_at(variables['params'], state.step)
     numbers = evaluation.evaluate(
-      run, lambda b: fn(variables, b[reads]), 'validation', mesh=mesh
+      run, functools.partial(fn, variables), 'validation', mesh=mesh
     )
     masks = prune.masks_of(state.opt_state)
     if masks:

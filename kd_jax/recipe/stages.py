@@ -141,7 +141,7 @@ def export_files(
 def _parities(run: Run, directory: Path) -> list[dict[str, Any]]:
   """Each form of the integer student against the form it came from."""
   integer = evaluation.apply(run, run.integer())
-  pairs: list[tuple[str, assess.Apply, str, assess.Apply]] = [
+  pairs: list[tuple[str, evaluation.Apply, str, evaluation.Apply]] = [
     (
       'integer (JAX)',
       integer,
@@ -149,7 +149,7 @@ def _parities(run: Run, directory: Path) -> list[dict[str, Any]]:
       evaluation.apply(run, run.compressed()),
     )
   ]
-  for name, apply in assess.exported(run, directory).items():
+  for name, apply in exporters.load(directory).items():
     pairs.append((name, apply, 'integer (JAX)', integer))
   found = []
   for name, apply, against, reference in pairs:
@@ -158,6 +158,7 @@ def _parities(run: Run, directory: Path) -> list[dict[str, Any]]:
       reference,
       evaluation.batches(run, 'test'),
       agree=run.task.agree,
+      reads=run.task.reads,
     )
     if against == 'integer (JAX)':
       parity.require(
