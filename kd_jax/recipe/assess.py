@@ -48,10 +48,15 @@ def networks(run: Run) -> dict[str, Network]:
   return {s: f() for s, f in make.items() if run.workdir.done(s)}
 
 
-def applies(run: Run) -> dict[str, Apply]:
-  """Everything that the run made, by name."""
+def applies(run: Run, made: Mapping[str, Network]) -> dict[str, Apply]:
+  """Everything that the run made, by name.
+
+  Args:
+    run: the run.
+    made: of `networks`; the exports are read.
+  """
   found: dict[str, Apply] = {
-    n.name: evaluation.apply(run, n) for n in networks(run).values()
+    n.name: evaluation.apply(run, n) for n in made.values()
   }
   if run.workdir.done('export'):
     run.workdir.verify('export')
@@ -75,8 +80,8 @@ def scores(
 
 def assemble(run: Run) -> dict[str, Any]:
   """The report of a run as JSON values; see `report.write_report`."""
-  rows = _models(run)
-  splits = run.splits
+  made, simulated = networks(run), run.integer(simulate=True)
+  rows, splits = _models(run, made, simulated), run.splits
   return {
     'format': 1,
     'kd_jax': metadata.version('kd_jax'),
@@ -99,30 +104,36 @@ def assemble(run: Run) -> dict[str, Any]:
     'dropped': dropped(run),
     'resumed': origin.resumed(run),
     'sparsity': _sparsity(run),
-    'layers': _layers(run),
+    'layers': layers(run.example, made['distill'], simulated),
     'integers': _integers(run),
     'parity': _parity(run),
     'aims': aims(run, rows),
   }
 
 
-def _models(run: Run) -> list[dict[str, Any]]:
-  found = applies(run)
+def _models(
+  run: Run, made: Mapping[str, Network], simulated: Network
+) -> list[dict[str, Any]]:
+  found = applies(run, made)
   numbers = scores(run, found, 'test')
-  jax_networks = {n.name: (s, n) for s, n in networks(run).items()}
+  stages = {network.name: stage for stage, network in made.items()}
+  # Windows of integers may be summed without a product to be counted.
+  counted = {**made, 'convert': simulated}
+  macs = {
+    stage: evaluation.multiply_accumulates(run, network)
+    for stage, network in counted.items()
+  }
   exports = run.workdir.result('export')['exports']
   notes = {n: about['note'] for n, about in exports.items()}
   notes[TRAINED['compress']] = 'simulates int8 in float32: slower by design'
   latency = _latency(run, found)
   rows = []
   for name, apply_numbers in numbers.items():
+    stage = stages.get(name)
     # An export has the operations and the weights of the integer network.
-    stage, network = jax_networks.get(name, (None, run.integer()))
-    parameters, nonzero = weights.count(network.variables)
+    same = stage or 'convert'
+    parameters, nonzero = weights.count(made[same].variables)
     path = None if stage is None else run.workdir.weights(stage)
-    # Windows of integers may be summed without a product to be counted.
-    integer = stage in (None, 'convert')
-    counted = run.integer(simulate=True) if integer else network
     rows.append(
       {
         'name': name,
@@ -130,7 +141,7 @@ def _models(run: Run) -> list[dict[str, Any]]:
         'parameters': parameters,
         'nonzero_parameters': nonzero,
         'bytes': path.stat().st_size if path else exports[name]['bytes'],
-        'flops': 2 * evaluation.multiply_accumulates(run, counted),
+        'flops': 2 * macs[same],
         'latency': {size: latency[size][name] for size in latency},
         'train_seconds': _train_seconds(run, stage),
         'note': notes.get(name, ''),
@@ -245,11 +256,6 @@ def layers(
         if found := row(path):
           found[kind][i] += leaf.size if kind == 'parameters' else leaf.nbytes
   return [{'layer': path, **row} for path, row in rows.items()]
-
-
-def _layers(run: Run) -> list[dict[str, Any]]:
-  integer = run.integer(simulate=True)
-  return layers(run.example, run.student('distill'), integer)
 
 
 def _integers(run: Run) -> list[dict[str, Any]]:

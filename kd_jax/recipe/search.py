@@ -5,7 +5,6 @@ of the few that are worth it, and the artefact. A candidate learns from the
 network that it was made from, so no teacher is needed.
 """
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,18 +228,19 @@ def _publish(
     'activations': [list(rule) for rule in quantized.activations],
   }
   write_json(directory / 'compressed.json', about)
-  made = functools.partial(candidates_lib.network, candidate, converted)
-  export_files(run, made, directory)
+  made = candidates_lib.network(candidate, converted)
+  simulated = candidates_lib.network(candidate, converted, simulate=True)
+  export_files(run, made, simulated, directory)
   run.workdir.send('artefact')
   test = {
     'name': candidate.name,
     'dense': evaluation.quality(run, dense, 'test'),
-    'quality': evaluation.quality(run, made(), 'test'),
+    'quality': evaluation.quality(run, made, 'test'),
     'examples': len(run.splits['test']),
   }
   return {
     'test': test,
-    'layers': assess.layers(run.example, dense, made(simulate=True)),
+    'layers': assess.layers(run.example, dense, simulated),
     'integers': candidate.compression.parity(
       converted, candidates_lib.calibration(run)[0]
     ),

@@ -100,32 +100,33 @@ def convert(run: Run) -> Result:
 
 def export(run: Run) -> Result:
   """Writes the integer student for servers, and compares each file with it."""
-  directory = run.workdir.stage('export')
-  written = export_files(run, run.integer, directory)
+  directory, integer = run.workdir.stage('export'), run.integer()
+  simulated = run.integer(simulate=True)
   return {
-    'exports': written,
-    'parity': _parities(run, directory),
+    'exports': export_files(run, integer, simulated, directory),
+    'parity': _parities(run, integer, directory),
     'note': exporters.left_out(),
   }
 
 
 def export_files(
-  run: Run, make: Callable[..., Network], directory: Path
+  run: Run, integer: Network, simulated: Network, directory: Path
 ) -> dict[str, Any]:
   """Writes an integer network in the formats of `exporters`.
 
   Args:
     run: whose input it is for.
-    make: `(simulate=False) -> network`.
+    integer: the network.
+    simulated: the same with products in float, `simulate=True`.
     directory: where to.
 
   Returns:
     What `exporters.write` says of each.
   """
-  test, integer = run.splits['test'], make()
+  test = run.splits['test']
   model = exporters.Model(
     integer=evaluation.from_raw(run, integer),
-    simulated=evaluation.from_raw(run, make(simulate=True)),
+    simulated=evaluation.from_raw(run, simulated),
     variables=integer.variables,
     input=jax.ShapeDtypeStruct((1, *test.input.shape), test.input.dtype),
     golden=evaluation.raw(run, 'test', min(8, len(test))),
@@ -138,15 +139,17 @@ def export_files(
   return exporters.write(model, directory)
 
 
-def _parities(run: Run, directory: Path) -> list[dict[str, Any]]:
+def _parities(
+  run: Run, network: Network, directory: Path
+) -> list[dict[str, Any]]:
   """Each form of the integer student against the form it came from."""
-  integer = evaluation.apply(run, run.integer())
+  integer, compressed = evaluation.apply(run, network), run.compressed()
   pairs: list[tuple[str, evaluation.Apply, str, evaluation.Apply]] = [
     (
       'integer (JAX)',
       integer,
-      run.compressed().name,
-      evaluation.apply(run, run.compressed()),
+      compressed.name,
+      evaluation.apply(run, compressed),
     )
   ]
   for name, apply in exporters.load(directory).items():
