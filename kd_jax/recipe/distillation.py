@@ -21,6 +21,7 @@ from kd_jax.recipe import cached_teacher, fit
 from kd_jax.recipe.fit import Result, Student
 from kd_jax.recipe.network import TEACHER, Network
 from kd_jax.recipe.run import Run
+from kd_jax.recipe.words import Training
 from kd_jax.sharding import hosts
 from kd_jax.storage import lock
 from kd_jax.storage.weights import load_weights, save_weights
@@ -240,7 +241,7 @@ def link(
     run,
     c.terms,
     student=model.taps,
-    steps=fit.total_steps(c.train, examples),
+    steps=Training.of(c.train, examples).steps,
   )
   variables = adapters.init_linen(model, run.rng(key), run.example)
   make = functools.partial(adapters.from_linen, model)
@@ -311,7 +312,7 @@ def compress_objective(run: Run, teacher: Network) -> Objective:
     c.terms,
     student=run.model('student').taps,
     teacher=teacher.taps,
-    steps=fit.total_steps(c.train, run.transfer),
+    steps=Training.of(c.train, run.transfer).steps,
     kept=_kept(teacher),
   )
 

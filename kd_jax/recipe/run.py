@@ -27,6 +27,7 @@ from kd_jax import (
 )
 from kd_jax.recipe.compression import Compression
 from kd_jax.recipe.network import TEACHER, Network, ensemble
+from kd_jax.recipe.words import Training, Uncompressed
 from kd_jax.report.looks import Look, looks_of
 from kd_jax.sharding import layout
 from kd_jax.storage.weights import load_weights
@@ -194,16 +195,12 @@ class Run:
     c = self.config.compress
     train = self.splits['train']
     raw = train.read(np.arange(min(c.train.batch_size, len(train))))
-    epoch_steps = data.batches_per_epoch(self.transfer, c.train.batch_size)
-    return Compression(
-      c,
+    network = Uncompressed(
       self.model('student'),
       self.student('distill').variables,
       self.preprocess(raw, train=False),
-      steps=c.train.epochs * epoch_steps,
-      epoch_steps=epoch_steps,
-      accumulate=c.train.accumulate,
     )
+    return Compression(c, network, Training.of(c.train, self.transfer))
 
   def network(
     self, name: str, model: adapters.LinenModule, variables: Variables
