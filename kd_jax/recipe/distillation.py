@@ -7,7 +7,7 @@ is `fit`.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -25,7 +25,7 @@ from kd_jax.recipe.words import Training
 from kd_jax.sharding import hosts
 from kd_jax.storage import lock
 from kd_jax.storage.weights import load_weights, save_weights
-from kd_jax.types import Batch, Forward, StudentFn
+from kd_jax.types import Batch, Forward
 
 
 def fit_teachers(run: Run) -> Result:
@@ -65,20 +65,8 @@ def future_teacher(run: Run, where: str, model: Any) -> Student:
   """
   example = example_for_teacher(run)
   variables = adapters.init_linen(model, run.rng(where), example)
-  return Student(functools.partial(_teacher_forward, run, model), variables)
-
-
-def _teacher_forward(
-  run: Run,
-  model: adapters.LinenModule,
-  taps: Sequence[str] = (),
-  axis_name: str | None = None,
-  **options: Any,
-) -> StudentFn:
-  forward = adapters.from_linen(
-    model, taps=taps, axis_name=axis_name, **options
-  )
-  return run.teacher_input(forward)
+  make = functools.partial(adapters.from_linen, model)
+  return Student(run.behind_teacher_input(make), variables)
 
 
 def example_for_teacher(run: Run) -> Batch:

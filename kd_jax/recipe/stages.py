@@ -33,11 +33,6 @@ from kd_jax.storage import lock
 from kd_jax.storage.weights import load_weights, save_weights
 
 
-def train_teacher(run: Run) -> Result:
-  """Trains the teacher, or the teachers, on the labels."""
-  return distillation.fit_teachers(run)
-
-
 def train_alone(run: Run) -> Result:
   """Trains the student on the labels, without the teacher."""
   c, student = run.config.alone.train, untaught(run)
@@ -49,11 +44,6 @@ def untaught(run: Run) -> Student:
   model = run.model('alone')
   variables = adapters.init_linen(model, run.rng('alone'), run.example)
   return Student(functools.partial(adapters.from_linen, model), variables)
-
-
-def distill(run: Run) -> Result:
-  """Trains the same student, from the same start, on the teacher too."""
-  return distillation.distill(run)
 
 
 def compress(run: Run) -> Result:
@@ -182,9 +172,9 @@ def report(run: Run) -> Result:
 
 
 STAGES: dict[str, Callable[[Run], Result]] = {
-  'teacher': train_teacher,
+  'teacher': distillation.fit_teachers,
   'alone': train_alone,
-  'distill': distill,
+  'distill': distillation.distill,
   'compress': compress,
   'convert': convert,
   'export': export,
