@@ -110,7 +110,8 @@ def evaluate(values: Any) -> int:
   if values.split not in splits:
     raise ValueError(f'--split={values.split}: use one of {", ".join(splits)}.')
   origin.check(stored)
-  scores = assess.scores(stored, assess.applies(stored), values.split)
+  found = assess.applies(stored, assess.networks(stored))
+  scores = assess.scores(stored, found, values.split)
   size = len(stored.splits[values.split])
   table = Table(title=f'{values.split} split, {size} examples, last step')
   columns = list(next(iter(scores.values())))

@@ -5,7 +5,7 @@ train=False) -> Forward`, from functions of that form; any of them serves as a
 student or as a teacher. Owns no layers, and knows neither linen nor nnx.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,16 +77,27 @@ def combine(
 def _shares(
   networks: Mapping[str, Any], weights: Mapping[str, float] | None
 ) -> list[float]:
-  weights = dict.fromkeys(networks, 1.0) if weights is None else dict(weights)
-  if set(weights) != set(networks):
-    raise ValueError(
-      f'There are weights for {", ".join(weights)}, but the networks are '
-      f'{", ".join(networks)}.'
-    )
+  if weights is None:
+    weights = dict.fromkeys(networks, 1.0)
+  check_weights(networks, weights)
   total = sum(weights.values())
   if min(weights.values()) < 0 or total <= 0:
     raise ValueError(f'Weights are >= 0 with a positive sum, not {weights}.')
   return [weights[name] / total for name in networks]
+
+
+def check_weights(names: Iterable[str], weights: Mapping[str, Any]) -> None:
+  """Raises ValueError unless each network of `combine` has a weight.
+
+  Args:
+    names: of the networks.
+    weights: name -> weight.
+  """
+  if set(weights) != set(names):
+    raise ValueError(
+      f'There are weights for {", ".join(weights)}, but the networks are '
+      f'{", ".join(names)}.'
+    )
 
 
 def _output(
@@ -101,9 +112,8 @@ def _output(
     weighted = [w * z for w, z in zip(shares, logits, strict=True)]
     return sum(weighted[1:], start=weighted[0])
   log_p = [jax.nn.log_softmax(z / temperature) for z in logits]
-  mixed = jax.nn.logsumexp(
-    jnp.stack(log_p), axis=0, b=jnp.reshape(jnp.array(shares), (-1, 1, 1))
-  )
+  each = jnp.array(shares).reshape(-1, *(1 for _ in logits[0].shape))
+  mixed = jax.nn.logsumexp(jnp.stack(log_p), axis=0, b=each)
   return temperature * mixed
 
 
@@ -134,6 +144,21 @@ def variables_of(variables: Variables, name: str) -> dict[str, Any]:
     for collection, values in variables.items()
     if name in values
   }
+
+
+def taps_of(taps: Iterable[str], name: str) -> list[str]:
+  """One network's own taps out of those of `combine`.
+
+  Args:
+    taps: such as '<name>/<tap>'.
+    name: of the network.
+
+  Example:
+    >>> taps_of(['a/conv1', 'a/block/conv2', 'b/conv1'], 'a')
+    ['conv1', 'block/conv2']
+  """
+  start = f'{name}/'
+  return [tap.removeprefix(start) for tap in taps if tap.startswith(start)]
 
 
 def with_input(

@@ -270,7 +270,7 @@ def make_eval_step(
 
   Returns:
     `eval_step(variables, teacher, batch) -> sums`, a pytree that adds over
-    batches and that `metrics.summarise` turns into numbers. `batch['mask']`
+    batches and that `metrics.evaluate` turns into numbers. `batch['mask']`
     `[B]` marks with 0 the examples that only pad the batch.
   """
 

@@ -151,6 +151,19 @@ def test_a_safetensors_file_is_the_model_that_the_recipe_names(
   assert run.config.student.model.widths == (8, 6)
 
 
+def test_a_student_with_the_head_of_its_teacher_is_searched(data_dir, tmp_path):
+  config = config_of(data_dir, MODEL['widths'])
+  config.teacher.model = {'name': 'cnn', 'widths': (4, 7)}
+  config.distill.scheme.reuse_head = True
+  trained = finish_distill(config, tmp_path / 'run')
+  recipe = runpy.run_path(str(CONFIGS / 'compress.py'))['get_config']('tiny')
+  recipe.search.budget = '3 KB'
+  run = search.open_run(recipe, str(trained), 'distill', str(tmp_path / 'w'))
+  dense = search.dense_network(run)
+  assert dense.variables['params']['head']['kernel'].shape[0] == 7
+  assert dense.forward(dense.variables, run.example).output.shape == (1, 10)
+
+
 @pytest.mark.parametrize(
   ('budget', 'cost', 'fitting'),
   [('9 KFLOP', 'flops', {'int8-50'}), ('9999 ms', 'ms', {'int8-0', 'int8-50'})],

@@ -13,7 +13,7 @@ from quantized_models import trained
 
 from kd_jax import objectives, prune
 from kd_jax.recipe.compression import Compression, Phase
-from kd_jax.recipe.words import Training
+from kd_jax.recipe.words import Training, Uncompressed
 from kd_jax.step import init_state, make_train_step
 
 CONFIG = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
@@ -36,9 +36,9 @@ def _recipe(**changes):
 def _compression(name='cnn', variables=None, **changes):
   model, start, batch = trained(name)
   variables = start if variables is None else variables
-  return Compression(
-    _recipe(**changes), model, variables, batch, steps=STEPS, epoch_steps=EPOCH
-  ), batch
+  network = Uncompressed(model, variables, batch)
+  made = Compression(_recipe(**changes), network, Training(STEPS, EPOCH))
+  return made, batch
 
 
 def _train(made, batch):

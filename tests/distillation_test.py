@@ -55,19 +55,22 @@ VARIABLES = networks.combine_variables(
 
 
 @pytest.mark.parametrize('shares', [None, {'a': 3.0, 'b': 1.0}])
-def test_an_ensemble_averages_logits_or_probabilities(shares):
-  a, b = X, 6 * X
+# Of tokens, and as many sequences as networks, which must not be taken for one.
+@pytest.mark.parametrize('shape', [(2, 3), (2, 1, 3), (1, 2, 3), (1, 1, 2, 3)])
+def test_an_ensemble_averages_logits_or_probabilities(shares, shape):
+  x = X.reshape(shape)
+  a, b = x, 6 * x
   w = 0.5 if shares is None else 0.75
   make = functools.partial(networks.combine, NETWORKS, weights=shares)
-  out = make(space='logits')(VARIABLES, {'image': X})
+  out = make(space='logits')(VARIABLES, {'image': x})
   np.testing.assert_allclose(out.output, w * a + (1 - w) * b, rtol=1e-6)
   for temperature in (1.0, 4.0):
     mixed = make(space='probabilities', temperature=temperature)
-    got = jax.nn.softmax(mixed(VARIABLES, {'image': X}).output / temperature)
+    got = jax.nn.softmax(mixed(VARIABLES, {'image': x}).output / temperature)
     want = w * jax.nn.softmax(a / temperature)
     want += (1 - w) * jax.nn.softmax(b / temperature)
     np.testing.assert_allclose(got, want, rtol=1e-5)
-  first = make(space='first')(VARIABLES, {'image': X})
+  first = make(space='first')(VARIABLES, {'image': x})
   np.testing.assert_array_equal(first.output, a)
   assert set(out.features) == {'a/output', 'a/tap', 'b/output', 'b/tap'}
   assert jax.device_get(out.model_state) == {'seen': {'a': 1, 'b': 6}}
@@ -196,12 +199,16 @@ def test_cast_params_leaves_statistics_and_integers():
 # --- through a run
 
 
-def _config():
-  path = ROOT / 'configs' / 'digits.py'
-  spec = importlib.util.spec_from_file_location('digits', path)
+def _tiny(name):
+  path = ROOT / 'configs' / f'{name}.py'
+  spec = importlib.util.spec_from_file_location(name, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  config = module.get_config('tiny')
+  return module.get_config('tiny')
+
+
+def _config():
+  config = _tiny('digits')
   config.data.max_examples = 64
   config.eval_batch_size = 32
   for part in (config.teacher, config.alone, config.distill, config.compress):
@@ -320,8 +327,34 @@ def test_a_cohort_is_trained_in_one_step_and_the_first_is_kept(
   run = _run(tmp_path, data_dir, change)
   rows = run.workdir.result('distill')['history']
   assert rows[0]['loss/mutual'] > 0
-  assert {f'accuracy/student{i}' for i in range(3)} <= set(rows[0])
+  own = [rows[0][f'accuracy/student{i}'] for i in range(3)]
+  np.testing.assert_allclose(rows[0]['accuracy'], np.mean(own), rtol=1e-6)
   assert all(_changed(run).values())
+
+
+@pytest.mark.parametrize('other', [{'reuse_head': True}, {'ema': 0.9}])
+def test_a_cohort_with_another_scheme_is_refused_before_any_training(
+  tmp_path, data_dir, other
+):
+  def change(config):
+    config.distill.scheme.update({'cohort': 2, **other})
+
+  (name,) = other
+  with pytest.raises(ValueError, match=f'scheme.{name} .*cohort=1, not 2'):
+    _run(tmp_path, data_dir, change, then=('teacher',))
+  assert not list(tmp_path.rglob('weights.safetensors'))
+
+
+@pytest.mark.parametrize('method', ['simkd', 'mean_teacher'])
+def test_methods_that_need_one_student_are_not_compared_in_a_cohort(
+  tmp_path, data_dir, method
+):
+  config = _tiny('compare_digits')
+  config.data.data_dir = str(data_dir)
+  config.distill.scheme.cohort = 2
+  config.methods = (method,)
+  with pytest.raises(ValueError, match='cohort=1, not 2'):
+    compare.compare(config, tmp_path)
 
 
 @pytest.mark.once

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from kd_jax import data, objectives, sharding, train
-from kd_jax.data.resident import ResidentImages
+from kd_jax.data.resident import Resident
 from kd_jax.guard import drop_nonfinite
 from kd_jax.step import init_state, make_train_step
 from kd_jax.storage.checkpoint import CheckpointError, Checkpoints
@@ -152,6 +152,19 @@ def test_groups_of_steps_train_as_single_steps_and_resume_to_the_bit(tmp_path):
   assert resumed.history == together.history
 
 
+@pytest.mark.parametrize('parts', [1, 2])
+def test_examples_are_those_of_the_global_batch(parts):
+  """However many processes read the same part of it."""
+  batches = data.train_batches(
+    _images(), batch_size=8, seed=0, process_index=0, process_count=parts
+  )
+
+  def put(batch):
+    return {k: np.concatenate([v] * parts) for k, v in batch.items()}
+
+  assert feed.Feed(batches, put, iter([1])).take().examples == 8
+
+
 def test_a_step_that_is_compiled_again_is_said(tmp_path, capsys):
   """Once a batch of another dtype arrives."""
   mesh = sharding.make_mesh(jax.devices()[:1])
@@ -184,14 +197,32 @@ def test_a_step_that_is_compiled_again_is_said(tmp_path, capsys):
   assert 'compiled again before step 6' in said
 
 
-def test_only_row_numbers_cross_for_images_on_the_devices():
+def _arrays(count=40):
+  """Examples of another kind, as many as `_images` and of the same ids."""
+  rng = np.random.default_rng(0)
+  return data.ArrayData(
+    {
+      'x': rng.normal(size=(count, 5)).astype('f4'),
+      'label': (np.arange(count) % 3).astype('i4'),
+    },
+    id=np.arange(count, dtype='i4')[::-1].copy(),
+    reads='x',
+    num_classes=3,
+  )
+
+
+@pytest.mark.parametrize('make', [_images, _arrays])
+def test_only_row_numbers_cross_for_inputs_on_the_devices(make):
   mesh = sharding.make_mesh()
-  images = _images()
-  resident = ResidentImages(images, mesh)
+  images = make()
+  resident = data.make_input(images, mesh, 'device').examples
+  assert isinstance(resident, Resident)
   batches = data.train_batches(resident, batch_size=16, seed=3)
   plain = data.train_batches(images, batch_size=16, seed=3)
   sent, want = next(batches), next(plain)
-  assert 'image' not in sent and sum(x.nbytes for x in sent.values()) == 4 * 64
+  assert (
+    images.reads not in sent and sum(x.nbytes for x in sent.values()) == 4 * 64
+  )
   placed = resident.put(sent)
   assert placed.keys() == want.keys()
   for name, value in want.items():
@@ -201,8 +232,8 @@ def test_only_row_numbers_cross_for_images_on_the_devices():
     )
   assert batches.get_state() == plain.get_state()
   stack = {k: np.stack([v, v[::-1]]) for k, v in sent.items()}
-  both = resident.put(stack, stacked=True)['image']
-  np.testing.assert_array_equal(both[1], want['image'][::-1])
+  both = resident.put(stack, stacked=True)[images.reads]
+  np.testing.assert_array_equal(both[1], want[images.reads][::-1])
 
 
 def test_where_images_lie_is_checked():
@@ -211,7 +242,9 @@ def test_where_images_lie_is_checked():
   with pytest.raises(ValueError, match="data.input 'gpu'"):
     data.make_input(_images(), mesh, 'gpu')
   streamed = data.StreamedImages([], np.arange(0, dtype='i4'), (), 8)
-  with pytest.raises(ValueError, match="data.input='device' is for images in"):
+  with pytest.raises(
+    ValueError, match="data.input='device' is for examples in"
+  ):
     data.make_input(streamed, mesh, 'device')
 
 

@@ -91,6 +91,12 @@ def test_takes_jitted_functions_of_any_dtype():
   assert result.examples == 6
 
 
+def test_functions_may_take_one_entry_of_a_batch():
+  batch = {'image': np.eye(3), 'mask': np.array([1, 1, 0])}
+  result = parity.compare(lambda x: x, lambda x: 2 * x, [batch], reads='image')
+  assert (result.max_abs_error, result.examples) == (1.0, 2)
+
+
 @pytest.mark.parametrize(
   'found, expected, mask, message',
   [

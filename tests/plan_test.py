@@ -11,6 +11,7 @@ from kd_jax import cli, plan, sharding
 from kd_jax.plan import chips, program, rehearsal, steps
 from kd_jax.recipe import fit, stages
 from kd_jax.recipe.run import Run
+from kd_jax.recipe.words import Training
 from kd_jax.storage.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -154,7 +155,7 @@ def test_a_rehearsal_is_the_real_run(tmp_path, data_dir):
   for made in (config, tiny(**{'data.max_examples': 0})):
     # Prepared or not, the digits are as many.
     step = steps.rehearse(rehearsal.Rehearsal(made), 'alone')
-    assert step.total_steps == fit.total_steps(c, run.splits['train'])
+    assert step.total_steps == Training.of(c, run.splits['train']).steps
     shapes = jax.eval_shape(lambda: real.state)
     assert jax.tree.all(jax.tree.map(lambda a, b: a == b, shapes, step.state))
 

@@ -2,13 +2,14 @@
 
 import functools
 import json
+import types
 
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from kd_jax import data, defaults, metrics, models, objectives, tasks
-from kd_jax.recipe import candidates, stages
+from kd_jax import data, defaults, metrics, models, objectives, tasks, terms
+from kd_jax.recipe import candidates, distillation, stages
 from kd_jax.recipe.run import Run
 from kd_jax.report import measure, read_report, size_figure
 from kd_jax.report.looks import looks_of
@@ -143,6 +144,30 @@ def test_the_first_metric_decides_and_may_be_an_error():
   budget = candidates.Budget('bytes', 10)
   chosen = candidates.finalists(rows, list(rows), budget, 1, worth=task.worth)
   assert chosen == ['better']
+
+
+@pytest.mark.parametrize('rank', [1, 2])
+def test_classes_are_found_by_id_where_an_example_has_one(monkeypatch, rank):
+  split = data.ArrayData(
+    {
+      'x': np.zeros((3, 2), np.float32),
+      'label': np.array([5, 7, 6]).reshape((3, 1)[:rank]),
+    },
+    id=np.array([4, 0, 1], np.int32),
+    reads='x',
+    num_classes=8,
+  )
+  run = types.SimpleNamespace(
+    splits={'train': split}, transfer=split, config=defaults.get_config()
+  )
+  monkeypatch.setattr(terms, 'make_objective', lambda words, facts: facts)
+  facts = distillation.make_objective(
+    run, run.config.distill.terms, student=None, teacher=None, steps=1
+  )
+  if rank == 1:
+    np.testing.assert_array_equal(facts.labels, [7, 6, -1, -1, 5])
+  else:
+    assert facts.labels is None
 
 
 def test_arrays_that_do_not_fit_are_named():

@@ -10,6 +10,7 @@ from kd_jax.data.cache_writer import write_cache as write_cache
 from kd_jax.data.examples import ArrayData as ArrayData
 from kd_jax.data.examples import Examples as Examples
 from kd_jax.data.examples import ImageData as ImageData
+from kd_jax.data.examples import InMemory as InMemory
 from kd_jax.data.examples import Split as Split
 from kd_jax.data.fingerprint import digest as digest
 from kd_jax.data.fingerprint import make_fingerprint as make_fingerprint

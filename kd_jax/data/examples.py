@@ -7,7 +7,7 @@ disk are `streamed`. Where they come from is `sources`.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ _CHUNK = 1024
 
 
 class Examples(Protocol):
-  """What `pipeline` makes batches of: `Images`, or `ResidentImages`.
+  """What `pipeline` makes batches of: a `Split`, or the rows of `Resident`.
 
   Attributes:
     prefetch: how many batches to read ahead of the one in use.
@@ -63,6 +63,19 @@ class Split(Examples, Protocol):
   @property
   def labelled(self) -> bool:
     """Whether `read` returns what is to be predicted."""
+
+
+@runtime_checkable
+class InMemory(Split, Protocol):
+  """The examples of one split, all of them in memory."""
+
+  @property
+  def arrays(self) -> Mapping[str, np.ndarray]:
+    """name -> `[N, ...]`, the entries of a batch but for `id`."""
+
+  @property
+  def reads(self) -> str:
+    """Which of the arrays networks read."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,6 +178,7 @@ class ImageData:
 
   # How many batches to read ahead: threads would cost more than they hide.
   prefetch: ClassVar[int] = 0
+  reads: ClassVar[str] = 'image'
 
   def __post_init__(self) -> None:
     n = len(self.id if self.label is None else self.label)
@@ -175,6 +189,12 @@ class ImageData:
 
   def __len__(self) -> int:
     return len(self.id)
+
+  @property
+  def arrays(self) -> dict[str, np.ndarray]:
+    """The images, and the labels if there are any; see `ArrayData`."""
+    found = {'image': self.image}
+    return found if self.label is None else {**found, 'label': self.label}
 
   @property
   def labelled(self) -> bool:
@@ -232,10 +252,8 @@ class ImageData:
       int32 `[n]`.
     """
     rows = np.asarray(rows)
-    batch = {'image': self.image[rows], 'id': self.id[rows]}
-    if self.label is not None:
-      batch['label'] = self.label[rows]
-    return batch
+    batch = {name: array[rows] for name, array in self.arrays.items()}
+    return batch | {'id': self.id[rows]}
 
 
 def _check_array(

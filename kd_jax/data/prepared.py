@@ -1,7 +1,7 @@
 """Prepared data sets on disk: what identifies one, and reading its records.
 
 Owns what is said when a file of a data set is damaged; how a data set is found
-and prepared is `sources`.
+and prepared is `builders`.
 """
 
 import hashlib

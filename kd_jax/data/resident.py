@@ -1,6 +1,6 @@
-"""Images that lie on the devices: of a batch only row numbers are sent.
+"""Inputs that lie on the devices: of a batch only row numbers are sent.
 
-Owns the decision which images do, and how a batch is gathered from them. What
+Owns the decision which inputs do, and how a batch is gathered from them. What
 a step sees is the same in either case, to the bit.
 """
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kd_jax import rules, sharding
-from kd_jax.data.examples import Examples, ImageData, Split
+from kd_jax.data.examples import Examples, InMemory, Split
 from kd_jax.types import Batch
 
 # Of each device's memory; the rest is for parameters and activations.
@@ -28,7 +28,7 @@ class Input(NamedTuple):
   Attributes:
     examples: what `pipeline.train_batches` makes batches of.
     put: `(batch, stacked=False) -> batch` on the devices, as
-      `sharding.shard_batch`; the images are among its arrays.
+      `sharding.shard_batch`; the inputs are among its arrays.
   """
 
   examples: Examples
@@ -36,31 +36,32 @@ class Input(NamedTuple):
 
 
 def make_input(examples: Split, mesh: Mesh, where: str = 'auto') -> Input:
-  """Puts images on the devices if they are to lie there.
+  """Puts what networks read on the devices if it is to lie there.
 
   Args:
     examples: of a split.
     mesh: see `sharding.make_mesh`.
-    where: 'device' puts a copy of all images on every device, once; 'host'
-      sends the images of every batch. 'auto' is 'device' for images in memory
-      that take up to `SHARE` of the memory of each device, and 'host' for
-      others and on CPUs, whose memory is the host's.
+    where: 'device' puts a copy of all inputs on every device, once; 'host'
+      sends those of every batch. 'auto' is 'device' for inputs in memory that
+      take up to `SHARE` of the memory of each device, and 'host' for others
+      and on CPUs, whose memory is the host's.
 
   Raises:
-    ValueError: for another word, or 'device' with streamed images.
+    ValueError: for another word, or 'device' with examples that are not in
+      memory, such as streamed images.
   """
   rules.choose('data.input', where, dict.fromkeys(WHERE))
   if where == 'auto':
     limit = SHARE * min(map(_memory, mesh.local_devices))
-    fits = isinstance(examples, ImageData) and examples.image.nbytes <= limit
+    fits = isinstance(examples, InMemory) and _input(examples).nbytes <= limit
     where = 'device' if fits else 'host'
   if where == 'device':
-    if not isinstance(examples, ImageData):
+    if not isinstance(examples, InMemory):
       raise ValueError(
-        "data.input='device' is for images in memory; other examples, such as "
-        "those streamed with a data.image_size, need 'host' or 'auto'."
+        "data.input='device' is for examples in memory; others, such as images "
+        "streamed with a data.image_size, need 'host' or 'auto'."
       )
-    resident = ResidentImages(examples, mesh)
+    resident = Resident(examples, mesh)
     return Input(resident, resident.put)
 
   def put(batch, *, stacked=False):
@@ -69,19 +70,23 @@ def make_input(examples: Split, mesh: Mesh, where: str = 'auto') -> Input:
   return Input(examples, put)
 
 
+def _input(examples: InMemory) -> np.ndarray:
+  return examples.arrays[examples.reads]
+
+
 def _memory(device: jax.Device) -> int:
   """Bytes of a device's memory; 0 where it does not say, as CPUs."""
   return (device.memory_stats() or {}).get('bytes_limit', 0)
 
 
-class ResidentImages:
-  """Images of one split, a copy on every device, read as row numbers.
+class Resident:
+  """Inputs of one split, a copy on every device, read as row numbers.
 
-  Has what `pipeline.train_batches` needs of `ImageData`; its batches have
-  `row` in place of `image`, and `put` makes the one of the other.
+  Has what `pipeline.train_batches` needs of a split; its batches have `row` in
+  place of what networks read, and `put` makes the one of the other.
 
   Args:
-    images: of the split.
+    examples: of the split.
     mesh: see `sharding.make_mesh`.
 
   Example:
@@ -91,28 +96,28 @@ class ResidentImages:
     ...   id=np.arange(3, dtype=np.int32),
     ...   class_names=('zero',),
     ... )
-    >>> resident = ResidentImages(images, sharding.make_mesh(jax.devices()[:1]))
+    >>> resident = Resident(images, sharding.make_mesh(jax.devices()[:1]))
     >>> resident.put(resident.read([2, 0]))['image'].ravel().tolist()
     [2, 0]
   """
 
   prefetch: ClassVar[int] = 0
 
-  def __init__(self, images: ImageData, mesh: Mesh):
-    self._images, self._mesh = images, mesh
-    self._pixels = jax.make_array_from_process_local_data(
-      NamedSharding(mesh, P()), images.image
+  def __init__(self, examples: InMemory, mesh: Mesh):
+    self._examples, self._mesh = examples, mesh
+    self._inputs = jax.make_array_from_process_local_data(
+      NamedSharding(mesh, P()), _input(examples)
     )
     self._gather = {
       stacked: jax.jit(
-        lambda pixels, rows: jnp.take(pixels, rows, axis=0, mode='clip'),
+        lambda inputs, rows: jnp.take(inputs, rows, axis=0, mode='clip'),
         out_shardings=NamedSharding(mesh, sharding.batch_spec(stacked)),
       )
       for stacked in (False, True)
     }
 
   def __len__(self) -> int:
-    return len(self._images)
+    return len(self._examples)
 
   def read(
     self,
@@ -120,27 +125,30 @@ class ResidentImages:
     *,
     key: tuple[int, int] | None = None,
   ) -> dict[str, np.ndarray]:
-    """What `ImageData.read` returns, with `row` int32 `[n]` for `image`."""
+    """What the split's `read` returns, with `row` int32 `[n]` for inputs."""
     del key
     rows = np.asarray(rows, np.int32)
-    batch = {'row': rows, 'id': self._images.id[rows]}
-    if self._images.label is not None:
-      batch['label'] = self._images.label[rows]
-    return batch
+    others = {
+      name: array[rows]
+      for name, array in self._examples.arrays.items()
+      if name != self._examples.reads
+    }
+    return {'row': rows, 'id': self._examples.id[rows], **others}
 
   def put(
     self, batch: Mapping[str, np.ndarray], *, stacked: bool = False
   ) -> Batch:
-    """Moves a batch to the devices, and gathers its images there.
+    """Moves a batch to the devices, and gathers its inputs there.
 
     Args:
       batch: with `row` int32 `[B]`, of this process.
       stacked: whether arrays are `[N, B, ...]`.
 
     Returns:
-      The batch with `image` uint8 `[B, H, W, C]`, or `[N, B, H, W, C]`, in
-      place of `row`.
+      The batch with the inputs `[B, ...]`, or `[N, B, ...]`, in place of
+      `row`.
     """
     placed = dict(sharding.shard_batch(batch, self._mesh, stacked=stacked))
     rows = placed.pop('row')
-    return placed | {'image': self._gather[stacked](self._pixels, rows)}
+    inputs = self._gather[stacked](self._inputs, rows)
+    return placed | {self._examples.reads: inputs}

@@ -93,6 +93,12 @@ def _write_stablehlo(model: Model, path: Path) -> None:
   )
 
 
+def _load_stablehlo(path: Path) -> Predict:
+  predict = load_stablehlo(path).predict
+  # The program is for one device, whatever the inputs lie on.
+  return lambda inputs: predict(np.asarray(inputs))
+
+
 def _write_onnx(model: Model, path: Path) -> None:
   onnx.export_onnx(
     functools.partial(model.simulated, model.variables),
@@ -116,7 +122,7 @@ EXPORTERS: dict[str, Exporter] = {
   'StableHLO int8': Exporter(
     'stablehlo',
     _write_stablehlo,
-    lambda path: load_stablehlo(path).predict,
+    _load_stablehlo,
     artefact_bytes,
     lambda path: 'file: both modules, weights and manifest',
   ),

@@ -190,9 +190,9 @@ def activation_boundary(
 ) -> Objective:
   """AB: signs of pre-activations; deeper pairs count twice as much.
 
-  Pair i of n has the weight 2**(i - n + 1), the deepest 1. The paper trains
-  with this loss alone first, and with the labels afterwards: give both
-  weights a schedule of shape 'step'.
+  Pair i of n has the weight 2**(i - n + 1) / 1000, the deepest 1 / 1000. The
+  paper trains with this loss alone first, and with the labels afterwards: give
+  both weights a schedule of shape 'step'.
 
   Args:
     student: tap names of pre-activations, shallow to deep.

@@ -6,12 +6,11 @@ are named `<network>/<tap>`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kd_jax import losses
+from kd_jax import losses, networks
 from kd_jax.objectives import base
 from kd_jax.objectives.base import Inputs, Objective, Scalar, TapNames
 from kd_jax.types import Forward, Metrics
@@ -40,7 +39,7 @@ def each_teacher(
 
   def own(inputs, name):
     teacher = _member(base.teacher_of(inputs, 'each_teacher'), name)
-    variables = _variables(inputs.teacher_variables, name)
+    variables = networks.variables_of(inputs.teacher_variables, name)
     return inputs._replace(teacher=teacher, teacher_variables=variables)
 
   taps = [
@@ -65,7 +64,7 @@ def each_student(
   def own(inputs, name):
     return inputs._replace(
       student=_member(inputs.student, name),
-      student_variables=_variables(inputs.student_variables, name),
+      student_variables=networks.variables_of(inputs.student_variables, name),
     )
 
   taps = [
@@ -81,9 +80,8 @@ def _prefixed(name: str, taps: Sequence[str]) -> tuple[str, ...]:
 
 def _member(forward: Forward, name: str) -> Forward:
   own = {
-    tap.removeprefix(f'{name}/'): x
-    for tap, x in forward.features.items()
-    if tap.startswith(f'{name}/')
+    tap: forward.features[f'{name}/{tap}']
+    for tap in networks.taps_of(forward.features, name)
   }
   if base.OUTPUT not in own:
     raise ValueError(
@@ -93,10 +91,6 @@ def _member(forward: Forward, name: str) -> Forward:
   return Forward(own.pop(base.OUTPUT), own)
 
 
-def _variables(variables: Any, name: str) -> dict[str, Any]:
-  return {c: v[name] for c, v in variables.items() if name in v}
-
-
 def _mean_over(
   objectives: Mapping[str, Objective],
   weights: Mapping[str, Scalar] | None,
@@ -104,11 +98,7 @@ def _mean_over(
   taps: Sequence[TapNames],
 ) -> Objective:
   weights = dict.fromkeys(objectives, 1.0) if weights is None else weights
-  if set(weights) != set(objectives):
-    raise ValueError(
-      f'There are weights for {", ".join(weights)}, but objectives for '
-      f'{", ".join(objectives)}.'
-    )
+  networks.check_weights(objectives, weights)
 
   def keyed(inputs: Inputs, i: int, name: str) -> Inputs:
     rng = jax.random.fold_in(inputs.rng, i)
@@ -129,6 +119,7 @@ def _mean_over(
     share: jax.Array | float = 0.0
     new = {}
     metrics: Metrics = {}
+    hits: list[jax.Array] = []
     for i, (name, objective) in enumerate(objectives.items()):
       loss, new[name], extra = objective.apply(
         params[name], state[name], keyed(inputs, i, name)
@@ -137,6 +128,11 @@ def _mean_over(
       total += weight * base.mean(loss, inputs)
       share += weight
       metrics |= {f'{key}/{name}': value for key, value in extra.items()}
+      if 'accuracy' in extra:
+        hits.append(extra['accuracy'])
+    # Under its own name too, by which a run shows it.
+    if hits:
+      metrics['accuracy'] = jnp.mean(jnp.stack(hits))
     return total / share, new, metrics
 
   union = TapNames()

@@ -55,11 +55,12 @@ def within(tolerance: float) -> Agree:
 
 
 def compare(
-  fn: Callable[[Batch], Any],
-  reference: Callable[[Batch], Any],
+  fn: Callable[[Any], Any],
+  reference: Callable[[Any], Any],
   batches: Iterable[Batch],
   *,
   agree: Agree = most_likely,
+  reads: str = '',
 ) -> Parity:
   """Compares two functions on the same batches.
 
@@ -73,6 +74,7 @@ def compare(
       whatever its outputs.
     agree: when two predictions are the same; `within` is for outputs that are
       no classes.
+    reads: the entry of a batch that both functions take; '' for all of it.
 
   Returns:
     The numbers.
@@ -98,7 +100,8 @@ def compare(
   largest = np.float64(0.0)
   error = signal = noise = 0.0
   for batch in batches:
-    found, expected = _outputs(fn, reference, batch)
+    inputs = batch[reads] if reads else batch
+    found, expected = _outputs(fn(inputs), reference(inputs), batch)
     examples += len(found)
     outputs += found.size
     nan = np.isnan(found).any(-1) | np.isnan(expected).any(-1)
@@ -149,12 +152,10 @@ but 99.50% are required; largest error 0.7, SQNR 21.4 dB.
 
 
 def _outputs(
-  fn: Callable[[Any], Any],
-  reference: Callable[[Any], Any],
-  batch: Mapping[str, Any],
+  found: Any, expected: Any, batch: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
   """Both outputs of the examples that are not padding, float64."""
-  found, expected = np.asarray(fn(batch)), np.asarray(reference(batch))
+  found, expected = np.asarray(found), np.asarray(expected)
   check_same_shape('compare', fn=found, reference=expected)
   if found.ndim < 2:
     raise ValueError(

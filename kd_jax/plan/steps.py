@@ -18,6 +18,7 @@ from kd_jax.objectives import Objective
 from kd_jax.plan.rehearsal import Rehearsal
 from kd_jax.recipe import cached_teacher, distillation, fit, stages
 from kd_jax.recipe.network import TEACHER, Network
+from kd_jax.recipe.words import Training
 from kd_jax.types import TrainState
 
 STAGES = ('teacher', 'alone', 'distill', 'compress')
@@ -101,7 +102,7 @@ def rehearse(run: Rehearsal, stage: str, *, cached: bool = False) -> Step:
       objective, student, teacher = _parts(own, stage, cache)
       made['entries'] = cache.placeholder()
     examples = fit.examples_for(own, teacher)
-    made['steps'] = fit.total_steps(c, examples)
+    made['steps'] = Training.of(c, examples).steps
     made['example'] = {**examples.read([0]), 'epoch': np.zeros(1, np.int32)}
     made['networks'] = _networks(student, teacher)
     prepared = fit.make_step(own, stage, c, objective, student, teacher)

@@ -2,7 +2,7 @@
 
 Owns a signed histogram of fixed size whose range grows by doubling, and what
 can be read from it. It knows no quantizer: the searches for a range are in
-`calibration`.
+`criteria`.
 
 The bins cover [-2**e, 2**e) with the smallest e that holds every value. A
 range twice as wide merges neighbouring bins in pairs, so that bins are nested

@@ -9,7 +9,6 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -20,6 +19,7 @@ from kd_jax.export import exporters
 from kd_jax.prune import layer_costs, sparsity_report
 from kd_jax.quantize import dequantize_params
 from kd_jax.recipe import evaluation, origin
+from kd_jax.recipe.evaluation import Apply
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
 from kd_jax.report import measure
@@ -34,21 +34,6 @@ TRAINED = {
   'compress': 'pruned + int8 fake-quant',
 }
 BATCHES = (1, 32)
-# (raw batch) -> output
-Apply = Callable[[Mapping[str, Any]], Any]
-
-
-def exported(run: Run, directory: Path) -> dict[str, Apply]:
-  """The exports in a directory, by name."""
-  return {
-    name: _of_batch(predict, run.task.reads)
-    for name, predict in exporters.load(directory).items()
-  }
-
-
-def _of_batch(predict: Callable[[np.ndarray], Any], reads: str) -> Apply:
-  # Exports are for one device, whatever the batch lies on.
-  return lambda batch: predict(np.asarray(batch[reads]))
 
 
 def networks(run: Run) -> dict[str, Network]:
@@ -63,14 +48,19 @@ def networks(run: Run) -> dict[str, Network]:
   return {s: f() for s, f in make.items() if run.workdir.done(s)}
 
 
-def applies(run: Run) -> dict[str, Apply]:
-  """Everything that the run made, by name."""
+def applies(run: Run, made: Mapping[str, Network]) -> dict[str, Apply]:
+  """Everything that the run made, by name.
+
+  Args:
+    run: the run.
+    made: of `networks`; the exports are read.
+  """
   found: dict[str, Apply] = {
-    n.name: evaluation.apply(run, n) for n in networks(run).values()
+    n.name: evaluation.apply(run, n) for n in made.values()
   }
   if run.workdir.done('export'):
     run.workdir.verify('export')
-    found |= exported(run, run.workdir.stage('export'))
+    found |= exporters.load(run.workdir.stage('export'))
   return found
 
 
@@ -90,8 +80,8 @@ def scores(
 
 def assemble(run: Run) -> dict[str, Any]:
   """The report of a run as JSON values; see `report.write_report`."""
-  rows = _models(run)
-  splits = run.splits
+  made, simulated = networks(run), run.integer(simulate=True)
+  rows, splits = _models(run, made, simulated), run.splits
   return {
     'format': 1,
     'kd_jax': metadata.version('kd_jax'),
@@ -114,30 +104,36 @@ def assemble(run: Run) -> dict[str, Any]:
     'dropped': dropped(run),
     'resumed': origin.resumed(run),
     'sparsity': _sparsity(run),
-    'layers': _layers(run),
+    'layers': layers(run.example, made['distill'], simulated),
     'integers': _integers(run),
     'parity': _parity(run),
     'aims': aims(run, rows),
   }
 
 
-def _models(run: Run) -> list[dict[str, Any]]:
-  found = applies(run)
+def _models(
+  run: Run, made: Mapping[str, Network], simulated: Network
+) -> list[dict[str, Any]]:
+  found = applies(run, made)
   numbers = scores(run, found, 'test')
-  jax_networks = {n.name: (s, n) for s, n in networks(run).items()}
+  stages = {network.name: stage for stage, network in made.items()}
+  # Windows of integers may be summed without a product to be counted.
+  counted = {**made, 'convert': simulated}
+  macs = {
+    stage: evaluation.multiply_accumulates(run, network)
+    for stage, network in counted.items()
+  }
   exports = run.workdir.result('export')['exports']
   notes = {n: about['note'] for n, about in exports.items()}
   notes[TRAINED['compress']] = 'simulates int8 in float32: slower by design'
   latency = _latency(run, found)
   rows = []
   for name, apply_numbers in numbers.items():
+    stage = stages.get(name)
     # An export has the operations and the weights of the integer network.
-    stage, network = jax_networks.get(name, (None, run.integer()))
-    parameters, nonzero = weights.count(network.variables)
+    same = stage or 'convert'
+    parameters, nonzero = weights.count(made[same].variables)
     path = None if stage is None else run.workdir.weights(stage)
-    # Windows of integers may be summed without a product to be counted.
-    integer = stage in (None, 'convert')
-    counted = run.integer(simulate=True) if integer else network
     rows.append(
       {
         'name': name,
@@ -145,7 +141,7 @@ def _models(run: Run) -> list[dict[str, Any]]:
         'parameters': parameters,
         'nonzero_parameters': nonzero,
         'bytes': path.stat().st_size if path else exports[name]['bytes'],
-        'flops': 2 * evaluation.multiply_accumulates(run, counted),
+        'flops': 2 * macs[same],
         'latency': {size: latency[size][name] for size in latency},
         'train_seconds': _train_seconds(run, stage),
         'note': notes.get(name, ''),
@@ -158,10 +154,7 @@ def _latency(
   run: Run, found: Mapping[str, Apply]
 ) -> dict[str, dict[str, dict[str, float]]]:
   return {
-    str(size): measure.latencies(
-      {name: evaluation.of_raw(run, apply) for name, apply in found.items()},
-      evaluation.raw(run, 'test', size),
-    )
+    str(size): measure.latencies(found, evaluation.raw(run, 'test', size))
     for size in BATCHES
   }
 
@@ -263,11 +256,6 @@ def layers(
         if found := row(path):
           found[kind][i] += leaf.size if kind == 'parameters' else leaf.nbytes
   return [{'layer': path, **row} for path, row in rows.items()]
-
-
-def _layers(run: Run) -> list[dict[str, Any]]:
-  integer = run.integer(simulate=True)
-  return layers(run.example, run.student('distill'), integer)
 
 
 def _integers(run: Run) -> list[dict[str, Any]]:

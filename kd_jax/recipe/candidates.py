@@ -19,7 +19,12 @@ from kd_jax.recipe import evaluation
 from kd_jax.recipe.compression import Compression, Converted
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
-from kd_jax.recipe.words import INTEGER_WEIGHTS, SPECS
+from kd_jax.recipe.words import (
+  INTEGER_WEIGHTS,
+  SPECS,
+  Training,
+  Uncompressed,
+)
 from kd_jax.report import measure
 from kd_jax.storage.weights import save_weights
 
@@ -257,20 +262,14 @@ def _quantized(
   """A network's recipe, and its integers without training."""
   recipe = ml_collections.ConfigDict(run.config.compress.to_dict())
   recipe.quantize.weights = rules
-  epoch_steps = data.batches_per_epoch(run.transfer, recipe.train.batch_size)
-  interceptors = (prune.resized(overrides),)
+  model, interceptors = run.model('student'), (prune.resized(overrides),)
   compression = Compression(
     recipe,
-    run.model('student'),
-    variables,
-    batches[0],
-    steps=recipe.train.epochs * epoch_steps,
-    epoch_steps=epoch_steps,
-    accumulate=recipe.train.accumulate,
-    interceptors=interceptors,
+    Uncompressed(model, variables, batches[0], interceptors),
+    Training.of(recipe.train, run.transfer),
   )
   integers = deploy.post_training_quantize(
-    run.model('student'),
+    model,
     variables,
     batches,
     interceptors=interceptors,
@@ -322,8 +321,7 @@ def _latencies(
   }
   applies['dense'] = evaluation.apply(run, dense)
   return measure.latencies(
-    {name: evaluation.of_raw(run, apply) for name, apply in applies.items()},
-    evaluation.raw(run, 'train', run.config.search.latency_batch),
+    applies, evaluation.raw(run, 'train', run.config.search.latency_batch)
   )
 
 

@@ -51,8 +51,9 @@ def compare(
     The comparison, as written to `comparison.json`; see `report.comparison`.
 
   Raises:
-    ValueError: for an unknown method, a directory of another configuration or
-      other data, or if another process runs here.
+    ValueError: for an unknown method, schemes that do not go together, a
+      directory of another configuration or other data, or if another process
+      runs here.
   """
   for name in config.methods:
     rules.choose('method', name, methods.METHODS)
@@ -69,6 +70,9 @@ def _compare(
   chosen: dict[str, float] = {TEACHER: 1.0}
   for seed in range(config.seeds):
     run = open_run(config, path, seed)
+    for name in config.methods:
+      scheme = with_method(run, name).config.distill.scheme
+      distillation.check_scheme(scheme)
     origin.record(run, say=say)
     for name in (TEACHER, *config.methods):
       if name not in chosen:

@@ -63,14 +63,8 @@ class Compression:
 
   Args:
     recipe: with the fields `prune` and `quantize` of `kd_jax.defaults`.
-    model: the linen module; it is not edited.
-    variables: its trained variables, where compression starts.
-    batch: pre-processed; its values are read where ranges are learned by
-      gradients and where residual blocks leave, else only its shapes.
-    steps: of training.
-    epoch_steps: of one epoch.
-    accumulate: forwards of training in a step, see `make_train_step`.
-    interceptors: others, which go first, such as `prune.resized(...)`.
+    network: what is compressed.
+    training: in which it is.
 
   Raises:
     ValueError: for a word that a field does not know, or fields that do not go
@@ -80,22 +74,13 @@ class Compression:
   def __init__(
     self,
     recipe: ml_collections.ConfigDict,
-    model: adapters.LinenModule,
-    variables: Variables,
-    batch: Batch,
-    *,
-    steps: int,
-    epoch_steps: int,
-    accumulate: int = 1,
-    interceptors: Sequence[adapters.Interceptor] = (),
+    network: Uncompressed,
+    training: Training,
   ):
-    self.recipe, self._steps = recipe, steps
-    self._network = Uncompressed(
-      model, dict(variables), batch, tuple(interceptors)
-    )
-    training = Training(steps, epoch_steps, accumulate)
-    self.pruning = Pruning(recipe.prune, self._network, training)
-    self.quantization = Quantization(recipe.quantize, self._network, training)
+    self.recipe, self._network = recipe, network
+    self._steps = training.steps
+    self.pruning = Pruning(recipe.prune, network, training)
+    self.quantization = Quantization(recipe.quantize, network, training)
     if recipe.quantize.ranges == 'lsq' and self.pruning.removes:
       raise ValueError(
         "quantize.ranges='lsq' learns steps for what leaves, which the rest "

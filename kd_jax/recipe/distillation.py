@@ -7,7 +7,7 @@ is `fit`.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -21,10 +21,11 @@ from kd_jax.recipe import cached_teacher, fit
 from kd_jax.recipe.fit import Result, Student
 from kd_jax.recipe.network import TEACHER, Network
 from kd_jax.recipe.run import Run
+from kd_jax.recipe.words import Training
 from kd_jax.sharding import hosts
 from kd_jax.storage import lock
 from kd_jax.storage.weights import load_weights, save_weights
-from kd_jax.types import Batch, Forward, StudentFn
+from kd_jax.types import Batch, Forward
 
 
 def fit_teachers(run: Run) -> Result:
@@ -64,20 +65,8 @@ def future_teacher(run: Run, where: str, model: Any) -> Student:
   """
   example = example_for_teacher(run)
   variables = adapters.init_linen(model, run.rng(where), example)
-  return Student(functools.partial(_teacher_forward, run, model), variables)
-
-
-def _teacher_forward(
-  run: Run,
-  model: adapters.LinenModule,
-  taps: Sequence[str] = (),
-  axis_name: str | None = None,
-  **options: Any,
-) -> StudentFn:
-  forward = adapters.from_linen(
-    model, taps=taps, axis_name=axis_name, **options
-  )
-  return run.teacher_input(forward)
+  make = functools.partial(adapters.from_linen, model)
+  return Student(run.behind_teacher_input(make), variables)
 
 
 def example_for_teacher(run: Run) -> Batch:
@@ -134,12 +123,10 @@ def make_objective(
       cache does not hold.
   """
   train = run.splits['train']
-  own = train.label if isinstance(train, data.ImageData) else None
   labels = None
   # Ids of other examples are not those of the labels.
-  if own is not None and run.transfer is train:
-    labels = np.full(int(train.id.max()) + 1, -1, np.int32)
-    labels[train.id] = own
+  if isinstance(train, data.InMemory) and run.transfer is train:
+    labels = _classes(train)
   c = run.config.teacher
   facts = terms_lib.Facts(
     student=student,
@@ -154,6 +141,16 @@ def make_objective(
     # The ensemble is one teacher, of which only the output is common.
     facts = facts._replace(teacher=None)
   return terms_lib.make_objective(terms.to_dict(), facts)
+
+
+def _classes(examples: data.InMemory) -> np.ndarray | None:
+  """The class of each example by its id, where each has one."""
+  own = examples.arrays.get('label')
+  if own is None or own.ndim != 1:
+    return None
+  labels = np.full(int(examples.id.max()) + 1, -1, np.int32)
+  labels[examples.id] = own
+  return labels
 
 
 def distill(run: Run, where: str = 'distill') -> Result:
@@ -189,6 +186,27 @@ def _fit_link(
   return fit.fit(run, where, c, objective, student, teacher=teacher, key=key)
 
 
+def check_scheme(scheme: ml_collections.ConfigDict) -> None:
+  """Refuses schemes that do not go together.
+
+  Args:
+    scheme: `config.distill.scheme`.
+
+  Raises:
+    ValueError: for a cohort with `reuse_head` or with `ema`.
+  """
+  if scheme.cohort > 1 and scheme.reuse_head:
+    raise ValueError(
+      'distill.scheme.reuse_head gives one student the head of the teacher: '
+      f'it needs distill.scheme.cohort=1, not {scheme.cohort}.'
+    )
+  if scheme.cohort > 1 and scheme.ema:
+    raise ValueError(
+      'distill.scheme.ema teaches one student by its own average: it needs '
+      f'distill.scheme.cohort=1, not {scheme.cohort}.'
+    )
+
+
 def link(
   run: Run, model: Any, teacher: Network, key: str
 ) -> tuple[Objective, Student, Network | None]:
@@ -199,15 +217,19 @@ def link(
     model: the linen module of the link.
     teacher: the link before.
     key: names the random key of its weights.
+
+  Raises:
+    ValueError: as `check_scheme`, or for `ema` with a cache.
   """
   c = run.config.distill
+  check_scheme(c.scheme)
   examples = fit.examples_for(run, None if c.scheme.ema else teacher)
   objective = functools.partial(
     make_objective,
     run,
     c.terms,
     student=model.taps,
-    steps=fit.total_steps(c.train, examples),
+    steps=Training.of(c.train, examples).steps,
   )
   variables = adapters.init_linen(model, run.rng(key), run.example)
   make = functools.partial(adapters.from_linen, model)
@@ -246,9 +268,7 @@ def _cohort(
     members = {
       name: adapters.from_linen(
         model,
-        taps=[
-          t.removeprefix(f'{name}/') for t in taps if t.startswith(f'{name}/')
-        ],
+        taps=networks.taps_of(taps, name),
         axis_name=axis_name,
         **options,
       )
@@ -280,7 +300,7 @@ def compress_objective(run: Run, teacher: Network) -> Objective:
     c.terms,
     student=run.model('student').taps,
     teacher=teacher.taps,
-    steps=fit.total_steps(c.train, run.transfer),
+    steps=Training.of(c.train, run.transfer).steps,
     kept=_kept(teacher),
   )
 

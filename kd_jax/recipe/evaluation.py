@@ -1,4 +1,4 @@
-"""A run's networks on its data: as functions of raw batches, and measured.
+"""A run's networks on its data: as functions of raw inputs, and measured.
 
 Owns how outputs are computed and counted for the report and for validation;
 what is measured where, and under which name, is `assess`.
@@ -19,11 +19,14 @@ from kd_jax.sharding import layout
 from kd_jax.step import make_eval_step
 from kd_jax.types import Batch, Forward
 
+# raw input `[B, ...]` -> output `[B, ..., C]`
+Apply = Callable[[Any], Any]
 
-def apply(run: Run, network: Network) -> Callable[[Batch], jax.Array]:
-  """`(raw batch) -> output` of a network, compiled.
 
-  It runs where the batch lies: on the first device, or on all of those that
+def apply(run: Run, network: Network) -> Apply:
+  """A network, compiled.
+
+  It runs where its input lies: on the first device, or on all of those that
   `batches` splits it over.
   """
   fn = jax.jit(from_raw(run, network))
@@ -31,8 +34,7 @@ def apply(run: Run, network: Network) -> Callable[[Batch], jax.Array]:
     lambda: sharding.replicate(network.variables, run.own_mesh)
   )
 
-  def apply(batch):
-    raw = batch[run.task.reads]
+  def apply(raw):
     split = isinstance(raw, jax.Array) and len(raw.devices()) > 1
     return fn(everywhere() if split else network.variables, raw)
 
@@ -42,11 +44,6 @@ def apply(run: Run, network: Network) -> Callable[[Batch], jax.Array]:
 def from_raw(run: Run, network: Network) -> Callable[..., jax.Array]:
   """`(variables, raw input) -> output` of a network, not compiled."""
   return deploy.from_raw(network.forward, run.preprocess, reads=run.task.reads)
-
-
-def of_raw(run: Run, apply: Callable[[Batch], Any]) -> Callable[[Any], Any]:
-  """`raw input -> output` of a function `(raw batch) -> output`."""
-  return lambda raw: apply({run.task.reads: raw})
 
 
 def raw(run: Run, split: str, count: int) -> np.ndarray:
@@ -93,17 +90,16 @@ def batches(
 
 def evaluate(
   run: Run,
-  apply: Callable[[Batch], Any],
+  apply: Apply,
   split: str,
   *,
-  teacher: Callable[[Batch], Any] | None = None,
+  teacher: Apply | None = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
-  """The metrics of anything that maps raw batches to outputs.
+  """The metrics of anything that maps raw inputs to outputs.
 
   Args:
-    apply: `(raw batch) -> output`: `apply(run, network)`, or a runtime
-      outside of JAX.
+    apply: `apply(run, network)`, or a runtime outside of JAX.
     split: 'train', 'validation' or 'test'.
     teacher: the same for the teacher; adds what compares with it.
     mesh: as for `batches`.
@@ -114,10 +110,11 @@ def evaluate(
   )
 
   def measure_batch(batch):
-    outputs = {'output': apply(batch)}
+    known = dict(batch)
+    raw = known.pop(run.task.reads)
+    outputs = {'output': apply(raw)}
     if teacher is not None:
-      outputs['teacher'] = teacher(batch)
-    known = {k: v for k, v in batch.items() if k != run.task.reads}
+      outputs['teacher'] = teacher(raw)
     return eval_step({'params': {}}, None, known | outputs)
 
   return metrics.evaluate(measure_batch, batches(run, split, mesh), measured)

@@ -21,6 +21,7 @@ from kd_jax.objectives import Objective
 from kd_jax.recipe import evaluation
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
+from kd_jax.recipe.words import Training
 from kd_jax.sharding import hosts, layout
 from kd_jax.step import init_state, make_train_step, with_step
 from kd_jax.storage.checkpoint import Checkpoints
@@ -66,11 +67,6 @@ class Student:
   frozen: str = ''
   wrap: Callable[[Any], Any] = lambda tx: tx
   finish: Callable[[Variables], Variables] = dict
-
-
-def total_steps(c: ml_collections.ConfigDict, examples: data.Split) -> int:
-  """The steps of a training configuration on some examples."""
-  return c.epochs * data.batches_per_epoch(examples, c.batch_size)
 
 
 def examples_for(run: Run, teacher: Network | None) -> data.Split:
@@ -122,7 +118,7 @@ def make_step(
     student: the network.
     teacher: of the objective, if it has one.
   """
-  steps = total_steps(c, examples_for(run, teacher))
+  steps = Training.of(c, examples_for(run, teacher)).steps
   tx = _optimizer(c, steps, student.frozen)
   tx = optim.average_params(tx, decay=c.average) if c.average else tx
   tx = student.wrap(tx)
@@ -231,7 +227,7 @@ def _train(
   evaluate: Callable[[TrainState], dict[str, float]],
   cache: Any,
 ) -> train_lib.Trained:
-  per_epoch = data.batches_per_epoch(examples, c.batch_size)
+  steps, per_epoch, _ = Training.of(c, examples)
   sharding.connect(run.mesh)
   source = data.make_input(examples, run.mesh, run.config.data.input)
   batches = _batches(run, source.examples, c.batch_size)
@@ -269,7 +265,7 @@ def _train(
       state,
       batches,
       rng=run.rng(key),
-      total_steps=total_steps(c, examples),
+      total_steps=steps,
       put=source.put,
       checkpoints=checkpoints,
       evaluate=evaluate,
@@ -301,8 +297,7 @@ def _evaluator(
   if 'validation' not in run.splits:
     return lambda state: {}
   forward = (student.served_make or student.make)()
-  reads = run.task.reads
-  fn = jax.jit(deploy.from_raw(forward, run.preprocess, reads=reads))
+  fn = jax.jit(deploy.from_raw(forward, run.preprocess, reads=run.task.reads))
   params_at = jax.jit(with_step(student.params_fn))
   mesh = run.own_mesh if run.config.compiler == 'pmap' else run.mesh
 
@@ -310,7 +305,7 @@ def _evaluator(
     variables = dict(student.served(_averaged(state)))
     variables['params'] = params_at(variables['params'], state.step)
     numbers = evaluation.evaluate(
-      run, lambda b: fn(variables, b[reads]), 'validation', mesh=mesh
+      run, functools.partial(fn, variables), 'validation', mesh=mesh
     )
     masks = prune.masks_of(state.opt_state)
     if masks:

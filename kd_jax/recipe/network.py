@@ -47,14 +47,8 @@ def ensemble(
   axis_name: str | None = None,
 ) -> StudentFn:
   """The ensemble's function; a tap is '<member>/<path>'."""
-
-  def own(name):
-    return [
-      t.removeprefix(f'{name}/') for t in taps if t.startswith(f'{name}/')
-    ]
-
   made = {
-    name: member.make(taps=own(name), axis_name=axis_name)
+    name: member.make(taps=networks.taps_of(taps, name), axis_name=axis_name)
     for name, member in members.items()
   }
   # Losses are averaged by the objective; what is measured is the mean logits.

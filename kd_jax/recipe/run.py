@@ -7,7 +7,7 @@ train and export are `stages`.
 
 import functools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from kd_jax import (
 )
 from kd_jax.recipe.compression import Compression
 from kd_jax.recipe.network import TEACHER, Network, ensemble
+from kd_jax.recipe.words import Training, Uncompressed
 from kd_jax.report.looks import Look, looks_of
 from kd_jax.sharding import layout
 from kd_jax.storage.weights import load_weights
@@ -194,16 +195,12 @@ class Run:
     c = self.config.compress
     train = self.splits['train']
     raw = train.read(np.arange(min(c.train.batch_size, len(train))))
-    epoch_steps = data.batches_per_epoch(self.transfer, c.train.batch_size)
-    return Compression(
-      c,
+    network = Uncompressed(
       self.model('student'),
       self.student('distill').variables,
       self.preprocess(raw, train=False),
-      steps=c.train.epochs * epoch_steps,
-      epoch_steps=epoch_steps,
-      accumulate=c.train.accumulate,
     )
+    return Compression(c, network, Training.of(c.train, self.transfer))
 
   def network(
     self, name: str, model: adapters.LinenModule, variables: Variables
@@ -235,7 +232,6 @@ class Run:
 
   def _teacher(self, where: str, options: Mapping[str, Any]) -> Network:
     c = self.config.teacher
-    model = self.make_model(options)
     rules.choose('precision of the teacher', c.precision, _PRECISIONS)
     integer = c.precision == 'int8'
     if c.precision == 'bfloat16':
@@ -245,16 +241,18 @@ class Run:
     if c.precision == 'bfloat16':
       variables = networks.cast_params(variables, 'bfloat16')
     build = deploy.integer_forward if integer else adapters.from_linen
-
-    def make(taps=(), axis_name=None):
-      forward = build(model, taps=taps, axis_name=axis_name)
-      return self.teacher_input(forward)
-
+    make = self.behind_teacher_input(functools.partial(build, model))
     return Network(TEACHER, make, variables, model.taps)
 
   def teacher_input(self, forward: StudentFn) -> StudentFn:
     """A teacher's function behind an input of its own."""
     return self.task.teacher_input(self.config, self.statistics, forward)
+
+  def behind_teacher_input(
+    self, make: Callable[..., StudentFn]
+  ) -> Callable[..., StudentFn]:
+    """What makes a teacher's function, with `teacher_input` around it."""
+    return lambda **options: self.teacher_input(make(**options))
 
   def student(self, stage: str) -> Network:
     """The float student that 'alone' or 'distill' trained."""

@@ -5,7 +5,6 @@ of the few that are worth it, and the artefact. A candidate learns from the
 network that it was made from, so no teacher is needed.
 """
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,8 @@ def open_run(
   Args:
     config: of `configs/compress.py`.
     path: the trained model: a work directory of `kd-jax run`, also 'gs://...',
-      whose data and student replace those of the configuration, or a local
-      safetensors file.
+      whose data, student and teacher's model replace those of the
+      configuration, or a local safetensors file.
     stage: whose student of a work directory: 'distill' or 'alone'.
     workdir: where everything is written.
 
@@ -66,6 +65,9 @@ def open_run(
         config[key] = value
       reused = stored.config['distill']['scheme']['reuse_head']
       config.distill.scheme.reuse_head = reused and stage == 'distill'
+      # A head that was reused is as wide as the teacher that it came from.
+      teacher = stored.config['teacher']['model']
+      config.teacher.model = ml_collections.ConfigDict(teacher)
   elif not local or not place.is_file():
     raise ValueError(
       f'--model={path} is neither a work directory of kd-jax run nor a '
@@ -226,18 +228,19 @@ def _publish(
     'activations': [list(rule) for rule in quantized.activations],
   }
   write_json(directory / 'compressed.json', about)
-  made = functools.partial(candidates_lib.network, candidate, converted)
-  export_files(run, made, directory)
+  made = candidates_lib.network(candidate, converted)
+  simulated = candidates_lib.network(candidate, converted, simulate=True)
+  export_files(run, made, simulated, directory)
   run.workdir.send('artefact')
   test = {
     'name': candidate.name,
     'dense': evaluation.quality(run, dense, 'test'),
-    'quality': evaluation.quality(run, made(), 'test'),
+    'quality': evaluation.quality(run, made, 'test'),
     'examples': len(run.splits['test']),
   }
   return {
     'test': test,
-    'layers': assess.layers(run.example, dense, made(simulate=True)),
+    'layers': assess.layers(run.example, dense, simulated),
     'integers': candidate.compression.parity(
       converted, candidates_lib.calibration(run)[0]
     ),

@@ -33,11 +33,6 @@ from kd_jax.storage import lock
 from kd_jax.storage.weights import load_weights, save_weights
 
 
-def train_teacher(run: Run) -> Result:
-  """Trains the teacher, or the teachers, on the labels."""
-  return distillation.fit_teachers(run)
-
-
 def train_alone(run: Run) -> Result:
   """Trains the student on the labels, without the teacher."""
   c, student = run.config.alone.train, untaught(run)
@@ -49,11 +44,6 @@ def untaught(run: Run) -> Student:
   model = run.model('alone')
   variables = adapters.init_linen(model, run.rng('alone'), run.example)
   return Student(functools.partial(adapters.from_linen, model), variables)
-
-
-def distill(run: Run) -> Result:
-  """Trains the same student, from the same start, on the teacher too."""
-  return distillation.distill(run)
 
 
 def compress(run: Run) -> Result:
@@ -100,32 +90,33 @@ def convert(run: Run) -> Result:
 
 def export(run: Run) -> Result:
   """Writes the integer student for servers, and compares each file with it."""
-  directory = run.workdir.stage('export')
-  written = export_files(run, run.integer, directory)
+  directory, integer = run.workdir.stage('export'), run.integer()
+  simulated = run.integer(simulate=True)
   return {
-    'exports': written,
-    'parity': _parities(run, directory),
+    'exports': export_files(run, integer, simulated, directory),
+    'parity': _parities(run, integer, directory),
     'note': exporters.left_out(),
   }
 
 
 def export_files(
-  run: Run, make: Callable[..., Network], directory: Path
+  run: Run, integer: Network, simulated: Network, directory: Path
 ) -> dict[str, Any]:
   """Writes an integer network in the formats of `exporters`.
 
   Args:
     run: whose input it is for.
-    make: `(simulate=False) -> network`.
+    integer: the network.
+    simulated: the same with products in float, `simulate=True`.
     directory: where to.
 
   Returns:
     What `exporters.write` says of each.
   """
-  test, integer = run.splits['test'], make()
+  test = run.splits['test']
   model = exporters.Model(
     integer=evaluation.from_raw(run, integer),
-    simulated=evaluation.from_raw(run, make(simulate=True)),
+    simulated=evaluation.from_raw(run, simulated),
     variables=integer.variables,
     input=jax.ShapeDtypeStruct((1, *test.input.shape), test.input.dtype),
     golden=evaluation.raw(run, 'test', min(8, len(test))),
@@ -138,18 +129,20 @@ def export_files(
   return exporters.write(model, directory)
 
 
-def _parities(run: Run, directory: Path) -> list[dict[str, Any]]:
+def _parities(
+  run: Run, network: Network, directory: Path
+) -> list[dict[str, Any]]:
   """Each form of the integer student against the form it came from."""
-  integer = evaluation.apply(run, run.integer())
-  pairs: list[tuple[str, assess.Apply, str, assess.Apply]] = [
+  integer, compressed = evaluation.apply(run, network), run.compressed()
+  pairs: list[tuple[str, evaluation.Apply, str, evaluation.Apply]] = [
     (
       'integer (JAX)',
       integer,
-      run.compressed().name,
-      evaluation.apply(run, run.compressed()),
+      compressed.name,
+      evaluation.apply(run, compressed),
     )
   ]
-  for name, apply in assess.exported(run, directory).items():
+  for name, apply in exporters.load(directory).items():
     pairs.append((name, apply, 'integer (JAX)', integer))
   found = []
   for name, apply, against, reference in pairs:
@@ -158,6 +151,7 @@ def _parities(run: Run, directory: Path) -> list[dict[str, Any]]:
       reference,
       evaluation.batches(run, 'test'),
       agree=run.task.agree,
+      reads=run.task.reads,
     )
     if against == 'integer (JAX)':
       parity.require(
@@ -178,9 +172,9 @@ def report(run: Run) -> Result:
 
 
 STAGES: dict[str, Callable[[Run], Result]] = {
-  'teacher': train_teacher,
+  'teacher': distillation.fit_teachers,
   'alone': train_alone,
-  'distill': distill,
+  'distill': distillation.distill,
   'compress': compress,
   'convert': convert,
   'export': export,
@@ -208,7 +202,8 @@ def run_stages(
 
   Raises:
     ValueError: for an unknown stage, one whose predecessors are missing or
-      damaged, other data than before, or if another process runs here.
+      damaged, schemes that do not go together, other data than before, or if
+      another process runs here.
     Preempted: after SIGTERM or SIGINT, see `preemption`.
   """
   order = list(STAGES)
@@ -220,6 +215,7 @@ def run_stages(
       for name in order[order.index(chosen[0]) :]:
         run.workdir.clear(name)
     if not all(map(run.workdir.finished, chosen)):
+      distillation.check_scheme(run.config.distill.scheme)
       origin.record(run, say=say)
     for name in chosen:
       preemption.poll()

@@ -10,8 +10,10 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kd_jax import adapters, prune, quantize
-from kd_jax.types import Batch
+import ml_collections
+
+from kd_jax import adapters, data, prune, quantize
+from kd_jax.types import Batch, Variables
 
 INTEGER_WEIGHTS = {
   'int8': quantize.INT8_WEIGHTS,
@@ -64,17 +66,18 @@ class Uncompressed(NamedTuple):
     variables: its trained variables, where compression starts.
     batch: pre-processed; its values are read where ranges are learned by
       gradients and where residual blocks leave, else only its shapes.
-    interceptors: others than those of compression, which go first.
+    interceptors: others than those of compression, which go first, such as
+      `prune.resized(...)`.
   """
 
   model: adapters.LinenModule
-  variables: dict[str, Any]
+  variables: Variables
   batch: Batch
-  interceptors: tuple[adapters.Interceptor, ...]
+  interceptors: tuple[adapters.Interceptor, ...] = ()
 
 
 class Training(NamedTuple):
-  """The training in which a network is compressed.
+  """The steps of a training.
 
   Attributes:
     steps: of all of it.
@@ -85,6 +88,19 @@ class Training(NamedTuple):
   steps: int
   epoch_steps: int
   accumulate: int = 1
+
+  @classmethod
+  def of(
+    cls, c: ml_collections.ConfigDict, examples: data.Examples
+  ) -> 'Training':
+    """What a configuration says of a training on some examples.
+
+    Args:
+      c: a `training` of `kd_jax.defaults`.
+      examples: of the train split, or those to transfer with.
+    """
+    epoch_steps = data.batches_per_epoch(examples, c.batch_size)
+    return cls(c.epochs * epoch_steps, epoch_steps, c.accumulate)
 
   def at(self, text: str) -> int:
     """A point in training as a step.

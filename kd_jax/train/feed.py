@@ -36,7 +36,7 @@ class Fed(NamedTuple):
   Attributes:
     arrays: `[B, ...]`, or `[N, B, ...]` for several steps.
     steps: how many.
-    examples: in all of them, of all processes.
+    examples: in all of them, of the global batch.
     state: where the batches stand after it.
   """
 
@@ -110,7 +110,6 @@ class Feed:
       return
     read = [next(self._batches) for _ in range(count)]
     state = self._batches.get_state()
-    examples = sum(len(batch['id']) for batch in read) * jax.process_count()
     if count == 1:
       arrays = self._put(read[0])
     elif self._several is None:
@@ -120,6 +119,8 @@ class Feed:
     else:
       stack = {k: np.stack([batch[k] for batch in read]) for k in read[0]}
       arrays = self._several.put(stack)
+    # Of the global batch: processes may have read the same part of it.
+    examples = count * next(iter(arrays.values())).shape[int(count > 1)]
     self._next = Fed(arrays, count, examples, state)
     if self._profile is not None:
       idle = all(x.is_ready() for x in jax.tree.leaves(running))
