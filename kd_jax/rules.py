@@ -116,13 +116,13 @@ def match(
   return matched
 
 
-def first(rules: Rules[T], name: str, *, kind: str = 'rule') -> T | None:
+def first(rules: Rules[T], name: str) -> T | None:
   """The value of the first rule that matches a path whole, or None.
 
   Unlike `match` it cannot tell a rule that matches nothing anywhere.
   """
   for pattern, value in rules:
-    if _fullmatch(pattern, name, kind):
+    if _fullmatch(pattern, name, 'rule'):
       return value
   return None
 

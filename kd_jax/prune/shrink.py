@@ -161,38 +161,6 @@ def _put(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
   return jax.device_put(leaf, sharding)
 
 
-def unit_masks(plan: Plan, kept: Kept) -> dict[str, np.ndarray]:
-  """Masks that put the units that leave to zero instead of removing them.
-
-  Args:
-    plan: from `find_groups`.
-    kept: as for `shrink`.
-
-  Returns:
-    parameter path, without the collection -> bool mask, True where kept, for
-    `apply_masks`; parameters of which nothing leaves have none.
-
-  Example:
-    >>> from kd_jax.prune.plan import Group, Member, Plan
-    >>> members = (Member('params/w', 1, 2, ((0,), (1,))),)
-    >>> plan = Plan((Group('w', 2, 1, members),), {}, {'params/w': (2, 2)})
-    >>> unit_masks(plan, {'w': [1]})['w'].tolist()
-    [[False, True], [False, True]]
-  """
-  made = {}
-  for path, axes in plan_lib.axis_masks(plan, kept).items():
-    if not path.startswith('params/'):
-      continue
-    shape = plan.shapes[path]
-    mask = np.ones(shape, bool)
-    for axis, kept_there in axes.items():
-      spread = [1] * len(shape)
-      spread[axis] = -1
-      mask &= kept_there.reshape(spread)
-    made[path.removeprefix('params/')] = mask
-  return made
-
-
 def shrunk_forward(
   forward: Callable[..., Any], plan: Plan, kept: Kept
 ) -> Callable[..., Any]:

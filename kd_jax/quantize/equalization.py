@@ -17,20 +17,19 @@ from kd_jax.quantize import record
 from kd_jax.quantize.channels import FreeScale, free_scales
 from kd_jax.types import Batch, Variables
 
+# Rounds of the equalisation of all pairs: in chains the ranges meet by then.
+_ROUNDS = 20
+
 
 def equalize(
-  forward: Callable[..., Any],
-  variables: Variables,
-  batch: Batch,
-  *,
-  iterations: int = 20,
+  forward: Callable[..., Any], variables: Variables, batch: Batch
 ) -> dict[str, Any]:
   """Cross-layer equalisation: consecutive kernels get equal channel ranges.
 
   With r1[i] = max |W1| of output channel i and r2[i] = max |W2| of the weights
   that read it, W1[i] and b1[i] are multiplied by sqrt(r2[i] / r1[i]) and W2
   is divided by it, so that both ranges become sqrt(r1[i] r2[i]). Pairs are
-  visited in the order of the computation, `iterations` times: in a chain
+  visited in the order of the computation, again and again: in a chain
   such as convolution, depthwise, convolution all ranges meet.
 
   A pair is a Conv or Dense and all kernels that read its output, with nothing
@@ -46,7 +45,6 @@ def equalize(
     variables: its variables with BatchNorm folded; layers before a BatchNorm
       that is not are left as they are.
     batch: one batch; only its shapes and dtypes matter.
-    iterations: how often all pairs are visited.
 
   Returns:
     New variables; the network computes the same up to rounding.
@@ -81,7 +79,7 @@ def equalize(
       return leaves
 
     wide = {k: v.astype(jnp.float32) for k, v in leaves.items()}
-    wide = jax.lax.fori_loop(0, iterations, visit, wide)
+    wide = jax.lax.fori_loop(0, _ROUNDS, visit, wide)
     return {k: v.astype(leaves[k].dtype) for k, v in wide.items()}
 
   return _replace(variables, run(_leaves(variables, pairs)))
