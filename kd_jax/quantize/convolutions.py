@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.quantize.convolution_ways import WAYS, Geometry, convolve, fastest
-from kd_jax.quantize.fake_quant import per_channel
 from kd_jax.quantize.products import Codes
+from kd_jax.quantize.specs import per_channel
 
 
 def pad(module: Any, x: jax.Array, value: jax.Array) -> jax.Array:

@@ -73,7 +73,7 @@ def is_convolution(module: Any) -> bool:
   return kind(module, _KERNELS) == 'Conv'
 
 
-def is_attention(module: Any) -> bool:
+def is_attention_product(module: Any) -> bool:
   """Whether a module multiplies its two inputs."""
   return kind(module, _ATTENTION) is not None
 

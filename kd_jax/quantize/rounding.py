@@ -17,13 +17,10 @@ from kd_jax import rules as rules_lib
 from kd_jax.quantize import record
 from kd_jax.quantize.activations import quantize_activations
 from kd_jax.quantize.calibration import frozen
-from kd_jax.quantize.fake_quant import (
-  QuantSpec,
-  fake_quant_params,
-  weight_scale,
-)
+from kd_jax.quantize.fake_quant import fake_quant_params, weight_scale
 from kd_jax.quantize.layer_rounding import Problem, Rounding, round_layer
 from kd_jax.quantize.observers import Observer
+from kd_jax.quantize.specs import QuantSpec
 from kd_jax.types import Batch, Variables
 
 
