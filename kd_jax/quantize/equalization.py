@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import rules as rules_lib
+from kd_jax.placement import replicated
 from kd_jax.quantize import record
 from kd_jax.quantize.channels import FreeScale, free_scales
 from kd_jax.types import Batch, Variables
@@ -204,19 +205,13 @@ def rescale(
   Returns:
     All leaves, those that `scale` names changed.
   """
-  new, factor = dict(leaves), _replicated(factor)
+  # Whole on every device: what it scales keeps a sharding of its own.
+  new, factor = dict(leaves), replicated(factor)
   for name, channels in scale.multiplied.items():
     new[name] = new[name] * _expand(factor, channels, new[name].ndim)
   for name, reader in scale.divided.items():
     new[name] = new[name] / _expand(factor, reader.channels, new[name].ndim)
   return new
-
-
-def _replicated(x: jax.Array) -> jax.Array:
-  """Whole on every device: what it scales keeps a sharding of its own."""
-  if any(axis is not None for axis in jax.typeof(x).sharding.spec):
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
-  return x
 
 
 def _expand(factor: jax.Array, channels: np.ndarray, rank: int) -> jax.Array:
@@ -240,7 +235,7 @@ def channel_maxima(
   """
   alike = [i for i, size in enumerate(channels.shape) if size == 1]
   axes = tuple(scale.stacked + i for i in alike)
-  largest = _replicated(jnp.max(jnp.abs(w), axis=axes))
+  largest = replicated(jnp.max(jnp.abs(w), axis=axes))
   return _by_channel(
     largest.reshape(*w.shape[: scale.stacked], -1), channels, scale
   )
