@@ -70,9 +70,10 @@ def _shrink(
 
   def one(path, leaf):
     name = rules_lib.path_name(path)
-    whose = mirrors(mirrored, name)
-    if whose is None or not hasattr(leaf, 'shape'):
+    end = rules_lib.mirrored(name, mirrored.__contains__)
+    if end is None or not hasattr(leaf, 'shape'):
       return leaf
+    whose = mirrored[end]
     axes, shape = masks.get(whose, {}), plan.shapes[whose]
     if not axes:
       return leaf
@@ -106,21 +107,6 @@ def mirrored_paths(paths: Iterable[str]) -> dict[str, str]:
     if path.startswith('params/')
   }
   return found | {path: path for path in paths}
-
-
-def mirrors(suffixes: Mapping[str, str], name: str) -> str | None:
-  """The path of the model that a leaf's path ends with, the longest one.
-
-  Args:
-    suffixes: from `mirrored_paths`.
-    name: '/'-joined path of the leaf.
-  """
-  parts = name.split('/')
-  for i in range(len(parts)):
-    found = suffixes.get('/'.join(parts[i:]))
-    if found is not None:
-      return found
-  return None
 
 
 def _take(leaf: Any, indices: Mapping[int, np.ndarray]) -> Any:
