@@ -113,7 +113,7 @@ def smooth(
   feed-forward; what follows a GELU or an attention is left as it is.
 
   Args:
-    make_forward: `(interceptor) -> forward` in evaluation mode; see `record`.
+    make_forward: `(*interceptors) -> forward` in evaluation mode; see `record`.
     variables: the model's variables.
     batches: a handful of pre-processed batches; each is read once.
     alpha: in [0, 1]; how much of the outliers moves. 0.5 is the paper's.
@@ -133,8 +133,8 @@ def smooth(
     >>> from flax import linen as nn
     >>> from kd_jax import adapters
     >>> model = nn.Sequential([nn.LayerNorm(), nn.Dense(2)])
-    >>> make_forward = lambda interceptor: adapters.from_linen(
-    ...   model, interceptors=(interceptor,), train_argument=None)
+    >>> make_forward = lambda *given: adapters.from_linen(
+    ...   model, interceptors=given, train_argument=None)
     >>> x = jnp.array([[-1.0, 3.0, 0.5]])
     >>> variables = model.init(jax.random.key(0), x)
     >>> got = smooth(make_forward, variables, [{'image': x}])
@@ -146,10 +146,7 @@ def smooth(
   batches = list(batches)
   if not batches:
     raise ValueError('There is no batch to smooth with.')
-  plain = make_forward(
-    lambda next_fun, args, kwargs, _: next_fun(*args, **kwargs)
-  )
-  found = free_scales(plain, variables, batches[0])
+  found = free_scales(make_forward(), variables, batches[0])
   axes = {
     _layer(kernel): reader.axis
     for scale in found
