@@ -66,18 +66,14 @@ def evaluation(
     interceptors: others, as for `integer_forward`.
 
   Returns:
-    `(interceptor) -> forward`. Without its train argument the model stays in
+    `(*interceptors) -> forward`. Without its train argument the model stays in
     evaluation mode, also when `train=True` tells observers to learn.
   """
 
-  def make_forward(interceptor: adapters.Interceptor) -> StudentFn:
+  def make_forward(*others: adapters.Interceptor) -> StudentFn:
     return adapters.from_linen(
       model,
-      interceptors=(
-        *interceptors,
-        quantize.skip_folded_batch_norms,
-        interceptor,
-      ),
+      interceptors=(*interceptors, quantize.skip_folded_batch_norms, *others),
       train_argument=None,
     )
 
@@ -150,10 +146,7 @@ def calibrated(
   rules = weight_rules, activation_rules
   variables = fold(model, variables, example, interceptors=interceptors)
   if equalize:
-    plain = adapters.from_linen(
-      model, interceptors=(*interceptors, quantize.skip_folded_batch_norms)
-    )
-    variables = quantize.equalize(plain, variables, example)
+    variables = quantize.equalize(make_forward(), variables, example)
   if smooth is not None:
     variables = quantize.smooth(make_forward, variables, batches, alpha=smooth)
   if activation_rules:

@@ -21,7 +21,6 @@ def combine(
   *,
   space: str = 'logits',
   weights: Mapping[str, float] | None = None,
-  temperature: float = 1.0,
 ) -> StudentFn:
   """Several networks as one: an ensemble of teachers, a cohort of students.
 
@@ -32,8 +31,6 @@ def combine(
       first network's output.
     weights: name -> weight of an average, normalised to sum 1; equal when
       None.
-    temperature: for 'probabilities', the T at which softmax(output / T) is
-      the average of the networks' softmax(logits / T).
 
   Returns:
     A function of variables as `combine_variables` makes them. Its features
@@ -69,7 +66,7 @@ def combine(
       for collection, values in out.model_state.items():
         state.setdefault(collection, {})[name] = values
     logits = [out.output.astype(jnp.float32) for out in outs.values()]
-    return Forward(_output(logits, shares, space, temperature), features, state)
+    return Forward(_output(logits, shares, space), features, state)
 
   return forward
 
@@ -101,20 +98,16 @@ def check_weights(names: Iterable[str], weights: Mapping[str, Any]) -> None:
 
 
 def _output(
-  logits: Sequence[jax.Array],
-  shares: Sequence[float],
-  space: str,
-  temperature: float,
+  logits: Sequence[jax.Array], shares: Sequence[float], space: str
 ) -> jax.Array:
   if space == 'first':
     return logits[0]
   if space == 'logits':
     weighted = [w * z for w, z in zip(shares, logits, strict=True)]
     return sum(weighted[1:], start=weighted[0])
-  log_p = [jax.nn.log_softmax(z / temperature) for z in logits]
+  log_p = [jax.nn.log_softmax(z) for z in logits]
   each = jnp.array(shares).reshape(-1, *(1 for _ in logits[0].shape))
-  mixed = jax.nn.logsumexp(jnp.stack(log_p), axis=0, b=each)
-  return temperature * mixed
+  return jax.nn.logsumexp(jnp.stack(log_p), axis=0, b=each)
 
 
 def combine_variables(variables: Mapping[str, Variables]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ nowhere else.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -116,15 +116,34 @@ def match(
   return matched
 
 
-def first(rules: Rules[T], name: str, *, kind: str = 'rule') -> T | None:
+def first(rules: Rules[T], name: str) -> T | None:
   """The value of the first rule that matches a path whole, or None.
 
   Unlike `match` it cannot tell a rule that matches nothing anywhere.
   """
   for pattern, value in rules:
-    if _fullmatch(pattern, name, kind):
+    if _fullmatch(pattern, name, 'rule'):
       return value
   return None
+
+
+def mirrored(name: str, known: Callable[[str], bool]) -> str | None:
+  """Which parameter a leaf mirrors, such as a momentum does, by their paths.
+
+  Args:
+    name: path of the leaf, usually in the state of an optimizer.
+    known: whether a path is that of a parameter, which may look at shapes too.
+
+  Returns:
+    The longest end of `name` that is known, or None.
+
+  Example:
+    >>> mirrored('0/mu/conv/kernel', {'kernel', 'conv/kernel'}.__contains__)
+    'conv/kernel'
+  """
+  parts = name.split('/')
+  ends = ('/'.join(parts[i:]) for i in range(len(parts) + 1))
+  return next((end for end in ends if known(end)), None)
 
 
 def _fullmatch(pattern: str, name: str, kind: str) -> bool:

@@ -90,13 +90,9 @@ def random_variables(name, *, dtype='float32'):
   return model, jax.tree_util.tree_map_with_path(fill, shapes), batch
 
 
-def _nothing(next_fun, args, kwargs, context):
-  return next_fun(*args, **kwargs)
-
-
 def forward_of(model):
   """The forward of a model in evaluation mode, folded BatchNorms left out."""
-  return deploy.evaluation(model)(_nothing)
+  return deploy.evaluation(model)()
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from shrunk_models import unit_masks
 
 from kd_jax import adapters, deploy, models, objectives, prune, step
 from kd_jax.export import export_stablehlo, load_stablehlo, onnx
@@ -72,7 +73,7 @@ def _kept(plan, variables):
 
 
 def _masked(plan, kept, variables):
-  masks = prune.unit_masks(plan, kept)
+  masks = unit_masks(plan, kept)
   return {
     **variables,
     'params': prune.apply_masks(variables['params'], masks),
@@ -89,7 +90,7 @@ def test_a_step_of_the_shrunk_state_is_the_masked_step():
   variables = _masked(plan, kept, variables)
   state = step.init_state(forward, objective, tx, variables, batch)
   # As after pruning: masks of whole units, made for this sparsity.
-  masks = state.opt_state.masks | prune.unit_masks(plan, kept)
+  masks = state.opt_state.masks | unit_masks(plan, kept)
   masks = {k: jnp.asarray(v) for k, v in masks.items()}
   state = state.replace(
     opt_state=state.opt_state._replace(masks=masks, sparsity=jnp.float32(0.5)),

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from shrunk_models import unit_masks
 
 from kd_jax import adapters, models, prune
 from kd_jax.prune.plan import Group, Member, Plan
@@ -153,7 +154,7 @@ def test_whole_units_are_masked_in_exact_numbers(scope):
         best = np.argsort(-ranked[name], kind='stable')[: len(units)]
         assert units == sorted(best.tolist())
       # The masks are those of the units and nothing else.
-      for name, mask in prune.unit_masks(PLAN, kept).items():
+      for name, mask in unit_masks(PLAN, kept).items():
         np.testing.assert_array_equal(masks[name], mask, err_msg=name)
       assert masks['tail/kernel'].all()
 
@@ -228,7 +229,7 @@ def test_training_prunes_whole_units_in_exact_numbers(score):
     # A unit that has left stays out, and so do all its entries.
     assert all(set(kept[name]) <= units for name, units in before.items())
     before = {name: set(units) for name, units in kept.items()}
-    for name, mask in prune.unit_masks(PLAN, kept).items():
+    for name, mask in unit_masks(PLAN, kept).items():
       np.testing.assert_array_equal(params[name] != 0, mask, err_msg=name)
 
 

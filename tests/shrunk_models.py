@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import prune
+from kd_jax.prune.plan import axis_masks
 
 
 def random_units(groups, seed=0):
@@ -16,9 +17,25 @@ def random_units(groups, seed=0):
   }
 
 
+def unit_masks(plan, kept):
+  """Masks that put the units that leave to zero instead of removing them."""
+  made = {}
+  for path, axes in axis_masks(plan, kept).items():
+    if not path.startswith('params/'):
+      continue
+    shape = plan.shapes[path]
+    mask = np.ones(shape, bool)
+    for axis, kept_there in axes.items():
+      spread = [1] * len(shape)
+      spread[axis] = -1
+      mask &= kept_there.reshape(spread)
+    made[path.removeprefix('params/')] = mask
+  return made
+
+
 def difference(plan, kept, forward, variables, batch):
   """The largest difference between the masked and the shrunk model."""
-  masks = prune.unit_masks(plan, kept)
+  masks = unit_masks(plan, kept)
   params = prune.apply_masks(variables['params'], masks)
   masked = jax.jit(forward)({**variables, 'params': params}, batch)
   shrunk = jax.jit(prune.shrunk_forward(forward, plan, kept))(

@@ -32,9 +32,7 @@ class LayerParity(NamedTuple):
     execution: 'static', observed grids and integer products; 'dynamic', the
       same with the range of the batch at hand; 'weights', codes dequantized in
       the product; 'inputs', no product on integers, but rounded inputs.
-    fake_max_error: the largest difference of fake-quant and float outputs.
     fake_sqnr_db: of fake-quant against float.
-    integer_max_error: the largest difference of integer and float outputs.
     integer_sqnr_db: of integers against float.
     max_error: the largest difference of integer and fake-quant outputs.
     sqnr_db: of integers against fake-quant.
@@ -48,9 +46,7 @@ class LayerParity(NamedTuple):
 
   layer: str
   execution: str
-  fake_max_error: float
   fake_sqnr_db: float
-  integer_max_error: float
   integer_sqnr_db: float
   max_error: float
   sqnr_db: float
@@ -178,9 +174,10 @@ def _layer(
   return LayerParity(
     layer,
     _execution(stored, spec, multiplies),
-    *_errors(fake, real),
-    *_errors(integer, real),
-    *_errors(integer, fake),
+    fake_sqnr_db=_decibels(fake, real),
+    integer_sqnr_db=_decibels(integer, real),
+    max_error=float(np.abs(integer - fake).max(initial=0.0)),
+    sqnr_db=_decibels(integer, fake),
     saturation=max((s for s, _ in codes if s is not None), default=None),
     dead_inputs=max((d for _, d in codes), default=None),
     dead_weights=_dead_weights(stored),
@@ -220,11 +217,9 @@ def _execution(
   return 'dynamic' if spec is not None and spec.dynamic else 'weights'
 
 
-def _errors(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-  difference = found - expected
-  noise, signal = np.square(difference).sum(), np.square(expected).sum()
-  error = np.abs(difference).max(initial=0.0)
-  return float(error), decibels(float(signal), float(noise))
+def _decibels(found: np.ndarray, expected: np.ndarray) -> float:
+  signal, noise = np.square(expected).sum(), np.square(found - expected).sum()
+  return decibels(float(signal), float(noise))
 
 
 def _float64(x: Any) -> np.ndarray:

@@ -23,7 +23,7 @@ def recorder(taps: Iterable[str], multiplying: set[str]) -> Callable[..., Any]:
       with inputs.replaced_products(module, _recorded(module, multiplying)):
         return next_fun(*args, **kwargs)
     if called and '/'.join(module.path) in wanted:
-      if products.is_attention(module):
+      if products.is_attention_product(module):
         multiplying.add('/'.join(module.path))
       values, _ = products.arguments(module, args, kwargs)
       for i, x in enumerate(values):

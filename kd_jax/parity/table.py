@@ -32,8 +32,8 @@ def print_parity(report: ParityReport, file: TextIO | None = None) -> None:
     >>> from kd_jax.parity import Parity
     >>> inf = float('inf')
     >>> layer = LayerParity(
-    ...   'conv', 'static', 0.1, 41.0, 0.1, 41.0, 0.0, inf, 0.0, 3, 200)
-    >>> whole = Parity(1.0, 0.1, 0.01, 40.0, 8)
+    ...   'conv', 'static', 41.0, 41.0, 0.0, inf, 0.0, 3, 200)
+    >>> whole = Parity(1.0, 0.1, 40.0, 8)
     >>> print_parity(ParityReport((layer,), whole, whole, whole))
     layer  runs    fake dB  int8 dB  int8-fake  max error  saturated  dead in  \
 dead w

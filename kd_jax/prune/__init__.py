@@ -47,7 +47,6 @@ from kd_jax.prune.selection import neurons as neurons
 from kd_jax.prune.selection import unit_scores as unit_scores
 from kd_jax.prune.shrink import shrink as shrink
 from kd_jax.prune.shrink import shrunk_forward as shrunk_forward
-from kd_jax.prune.shrink import unit_masks as unit_masks
 from kd_jax.prune.sparse_training import sparse_train as sparse_train
 from kd_jax.prune.state import PruneState as PruneState
 from kd_jax.prune.state import find_state as find_state

@@ -213,11 +213,9 @@ def mirrored(
   """
   found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
-    name, shape = f'/{rules_lib.path_name(path)}', getattr(leaf, 'shape', None)
-    matches = [
-      other
-      for other, array in like.items()
-      if name.endswith(f'/{other}' if other else '') and shape == array.shape
-    ]
-    found.append(max(matches, key=len, default=None))
+    shape = getattr(leaf, 'shape', None)
+    alike = {other for other, array in like.items() if array.shape == shape}
+    found.append(
+      rules_lib.mirrored(rules_lib.path_name(path), alike.__contains__)
+    )
   return found

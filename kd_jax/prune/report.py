@@ -1,4 +1,4 @@
-"""What pruning achieved, layer by layer: zeros and bytes.
+"""What pruning achieved, layer by layer: how many weights are zero.
 
 Owns counts of weights that are there. Operations are counted elsewhere.
 """
@@ -32,16 +32,6 @@ class LayerSparsity(NamedTuple):
     """Share of zeros that was achieved; 0 for an empty parameter."""
     return 1 - self.nonzero / self.size if self.size else 0.0
 
-  @property
-  def dense_bytes(self) -> int:
-    """Bytes of all weights in float32, zeros included."""
-    return 4 * self.size
-
-  @property
-  def sparse_bytes(self) -> int:
-    """Bytes of one bit per weight, in whole bytes, and the nonzero float32."""
-    return -(-self.size // 8) + 4 * self.nonzero
-
 
 def sparsity_report(
   params: Any,
@@ -67,10 +57,10 @@ def sparsity_report(
     >>> masks = {'kernel': np.array([True, True, False])}
     >>> params = {'kernel': np.array([0.0, 1.0, 0.0])}
     >>> for row in sparsity_report(params, masks=masks):
-    ...   print(row.path, row.nonzero, row.size, round(row.sparsity, 3))
-    ...   print(round(row.target, 3), row.dense_bytes, row.sparse_bytes)
-    kernel 1 3 0.667
-    0.333 12 5
+    ...   print(row.path, row.nonzero, row.size)
+    ...   print(round(row.sparsity, 3), round(row.target, 3))
+    kernel 1 3
+    0.667 0.333
   """
   leaves = rules_lib.named_leaves(jax.tree.map(np.asarray, params))
   chosen = rules_lib.match(rules, list(leaves), kind='pruning rule')
@@ -90,8 +80,7 @@ def sparsity_report(
 def total(rows: Sequence[LayerSparsity]) -> LayerSparsity:
   """The sum of rows, named 'total'.
 
-  Bytes of its own bits are rounded up once, not once per row. Its target counts
-  a row without one as dense, and is None if no row has one.
+  Its target counts a row without one as dense, and is None if no row has one.
 
   Example:
     >>> rows = [LayerSparsity('a', 4, 1, 0.75), LayerSparsity('b', 4, 4)]

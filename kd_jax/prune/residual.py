@@ -14,7 +14,7 @@ import numpy as np
 
 from kd_jax import rules as rules_lib
 from kd_jax.prune import scopes, structures
-from kd_jax.prune.shrink import mirrored_paths, mirrors
+from kd_jax.prune.shrink import mirrored_paths
 from kd_jax.types import TrainState
 
 _PARAMS = 'params/'
@@ -168,8 +168,8 @@ def without_blocks(
   tops = {path.split('/')[1] for path in blocks.shapes if '/' in path}
 
   def leaves(path):
-    found = mirrors(known, path)
-    parts = path.split('/') if found is None else found.split('/')[1:]
+    end = rules_lib.mirrored(path, known.__contains__)
+    parts = path.split('/') if end is None else known[end].split('/')[1:]
     # Of a collection that the model did not have: from its first module on.
     while parts and parts[0] not in tops:
       parts.pop(0)

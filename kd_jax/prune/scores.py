@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import rules as rules_lib
+from kd_jax.placement import gathered, placed_like
 from kd_jax.prune.masks import choose_params
-from kd_jax.prune.placement import gathered, placed_like
 
 Arrays = dict[str, jax.Array]
 

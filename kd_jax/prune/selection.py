@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from kd_jax import rules as rules_lib
+from kd_jax.placement import replicated
 from kd_jax.prune import structures
 from kd_jax.prune.masks import score_masks
 from kd_jax.prune.plan import Group, Member, Plan
@@ -109,7 +109,8 @@ def _pool(
 ) -> jax.Array:
   """`[units]` of one member."""
   others = tuple(i for i in range(score.ndim) if i != member.axis)
-  vector = _replicated(pooled(score.astype(jnp.float32), axis=others))
+  # It is small: the same on every device.
+  vector = replicated(pooled(score.astype(jnp.float32), axis=others))
   if member.positions == tuple((i,) for i in range(member.size)):
     return vector
   # Units may have different numbers of positions: pad with one that scores 0.
@@ -121,13 +122,6 @@ def _pool(
   if pooled is jnp.mean:
     values /= np.array([len(p) for p in member.positions], np.float32)
   return values
-
-
-def _replicated(vector: jax.Array) -> jax.Array:
-  """The same on every device of a mesh with explicit axes; it is small."""
-  if any(axis is not None for axis in jax.typeof(vector).sharding.spec):
-    return jax.sharding.reshard(vector, PartitionSpec())
-  return vector
 
 
 def neurons(

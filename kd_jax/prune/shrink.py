@@ -70,9 +70,10 @@ def _shrink(
 
   def one(path, leaf):
     name = rules_lib.path_name(path)
-    whose = mirrors(mirrored, name)
-    if whose is None or not hasattr(leaf, 'shape'):
+    end = rules_lib.mirrored(name, mirrored.__contains__)
+    if end is None or not hasattr(leaf, 'shape'):
       return leaf
+    whose = mirrored[end]
     axes, shape = masks.get(whose, {}), plan.shapes[whose]
     if not axes:
       return leaf
@@ -106,21 +107,6 @@ def mirrored_paths(paths: Iterable[str]) -> dict[str, str]:
     if path.startswith('params/')
   }
   return found | {path: path for path in paths}
-
-
-def mirrors(suffixes: Mapping[str, str], name: str) -> str | None:
-  """The path of the model that a leaf's path ends with, the longest one.
-
-  Args:
-    suffixes: from `mirrored_paths`.
-    name: '/'-joined path of the leaf.
-  """
-  parts = name.split('/')
-  for i in range(len(parts)):
-    found = suffixes.get('/'.join(parts[i:]))
-    if found is not None:
-      return found
-  return None
 
 
 def _take(leaf: Any, indices: Mapping[int, np.ndarray]) -> Any:
@@ -159,38 +145,6 @@ def _put(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
   except ValueError:
     sharding = NamedSharding(sharding.mesh, PartitionSpec())
   return jax.device_put(leaf, sharding)
-
-
-def unit_masks(plan: Plan, kept: Kept) -> dict[str, np.ndarray]:
-  """Masks that put the units that leave to zero instead of removing them.
-
-  Args:
-    plan: from `find_groups`.
-    kept: as for `shrink`.
-
-  Returns:
-    parameter path, without the collection -> bool mask, True where kept, for
-    `apply_masks`; parameters of which nothing leaves have none.
-
-  Example:
-    >>> from kd_jax.prune.plan import Group, Member, Plan
-    >>> members = (Member('params/w', 1, 2, ((0,), (1,))),)
-    >>> plan = Plan((Group('w', 2, 1, members),), {}, {'params/w': (2, 2)})
-    >>> unit_masks(plan, {'w': [1]})['w'].tolist()
-    [[False, True], [False, True]]
-  """
-  made = {}
-  for path, axes in plan_lib.axis_masks(plan, kept).items():
-    if not path.startswith('params/'):
-      continue
-    shape = plan.shapes[path]
-    mask = np.ones(shape, bool)
-    for axis, kept_there in axes.items():
-      spread = [1] * len(shape)
-      spread[axis] = -1
-      mask &= kept_there.reshape(spread)
-    made[path.removeprefix('params/')] = mask
-  return made
 
 
 def shrunk_forward(

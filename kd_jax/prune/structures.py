@@ -16,9 +16,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from kd_jax import rules as rules_lib
+from kd_jax.placement import gathered
 from kd_jax.prune import scopes
 from kd_jax.prune.masks import score_masks
-from kd_jax.prune.placement import gathered
 from kd_jax.prune.thresholds import ordered_bits
 
 Arrays = dict[str, jax.Array]

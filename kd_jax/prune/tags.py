@@ -31,8 +31,8 @@ class Tags:
     >>> conv, norm = tags.fresh(3), tags.fresh(3)
     >>> tags.tie(conv, norm, 'added')
     >>> tags.fix(norm[:1], 'returned')
-    >>> [tags.is_fixed(tag) for tag in conv]
-    [True, False, False]
+    >>> [len(tags.free_atoms(tag)) for tag in conv]
+    [0, 1, 1]
   """
 
   def __init__(self):
@@ -70,12 +70,8 @@ class Tags:
     return tuple(dict.fromkeys(self.atoms(major) + self.atoms(minor)))
 
   def free_atoms(self, tag: int) -> tuple[int, ...]:
-    """The atoms of a tag that are not fixed."""
+    """The atoms of a tag that are not fixed; with none it can never leave."""
     return tuple(a for a in self.atoms(tag) if a not in self.fixed)
-
-  def is_fixed(self, tag: int) -> bool:
-    """Whether a position with this tag can never leave."""
-    return not self.free_atoms(tag)
 
   def product(self, major: int, minor: int) -> int:
     """The tag that is kept where both are."""

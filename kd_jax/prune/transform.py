@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 
 from kd_jax import rules as rules_lib
+from kd_jax.placement import placed_like
 from kd_jax.prune import masks as masks_lib
 from kd_jax.prune import scopes
 from kd_jax.prune.masks import any_nan, erase, keep_if, map_masked
-from kd_jax.prune.placement import placed_like
 from kd_jax.prune.schedules import SparsitySchedule
 from kd_jax.prune.scores import Arrays, Score, magnitude
 from kd_jax.prune.state import PruneState

@@ -16,9 +16,7 @@ import jax.numpy as jnp
 from kd_jax import rules as rules_lib
 from kd_jax.quantize import inputs, observers, specs
 from kd_jax.quantize.fake_quant import fake_quant
-from kd_jax.quantize.inputs import LAYERS as LAYERS
-from kd_jax.quantize.inputs import input_name as input_name
-from kd_jax.quantize.inputs import is_quantizable as is_quantizable
+from kd_jax.quantize.inputs import LAYERS
 from kd_jax.quantize.specs import QuantSpec, scale_and_zero_point
 from kd_jax.types import Batch, StudentFn, Variables
 

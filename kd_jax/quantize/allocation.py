@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from kd_jax import rules as rules_lib
-from kd_jax.quantize.fake_quant import QuantSpec, weight_scale
+from kd_jax.quantize.fake_quant import weight_scale
 from kd_jax.quantize.sensitivities import Option, Sensitivity
+from kd_jax.quantize.specs import QuantSpec
 
 Spec = TypeVar('Spec', bound=QuantSpec | None)
 # Partial choices kept; below this many the result is exact.

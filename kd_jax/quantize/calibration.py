@@ -33,7 +33,7 @@ def calibrate(
   """Learns the ranges of a trained model's activations in one pass.
 
   Args:
-    make_forward: `(interceptor) -> forward` in evaluation mode; see `record`.
+    make_forward: `(*interceptors) -> forward` in evaluation mode; see `record`.
     variables: the model's variables; a `quant_stats` among them is ignored.
     batches: pre-processed batches; a few are enough. Each is read once.
     rules: activation rules, `(pattern, QuantSpec or None)` on layer paths.
@@ -50,8 +50,8 @@ def calibrate(
     >>> from flax import linen as nn
     >>> from kd_jax import adapters
     >>> model = nn.Sequential([nn.Dense(2)])
-    >>> make_forward = lambda interceptor: adapters.from_linen(
-    ...   model, interceptors=(interceptor,), train_argument=None)
+    >>> make_forward = lambda *given: adapters.from_linen(
+    ...   model, interceptors=given, train_argument=None)
     >>> x = jnp.array([[-1.0, 3.0]])
     >>> variables = model.init(jax.random.key(0), x)
     >>> rules = [('.*', QuantSpec(symmetric=False, narrow=False))]
@@ -104,7 +104,7 @@ def correct_biases(
   one, and every layer subtracts the mean error before the next one reads it.
 
   Args:
-    make_forward: `(interceptor) -> forward` in evaluation mode; see `record`.
+    make_forward: `(*interceptors) -> forward` in evaluation mode; see `record`.
     variables: float variables with BatchNorm folded.
     batches: a handful of pre-processed batches; each is read once.
     weight_rules: on parameter paths; the layers whose kernel they choose are
@@ -131,8 +131,8 @@ def correct_biases(
     >>> from flax import linen as nn
     >>> from kd_jax import adapters
     >>> model = nn.Sequential([nn.Dense(1)])
-    >>> make_forward = lambda interceptor: adapters.from_linen(
-    ...   model, interceptors=(interceptor,), train_argument=None)
+    >>> make_forward = lambda *given: adapters.from_linen(
+    ...   model, interceptors=given, train_argument=None)
     >>> layer = {'kernel': jnp.array([[7.0], [1.4]]), 'bias': jnp.zeros(1)}
     >>> variables, x = {'params': {'layers_0': layer}}, jnp.array([[1.0, 2.0]])
     >>> rules = [('.*/kernel', QuantSpec(bits=4, axis=-1))]

@@ -24,13 +24,9 @@ from kd_jax.quantize import (
   packing,
   specs,
 )
-from kd_jax.quantize.fake_quant import (
-  QuantSpec,
-  dequantize,
-  quantize,
-  scale_and_zero_point,
-  weight_scale,
-)
+from kd_jax.quantize.fake_quant import dequantize, quantize, weight_scale
+from kd_jax.quantize.inputs import input_name
+from kd_jax.quantize.specs import QuantSpec, scale_and_zero_point
 from kd_jax.quantize.stored import CODED, COLLECTION, bias_scale
 from kd_jax.types import Variables
 
@@ -111,7 +107,7 @@ def convert(
   }
   for path, spec in chosen.items():
     layer, _, name = path.rpartition('/')
-    grid = grids.get(layer, {}).get(activations.input_name(0))
+    grid = grids.get(layer, {}).get(input_name(0))
     if name not in CODED or (grid is None and not spec.symmetric):
       params[path] = _rounded(path, raw[path], spec, steps, weight_observer)
       continue

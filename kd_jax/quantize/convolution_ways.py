@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import rules
-from kd_jax.quantize.fake_quant import per_channel
+from kd_jax.quantize.specs import per_channel
 
 # Below this, sums of products of codes are exact in float32.
 _EXACT = 2**24

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.quantize.convolution_ways import WAYS, Geometry, convolve, fastest
-from kd_jax.quantize.fake_quant import per_channel
-from kd_jax.quantize.products import Codes
+from kd_jax.quantize.products import Codes, finish
+from kd_jax.quantize.specs import per_channel
 
 
 def pad(module: Any, x: jax.Array, value: jax.Array) -> jax.Array:
@@ -162,13 +162,12 @@ def product(
     total -= x.zero_point * per_channel(sums, total)
   scale = x.scale * per_channel(scale, total)
   bias = bias if bias is None else per_channel(bias, total)
-  if bias is not None and bias.dtype == jnp.int32:
-    return (total + bias).astype(jnp.float32) * scale
-  y = total.astype(jnp.float32) * scale
-  if parts > 1:
+
+  def sum_groups(y):
     y = y.reshape(*y.shape[:-1], groups, parts, features // groups)
-    y = jnp.sum(y, axis=-2).reshape(*y.shape[:-3], features)
-  return y if bias is None else y + bias
+    return jnp.sum(y, axis=-2).reshape(*y.shape[:-3], features)
+
+  return finish(total, scale, bias, sum_groups if parts > 1 else None)
 
 
 def _split_groups(w: Codes, groups: int) -> tuple[jax.Array, jax.Array]:

@@ -108,24 +108,18 @@ def squared_error(
   return jnp.sum(b.counts * mean) * scale**2
 
 
-def mean_squared_error(
-  stats: histograms.Stats,
-  spec: QuantSpec,
-  *,
-  ignore_zeros: bool = False,
-) -> Range:
+def mean_squared_error(stats: histograms.Stats, spec: QuantSpec) -> Range:
   """The range with the least squared error of rounding and clipping.
 
   Shares of the extremes are tried, first 1/32 apart, then 1/256, then 1/2048;
   affine ranges move both ends together and then each of them. Zeros have no
-  error, so that `ignore_zeros` changes nothing here.
+  error, so that pruned weights need no other treatment.
 
   Args:
     stats: a histogram.
     spec: the quantizer, of which bits and symmetry matter.
-    ignore_zeros: see `percentile`.
   """
-  b = histograms.bins(stats, ignore_zeros=ignore_zeros)
+  b = histograms.bins(stats)
   low, high = _exact_ends(stats)
   if spec.symmetric:
     high = jnp.maximum(-low, high)

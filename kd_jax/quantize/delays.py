@@ -138,7 +138,7 @@ def freeze_batch_norm(after: int) -> Callable[..., Any]:
 
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
-    is_norm = any(b.__name__ == 'BatchNorm' for b in type(module).__mro__)
+    is_norm = inputs.kind(module, {'BatchNorm'}) is not None
     scope = module.scope
     if context.method_name != '__call__' or not is_norm:
       return next_fun(*args, **kwargs)

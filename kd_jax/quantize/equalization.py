@@ -13,24 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import rules as rules_lib
+from kd_jax.placement import replicated
 from kd_jax.quantize import record
 from kd_jax.quantize.channels import FreeScale, free_scales
 from kd_jax.types import Batch, Variables
 
+# Rounds of the equalisation of all pairs: in chains the ranges meet by then.
+_ROUNDS = 20
+
 
 def equalize(
-  forward: Callable[..., Any],
-  variables: Variables,
-  batch: Batch,
-  *,
-  iterations: int = 20,
+  forward: Callable[..., Any], variables: Variables, batch: Batch
 ) -> dict[str, Any]:
   """Cross-layer equalisation: consecutive kernels get equal channel ranges.
 
   With r1[i] = max |W1| of output channel i and r2[i] = max |W2| of the weights
   that read it, W1[i] and b1[i] are multiplied by sqrt(r2[i] / r1[i]) and W2
   is divided by it, so that both ranges become sqrt(r1[i] r2[i]). Pairs are
-  visited in the order of the computation, `iterations` times: in a chain
+  visited in the order of the computation, again and again: in a chain
   such as convolution, depthwise, convolution all ranges meet.
 
   A pair is a Conv or Dense and all kernels that read its output, with nothing
@@ -46,7 +46,6 @@ def equalize(
     variables: its variables with BatchNorm folded; layers before a BatchNorm
       that is not are left as they are.
     batch: one batch; only its shapes and dtypes matter.
-    iterations: how often all pairs are visited.
 
   Returns:
     New variables; the network computes the same up to rounding.
@@ -81,7 +80,7 @@ def equalize(
       return leaves
 
     wide = {k: v.astype(jnp.float32) for k, v in leaves.items()}
-    wide = jax.lax.fori_loop(0, iterations, visit, wide)
+    wide = jax.lax.fori_loop(0, _ROUNDS, visit, wide)
     return {k: v.astype(leaves[k].dtype) for k, v in wide.items()}
 
   return _replace(variables, run(_leaves(variables, pairs)))
@@ -114,7 +113,7 @@ def smooth(
   feed-forward; what follows a GELU or an attention is left as it is.
 
   Args:
-    make_forward: `(interceptor) -> forward` in evaluation mode; see `record`.
+    make_forward: `(*interceptors) -> forward` in evaluation mode; see `record`.
     variables: the model's variables.
     batches: a handful of pre-processed batches; each is read once.
     alpha: in [0, 1]; how much of the outliers moves. 0.5 is the paper's.
@@ -134,8 +133,8 @@ def smooth(
     >>> from flax import linen as nn
     >>> from kd_jax import adapters
     >>> model = nn.Sequential([nn.LayerNorm(), nn.Dense(2)])
-    >>> make_forward = lambda interceptor: adapters.from_linen(
-    ...   model, interceptors=(interceptor,), train_argument=None)
+    >>> make_forward = lambda *given: adapters.from_linen(
+    ...   model, interceptors=given, train_argument=None)
     >>> x = jnp.array([[-1.0, 3.0, 0.5]])
     >>> variables = model.init(jax.random.key(0), x)
     >>> got = smooth(make_forward, variables, [{'image': x}])
@@ -147,10 +146,7 @@ def smooth(
   batches = list(batches)
   if not batches:
     raise ValueError('There is no batch to smooth with.')
-  plain = make_forward(
-    lambda next_fun, args, kwargs, _: next_fun(*args, **kwargs)
-  )
-  found = free_scales(plain, variables, batches[0])
+  found = free_scales(make_forward(), variables, batches[0])
   axes = {
     _layer(kernel): reader.axis
     for scale in found
@@ -206,19 +202,13 @@ def rescale(
   Returns:
     All leaves, those that `scale` names changed.
   """
-  new, factor = dict(leaves), _replicated(factor)
+  # Whole on every device: what it scales keeps a sharding of its own.
+  new, factor = dict(leaves), replicated(factor)
   for name, channels in scale.multiplied.items():
     new[name] = new[name] * _expand(factor, channels, new[name].ndim)
   for name, reader in scale.divided.items():
     new[name] = new[name] / _expand(factor, reader.channels, new[name].ndim)
   return new
-
-
-def _replicated(x: jax.Array) -> jax.Array:
-  """Whole on every device: what it scales keeps a sharding of its own."""
-  if any(axis is not None for axis in jax.typeof(x).sharding.spec):
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
-  return x
 
 
 def _expand(factor: jax.Array, channels: np.ndarray, rank: int) -> jax.Array:
@@ -242,7 +232,7 @@ def channel_maxima(
   """
   alike = [i for i, size in enumerate(channels.shape) if size == 1]
   axes = tuple(scale.stacked + i for i in alike)
-  largest = _replicated(jnp.max(jnp.abs(w), axis=axes))
+  largest = replicated(jnp.max(jnp.abs(w), axis=axes))
   return _by_channel(
     largest.reshape(*w.shape[: scale.stacked], -1), channels, scale
   )

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from kd_jax import rules as rules_lib
 from kd_jax.quantize import convolutions, inputs, products
 from kd_jax.quantize.convolution_ways import check_way
-from kd_jax.quantize.fake_quant import QuantSpec, per_channel
 from kd_jax.quantize.grids import Grid, StoredGrid, grids_of
 from kd_jax.quantize.products import Codes
+from kd_jax.quantize.specs import QuantSpec, per_channel
 from kd_jax.quantize.stored import (
   COLLECTION,
   bias_scale,
@@ -95,7 +95,7 @@ def execute_integers(
         simulate=simulate,
         convolution=convolution,
       )
-    if len(grids) == 2 and products.is_attention(module):
+    if len(grids) == 2 and products.is_attention_product(module):
       return _attention(module, values, grids, simulate)
     for i, grid in grids.items():
       values[i] = grid.round(values[i])

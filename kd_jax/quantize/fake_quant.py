@@ -17,12 +17,7 @@ from jax.typing import ArrayLike
 
 from kd_jax import rules as rules_lib
 from kd_jax.quantize import observers, specs
-from kd_jax.quantize.specs import INT8_ACTIVATIONS as INT8_ACTIVATIONS
-from kd_jax.quantize.specs import INT8_WEIGHTS as INT8_WEIGHTS
-from kd_jax.quantize.specs import QuantSpec as QuantSpec
-from kd_jax.quantize.specs import per_channel as per_channel
-from kd_jax.quantize.specs import per_group as per_group
-from kd_jax.quantize.specs import scale_and_zero_point as scale_and_zero_point
+from kd_jax.quantize.specs import QuantSpec, per_group, scale_and_zero_point
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

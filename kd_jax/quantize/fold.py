@@ -25,6 +25,7 @@ from flax import traverse_util
 from kd_jax import rules as rules_lib
 from kd_jax.quantize import learned
 from kd_jax.quantize.fake_quant import fake_quant_params
+from kd_jax.quantize.inputs import kind
 from kd_jax.quantize.specs import QuantSpec, per_channel
 from kd_jax.types import Batch, Variables
 
@@ -39,10 +40,6 @@ class FoldableNorm(NamedTuple):
 
   norm: str
   epsilon: float
-
-
-def _is(module: Any, *names: str) -> bool:
-  return any(base.__name__ in names for base in type(module).__mro__)
 
 
 def foldable_batch_norms(
@@ -80,14 +77,14 @@ def foldable_batch_norms(
       if id(x) in producers:
         readers.setdefault(producers[id(x)], set()).add(path)
     if (
-      _is(module, 'BatchNorm')
+      kind(module, {'BatchNorm'})
       and id(args[0]) in producers
       and module.axis in (-1, args[0].ndim - 1)
     ):
       layer = producers[id(args[0])]
       found.setdefault(layer, FoldableNorm(path, float(module.epsilon)))
     out = next_fun(*args, **kwargs)
-    if _is(module, 'Conv', 'Dense'):
+    if kind(module, {'Conv', 'Dense'}):
       producers[id(out)] = path
       outputs.append(out)
     return out
@@ -245,11 +242,11 @@ def skip_folded_batch_norms(
   module = context.module
   if context.method_name != '__call__':
     return next_fun(*args, **kwargs)
-  if _is(module, 'BatchNorm'):
+  if kind(module, {'BatchNorm'}):
     folded = not module.scope.has_variable('batch_stats', 'mean')
     return args[0] if folded else next_fun(*args, **kwargs)
   out = next_fun(*args, **kwargs)
-  bare = _is(module, 'Conv', 'Dense') and not module.use_bias
+  bare = kind(module, {'Conv', 'Dense'}) and not module.use_bias
   if bare and module.scope.has_variable('params', 'bias'):
     bias = module.scope.get_variable('params', 'bias')
     out = out + per_channel(bias, out)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from kd_jax.quantize import inputs, products
 from kd_jax.quantize.activations import dynamic_scale
-from kd_jax.quantize.fake_quant import QuantSpec, fake_quant, quantize
+from kd_jax.quantize.fake_quant import fake_quant, quantize
 from kd_jax.quantize.products import Codes
+from kd_jax.quantize.specs import QuantSpec
 from kd_jax.quantize.stored import dequantize_linear, quantize_linear
 
 

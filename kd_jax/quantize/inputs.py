@@ -8,7 +8,7 @@ linen is not imported: modules are known by the names of their classes.
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -42,13 +42,15 @@ _MARK = 'kd_jax/quantizable'
 RoundInput = Callable[[Any, str, tuple[str, ...], jax.Array], jax.Array]
 
 
-def _is(module: Any, names: Any) -> bool:
-  return any(base.__name__ in names for base in type(module).__mro__)
+def kind(module: Any, names: Collection[str]) -> str | None:
+  """The first of a module's class and its bases that is one of `names`."""
+  bases = (base.__name__ for base in type(module).__mro__)
+  return next((name for name in bases if name in names), None)
 
 
 def is_quantizable(module: Any) -> bool:
   """Whether a linen module is of a kind that `LAYERS` names."""
-  return _is(module, LAYERS)
+  return kind(module, LAYERS) is not None
 
 
 def input_name(index: int) -> str:
@@ -188,7 +190,7 @@ def _set(module: Any, name: str, value: Any) -> Iterator[None]:
 
 def is_attention(module: Any) -> bool:
   """Whether a linen module is an attention with the products of `PRODUCTS`."""
-  return _is(module, {ATTENTION})
+  return kind(module, {ATTENTION}) is not None
 
 
 def has_products(module: Any) -> bool:

@@ -189,19 +189,16 @@ def codes_from_zero(spec: QuantSpec) -> tuple[int, int]:
 
 
 def initial_step(
-  x: jax.Array,
-  spec: QuantSpec,
-  *,
-  ignore_zeros: bool = True,
-  name: str = 'tensor',
+  x: jax.Array, spec: QuantSpec, *, name: str = 'tensor'
 ) -> jax.Array:
   """LSQ's first step: 2 mean|x| / sqrt(largest code).
+
+  The mean is over the values that are not 0, as it has to be for pruned
+  weights.
 
   Args:
     x: the weight, or a batch of the activation.
     spec: the quantizer; its axes and groups have a step each.
-    ignore_zeros: whether the mean is over the values that are not 0, as it
-      has to be for pruned weights.
     name: of the tensor, for errors.
 
   Returns:
@@ -212,8 +209,7 @@ def initial_step(
   """
   blocks, shape = specs.rows(x, spec, name)
   size = jnp.abs(blocks.astype(jnp.float32))
-  weight = (size > 0) if ignore_zeros else jnp.ones_like(size)
-  count = jnp.sum(weight, axis=-1, dtype=jnp.float32)
+  count = jnp.sum(size > 0, axis=-1, dtype=jnp.float32)
   mean = jnp.sum(size, axis=-1) / jnp.maximum(count, 1)
   step = 2 * mean / math.sqrt(codes_from_zero(spec)[1])
   return jnp.where(step > 0, step, 1.0).reshape(shape)
@@ -242,17 +238,13 @@ def _weight_specs(
 
 
 def init_lsq_params(
-  params: Mapping[str, Any],
-  rules: rules_lib.Rules[QuantSpec],
-  *,
-  ignore_zeros: bool = True,
+  params: Mapping[str, Any], rules: rules_lib.Rules[QuantSpec]
 ) -> dict[str, Any]:
   """Adds the steps of the weights that rules choose to the parameters.
 
   Args:
     params: nested dicts of arrays.
     rules: `(pattern, QuantSpec or None)` pairs on parameter paths; symmetric.
-    ignore_zeros: see `initial_step`.
 
   Returns:
     The parameters and an entry `quant_steps` beside them.
@@ -271,9 +263,7 @@ def init_lsq_params(
   """
   leaves = rules_lib.named_leaves(params)
   steps = {
-    f'{name}{_SUFFIX}': initial_step(
-      leaves[name], spec, ignore_zeros=ignore_zeros, name=name
-    )
+    f'{name}{_SUFFIX}': initial_step(leaves[name], spec, name=name)
     for name, spec in _weight_specs(params, rules).items()
   }
   return {**params, STEPS: traverse_util.unflatten_dict(steps, sep='/')}

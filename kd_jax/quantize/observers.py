@@ -246,7 +246,7 @@ def init_stats(observer: Observer, x: jax.Array, spec: QuantSpec) -> Stats:
       leading axis with an entry for each block.
   """
   stats = observer.init()
-  if spec.axis is None and spec.group_size is None:
+  if _is_whole(spec):
     return stats
   blocks = jax.eval_shape(lambda x: specs.rows(x, spec)[0], x).shape[0]
   return jax.tree.map(lambda v: jnp.broadcast_to(v, (blocks, *v.shape)), stats)
@@ -268,7 +268,7 @@ def observe(
     spec: the quantizer, see `init_stats`.
     axis_name: the mapped axis that the batch is spread over.
   """
-  if spec.axis is None and spec.group_size is None:
+  if _is_whole(spec):
     return observer.update(stats, x, axis_name)
   update = jax.vmap(lambda s, row: observer.update(s, row, axis_name))
   return update(stats, specs.rows(x, spec)[0])
@@ -277,7 +277,9 @@ def observe(
 def observed_range(
   observer: Observer, stats: Stats, x: jax.Array, spec: QuantSpec
 ) -> tuple[jax.Array, jax.Array]:
-  """The range of each block, laid out as by `specs.extremes`.
+  """The range of a whole tensor, scalars, or of each block.
+
+  Those of blocks are laid out as by `specs.extremes`.
 
   Args:
     observer: which observer.
@@ -285,16 +287,21 @@ def observed_range(
     x: the tensor, of which the shape matters.
     spec: the quantizer.
   """
-  if spec.axis is None and spec.group_size is None:
+  if _is_whole(spec):
     return observer.range(stats, spec)
   low, high = jax.vmap(lambda s: observer.range(s, spec))(stats)
-  shape = _block_shape(x, spec)
-  return low.reshape(shape), high.reshape(shape)
+  return _laid_out(low, x, spec), _laid_out(high, x, spec)
 
 
-def _block_shape(x: jax.Array, spec: QuantSpec) -> tuple[int, ...]:
+def _is_whole(spec: QuantSpec) -> bool:
+  """Whether a tensor is one block."""
+  return spec.axis is None and spec.group_size is None
+
+
+def _laid_out(ends: jax.Array, x: jax.Array, spec: QuantSpec) -> jax.Array:
+  """One end of each block's range, laid out as by `specs.extremes`."""
   shapes = jax.eval_shape(lambda x: specs.extremes(x, spec), x)
-  return shapes[0].shape
+  return ends.reshape(shapes[0].shape)
 
 
 def tensor_range(
@@ -317,8 +324,9 @@ def tensor_range(
   specs.check(spec, x.shape, name)
   stats = observe(observer, init_stats(observer, x, spec), x, spec)
   low, high = observed_range(observer, stats, x, spec)
-  shape = _block_shape(x, spec)
-  return low.reshape(shape), high.reshape(shape)
+  if _is_whole(spec):
+    return _laid_out(low, x, spec), _laid_out(high, x, spec)
+  return low, high
 
 
 def merge_stats(observer: Observer, a: Any, b: Any) -> Any:

@@ -9,11 +9,13 @@ them, and reads no variables.
 import inspect
 import math
 import string
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from kd_jax.quantize.inputs import kind
 
 _KERNELS = ('Conv', 'Dense', 'DenseGeneral', 'Einsum')
 
@@ -57,12 +59,6 @@ _ATTENTION = {
 }
 
 
-def kind(module: Any, names: Collection[str]) -> str | None:
-  """The first of a module's class and its bases that is one of `names`."""
-  bases = (base.__name__ for base in type(module).__mro__)
-  return next((name for name in bases if name in names), None)
-
-
 def has_kernel(module: Any) -> bool:
   """Whether a module is a layer whose kernel has an integer product."""
   return kind(module, _KERNELS) is not None
@@ -73,7 +69,7 @@ def is_convolution(module: Any) -> bool:
   return kind(module, _KERNELS) == 'Conv'
 
 
-def is_attention(module: Any) -> bool:
+def is_attention_product(module: Any) -> bool:
   """Whether a module multiplies its two inputs."""
   return kind(module, _ATTENTION) is not None
 
@@ -243,10 +239,28 @@ def contract(
   total = _total(eq, x, w)
   scale = arrange(x.scale, eq.x, eq.out) * arrange(w.scale, eq.w, eq.out)
   bias = bias if bias is None else arrange(bias, eq.bias, out)
+  groups = None if eq.out == out else lambda y: jnp.sum(y, axis=0)
+  return finish(total, scale, bias, groups)
+
+
+def finish(
+  total: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array | None,
+  sum_groups: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+  """What a product of codes is worth, its bias included; float32.
+
+  Args:
+    total: int32 sums of products.
+    scale: of both operands.
+    bias: int32 in steps of `scale`, which has no groups then, or float32.
+    sum_groups: adds up the groups of a kernel, if it has some.
+  """
   if bias is not None and bias.dtype == jnp.int32:
     return (total + bias).astype(jnp.float32) * scale
   y = total.astype(jnp.float32) * scale
-  y = y if eq.out == out else jnp.sum(y, axis=0)
+  y = y if sum_groups is None else sum_groups(y)
   return y if bias is None else y + bias
 
 
@@ -316,7 +330,7 @@ def attention(module: Any, queries: Codes, keys: Codes) -> jax.Array:
   """
   eq, power = _attention_product(module)
   y = contract(eq, queries, keys)
-  return _finish(module, y * queries.code.shape[-1] ** power)
+  return _joined_heads(module, y * queries.code.shape[-1] ** power)
 
 
 def simulated_attention(
@@ -325,7 +339,7 @@ def simulated_attention(
   """`attention` of real values, whose product is of the values themselves."""
   eq, power = _attention_product(module)
   y = multiply(eq, queries, keys)
-  return _finish(module, y * queries.shape[-1] ** power)
+  return _joined_heads(module, y * queries.shape[-1] ** power)
 
 
 def _attention_product(module: Any) -> tuple[Equation, float]:
@@ -339,7 +353,7 @@ def _attention_product(module: Any) -> tuple[Equation, float]:
   return _ATTENTION[name]
 
 
-def _finish(module: Any, y: jax.Array) -> jax.Array:
+def _joined_heads(module: Any, y: jax.Array) -> jax.Array:
   if kind(module, _ATTENTION) == 'Context':
     return y.reshape(*y.shape[:2], -1)
   return y

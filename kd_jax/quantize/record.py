@@ -5,8 +5,8 @@ Owns one interceptor that writes what a function measures at each layer into
 rematerialised blocks. Knows no algorithm. A layer is a module with a kernel.
 
 `make_forward` here and in the post-training algorithms is a function
-`(interceptor) -> forward` that builds the model in evaluation mode, such as
-`lambda i: from_linen(model, interceptors=(i,), train_argument=None)`. The
+`(*interceptors) -> forward` that builds the model in evaluation mode, such as
+`lambda *given: from_linen(model, interceptors=given, train_argument=None)`. The
 forward is called with `train=True`, which lets it return `quant_stats`.
 """
 
@@ -20,7 +20,7 @@ from kd_jax.quantize.activations import COLLECTION
 from kd_jax.types import Batch, Variables
 
 Interceptor = Callable[..., Any]
-MakeForward = Callable[[Interceptor], Callable[..., Any]]
+MakeForward = Callable[..., Callable[..., Any]]
 
 
 def chain(outer: Interceptor, inner: Interceptor) -> Interceptor:

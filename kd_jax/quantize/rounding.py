@@ -17,13 +17,10 @@ from kd_jax import rules as rules_lib
 from kd_jax.quantize import record
 from kd_jax.quantize.activations import quantize_activations
 from kd_jax.quantize.calibration import frozen
-from kd_jax.quantize.fake_quant import (
-  QuantSpec,
-  fake_quant_params,
-  weight_scale,
-)
+from kd_jax.quantize.fake_quant import fake_quant_params, weight_scale
 from kd_jax.quantize.layer_rounding import Problem, Rounding, round_layer
 from kd_jax.quantize.observers import Observer
+from kd_jax.quantize.specs import QuantSpec
 from kd_jax.types import Batch, Variables
 
 
@@ -60,7 +57,7 @@ def adaround(
   Weights with the largest code are rounded to nearest: they set the scale.
 
   Args:
-    make_forward: `(interceptor) -> forward` in evaluation mode; see `record`.
+    make_forward: `(*interceptors) -> forward` in evaluation mode; see `record`.
     variables: float variables with BatchNorm folded, and `quant_stats` if
       there are activation rules.
     batches: pre-processed batches; the inputs of one layer on all of them must
@@ -98,8 +95,8 @@ def adaround(
     >>> from flax import linen as nn
     >>> from kd_jax import adapters
     >>> model = nn.Sequential([nn.Dense(1)])
-    >>> make_forward = lambda interceptor: adapters.from_linen(
-    ...   model, interceptors=(interceptor,), train_argument=None)
+    >>> make_forward = lambda *given: adapters.from_linen(
+    ...   model, interceptors=given, train_argument=None)
     >>> kernel = jnp.array([[7.0], [1.4], [1.3], [1.45]])
     >>> layer = {'kernel': kernel, 'bias': jnp.zeros(1)}
     >>> variables = {'params': {'layers_0': layer}}

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from kd_jax import rules as rules_lib
 from kd_jax.losses import logits
-from kd_jax.quantize.fake_quant import QuantSpec, fake_quant_params
+from kd_jax.quantize.fake_quant import fake_quant_params
+from kd_jax.quantize.specs import QuantSpec
 from kd_jax.types import Batch, Variables
 
 Perturbation = Callable[[jax.Array], jax.Array]

@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
+
+from kd_jax.placement import gathered, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,28 +173,10 @@ def _blocks(
     return x, kept, ()
   at = x.ndim - 2
   groups = x.shape[at] // spec.group_size
-  x = _whole_groups(x, groups)
+  # On a mesh with explicit axes: no group lies on several devices.
+  x = gathered(x, at, parts=groups)
   x = x.reshape(*x.shape[:at], groups, spec.group_size, x.shape[-1])
   return x, {i + (i > at) for i in kept} | {at}, (at + 1,)
-
-
-def _whole_groups(x: jax.Array, groups: int) -> jax.Array:
-  """On a mesh with explicit axes: no group lies on several devices."""
-  sharding = jax.typeof(x).sharding
-  parts = [*sharding.spec]
-  names = parts[-2] if isinstance(parts[-2], tuple) else (parts[-2],)
-  sizes = [sharding.mesh.shape[name] for name in names if name is not None]
-  if groups % math.prod(sizes):
-    parts[-2] = None
-    return jax.sharding.reshard(x, PartitionSpec(*parts))
-  return x
-
-
-def _gathered(x: jax.Array) -> jax.Array:
-  """On a mesh with explicit axes: the array on every device."""
-  if any(part is not None for part in jax.typeof(x).sharding.spec):
-    return jax.sharding.reshard(x, PartitionSpec())
-  return x
 
 
 def extremes(
@@ -244,7 +227,7 @@ def rows(
   """
   check(spec, x.shape, name)
   # Blocks are reordered, which explicit axes of a mesh would not survive.
-  x, kept, new = _blocks(_gathered(x), spec)
+  x, kept, new = _blocks(replicated(x), spec)
   others = [i for i in range(x.ndim) if i not in kept]
   sizes = [x.shape[i] if i in kept else 1 for i in range(x.ndim)]
   shape = tuple(n for i, n in enumerate(sizes) if i not in new)

@@ -11,13 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.quantize import packing
-from kd_jax.quantize.fake_quant import (
-  QuantSpec,
-  dequantize,
-  per_channel,
-  quantize,
-)
+from kd_jax.quantize.fake_quant import dequantize, quantize
 from kd_jax.quantize.products import Codes
+from kd_jax.quantize.specs import QuantSpec, per_channel
 from kd_jax.types import Variables
 
 COLLECTION = 'int8'

@@ -160,19 +160,10 @@ def _sensitivities(
   """The loss of 8 and of 4 bits, for one kernel at a time."""
   options = quantize.weight_options(INTEGER_WEIGHTS.values())
   interceptors = (prune.resized(overrides),)
-  forward = deploy.evaluation(model, interceptors=interceptors)(_unchanged)
+  forward = deploy.evaluation(model, interceptors=interceptors)()
   return quantize.sensitivity(
     forward, variables, batches, _kernels(run), options
   )
-
-
-def _unchanged(
-  next_fun: Callable[..., Any],
-  args: Sequence[Any],
-  kwargs: Mapping[str, Any],
-  context: Any,
-) -> Any:
-  return next_fun(*args, **kwargs)
 
 
 def _kernels(run: Run) -> list[tuple[str, bool | None]]:

@@ -14,7 +14,6 @@ parameters, and how everything that mirrors them follows. Meshes are made in
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -127,10 +126,10 @@ def state_shardings(state: Any, mesh: Mesh, layout: Layout = DEFAULT) -> Any:
       return BATCH if shape[0] % batch_parts(mesh) == 0 else P()
     if name.startswith('objective/'):
       return param_spec(name, shape, mesh, layout, (FSDP,))
-    mirrored = _mirrored(name, shapes)
-    if mirrored is not None and shapes[mirrored] == shape:
-      return param_spec(mirrored, shape, mesh, layout)
-    return P()
+    mirrored = rules_lib.mirrored(name, lambda end: shapes.get(end) == shape)
+    if mirrored is None:
+      return P()
+    return param_spec(mirrored, shape, mesh, layout)
 
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), state
@@ -156,13 +155,3 @@ def teacher_shardings(
 def batch_parts(mesh: Mesh) -> int:
   """Over how many devices the batch is split."""
   return mesh.shape[DATA] * mesh.shape[FSDP]
-
-
-def _mirrored(name: str, shapes: Mapping[str, Any]) -> str | None:
-  """The parameter whose path a leaf's path ends with, the longest one."""
-  parts = name.split('/')
-  for i in range(len(parts)):
-    found = '/'.join(parts[i:])
-    if found in shapes:
-      return found
-  return None

@@ -1,7 +1,8 @@
 """Where arrays lie on meshes with explicit axes, of which an axis has a name.
 
-Owns the two moves that pruning needs there and leaves other arrays as they are:
-under automatic sharding the compiler moves what it must.
+Owns the moves that pruning and quantization need there, and leaves other arrays
+as they are: under automatic sharding the compiler moves what it must. How a run
+splits its arrays is in `sharding`.
 """
 
 import math
@@ -40,6 +41,19 @@ def gathered(x: jax.Array, axis: int, *, parts: int | None = None) -> jax.Array:
   spec[axis] = None
   sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
   return jax.sharding.reshard(x, sharding)
+
+
+def replicated(x: jax.Array) -> jax.Array:
+  """The whole array on every device of a mesh with explicit axes.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> replicated(jnp.ones(2)).shape
+    (2,)
+  """
+  if any(part is not None for part in jax.typeof(x).sharding.spec):
+    return jax.sharding.reshard(x, PartitionSpec())
+  return x
 
 
 def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
