@@ -118,3 +118,17 @@ def test_help_names_every_flag(capsys):
   # The place is no flag to those who type.
   assert told == names - {'', 'place'}
   assert tuple(flags.PLACES) == launch.PLACES
+
+
+def test_help_tells_which_place_of_a_launch_has_a_flag(capsys):
+  cli.main(['--help'])
+  _, _, text = capsys.readouterr().out.partition('launch, by place:\n')
+  told = re.findall(r'^  --(\w+)[A-Z ]+([a-z-]+(?:, [a-z-]+)*):', text, re.M)
+  shared = set.intersection(*map(set, flags.PLACES.values()))
+  known = {
+    flag.name: [p for p, own in flags.PLACES.items() if flag in own]
+    for own in flags.PLACES.values()
+    for flag in own
+    if flag not in shared
+  }
+  assert {name: places.split(', ') for name, places in told} == known
