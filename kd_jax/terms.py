@@ -260,6 +260,14 @@ def make_value(value: Any, total_steps: int) -> Any:
     raise ValueError(f'{dict(value)} is no schedule: {e}.') from e
 
 
+def check_terms(terms: Mapping[str, Mapping[str, Any]]) -> None:
+  """Refuses terms that `make_objective` has no name of, or no weight."""
+  for label, term in terms.items():
+    if missing := {'name', 'weight'} - set(term):
+      raise ValueError(f'The term {label!r} has no {min(missing)!r}.')
+    rules.choose('term', term['name'], TERMS)
+
+
 def make_objective(
   terms: Mapping[str, Mapping[str, Any]], facts: Facts
 ) -> Objective:
@@ -280,12 +288,10 @@ def make_objective(
     ...   'ce': {'name': 'hard_labels', 'weight': 0.1},
     ... }, facts)
   """
+  check_terms(terms)
   made = {}
   for label, term in terms.items():
     options = dict(term)
-    missing = {'name', 'weight'} - set(options)
-    if missing:
-      raise ValueError(f'The term {label!r} has no {min(missing)!r}.')
     name, weight = options.pop('name'), options.pop('weight')
     if isinstance(weight, Mapping) or weight:
       objective = make_term(name, facts, **options)

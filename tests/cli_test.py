@@ -100,6 +100,31 @@ def test_a_bad_field_gets_one_sentence(case, capsys, tmp_path, data_dir):
   assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+  'flag, expected',
+  [
+    ('teacher=nobody', "Unknown compress.teacher 'nobody'"),
+    ('prune.score=taylr', "Unknown prune.score 'taylr': did you mean taylor"),
+    ('prune.structure=2-4', "Unknown prune.structure '2-4'"),
+    ('prune.end=3 weeks', "prune.end='3 weeks' is no point in training"),
+    ('quantize.observer=emma', "Unknown quantize.observer 'emma'"),
+    ("quantize.weights=(('.*', 'int7'),)", "Unknown quantize.weights 'int7'"),
+    ('terms.ce.name=hard', "Unknown term 'hard'"),
+    ('train.remat=all', "Unknown train.remat 'all'"),
+    ('train.optimizer.name=adamv', "Unknown optimizer 'adamv'"),
+  ],
+)
+def test_a_bad_word_of_compress_is_refused_before_any_training(
+  flag, expected, capsys, tmp_path, data_dir
+):
+  place = tmp_path / 'run'
+  words = ['run', f'--config={TINY}', f'--workdir={place}']
+  words += [f'--config.data.data_dir={data_dir}', f'--config.compress.{flag}']
+  assert cli.main(words) == 2
+  assert expected in capsys.readouterr().err
+  assert not (place / 'teacher').exists()
+
+
 def test_help_names_every_command(capsys):
   assert cli.main(['--help']) == 0
   printed = capsys.readouterr().out

@@ -58,10 +58,10 @@ def test_the_command_writes_a_smaller_student(directory, capsys):
 
 
 BAD = {
-  'stage': ('--stage=distil', "Unknown stage with a student 'distil'"),
+  'stage': ('--stage=distil', "Unknown stage 'distil'"),
   'unfinished': ('--stage=alone', "Stage 'alone' is not finished"),
   'sparsity': ('--sparsity=1', 'a share in [0, 1), not 1.0'),
-  'scope': ('--scope=all', "Unknown pruning scope 'all'"),
+  'scope': ('--scope=all', "Unknown scope 'all'"),
   'keep': ('--keep=conv9', "'conv9' matches nothing"),
   'nothing': ('--keep=conv.*', 'Nothing can leave'),
 }

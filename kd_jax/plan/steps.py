@@ -84,7 +84,7 @@ def rehearse(run: Rehearsal, stage: str, *, cached: bool = False) -> Step:
     ValueError: for another stage, or `cached` where no teacher is, it cannot be
       cached, or it is.
   """
-  rules.choose('stage to plan', stage, dict.fromkeys(STAGES, True))
+  rules.choose('stage', stage, dict.fromkeys(STAGES, True))
   if cached and run.cached:
     raise ValueError('the configuration has a cache')
   c = run.config[stage].train

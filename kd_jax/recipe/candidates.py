@@ -212,7 +212,7 @@ def _plan(
 
 def _uniform(run: Run, weights: str) -> tuple[tuple[str, str], ...]:
   """The rules of one format for all quantized weights."""
-  rules_lib.choose('format of search.weights', weights, SPECS['weights'])
+  rules_lib.choose('search.weights', weights, SPECS['weights'])
   patterns = run.config.compress.quantize.weights
   return tuple((p, n if n == 'float' else weights) for p, n in patterns)
 

@@ -55,7 +55,7 @@ def compare(
       other data, or if another process runs here.
   """
   for name in config.methods:
-    rules.choose('method', name, methods.METHODS)
+    rules.choose('entry of methods', name, methods.METHODS)
   with lock.exclusive(path):
     return _compare(config, path, say)
 

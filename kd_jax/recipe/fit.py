@@ -92,6 +92,17 @@ def _optimizer(
   return optim.freeze(tx, frozen) if frozen else tx
 
 
+def check_training(c: ml_collections.ConfigDict, steps: int) -> None:
+  """Refuses a training whose words or numbers no optimizer is made of.
+
+  Args:
+    c: a `training` of `kd_jax.defaults`.
+    steps: of it.
+  """
+  _optimizer(c, steps, '')
+  rules.choose('train.remat', c.remat, _REMAT)
+
+
 class Prepared(NamedTuple):
   """A train step that is not compiled, and where it starts.
 
@@ -143,7 +154,7 @@ def make_step(
     taps=objective.taps.student,
     dtype=rules.choose('precision', run.config.precision, _DTYPES),
   )
-  remat = rules.choose('remat', c.remat, _REMAT)
+  remat = rules.choose('train.remat', c.remat, _REMAT)
   step = make_train_step(
     tapped(axis_name=run.axis_name, remat=remat),
     objective,

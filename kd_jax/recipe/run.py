@@ -93,7 +93,7 @@ class Run:
   @functools.cached_property
   def task(self) -> tasks.Task:
     """What kind of problem it is."""
-    return rules.choose('task', self.config.data.task, tasks.TASKS)
+    return rules.choose('data.task', self.config.data.task, tasks.TASKS)
 
   @property
   def quality(self) -> Look:
@@ -191,15 +191,26 @@ class Run:
   @functools.cached_property
   def compression(self) -> Compression:
     """What `config.compress` makes of the distilled student."""
-    c = self.config.compress
     train = self.splits['train']
-    raw = train.read(np.arange(min(c.train.batch_size, len(train))))
+    size = min(self.config.compress.train.batch_size, len(train))
+    raw = train.read(np.arange(size))
+    variables = self.student('distill').variables
+    return self.make_compression(variables, self.preprocess(raw, train=False))
+
+  def make_compression(self, variables: Variables, batch: Batch) -> Compression:
+    """What `config.compress` makes of a student; refuses unknown words.
+
+    Args:
+      variables: of the student; empty where words alone are to be read.
+      batch: pre-processed; likewise.
+    """
+    c = self.config.compress
     epoch_steps = data.batches_per_epoch(self.transfer, c.train.batch_size)
     return Compression(
       c,
       self.model('student'),
-      self.student('distill').variables,
-      self.preprocess(raw, train=False),
+      variables,
+      batch,
       steps=c.train.epochs * epoch_steps,
       epoch_steps=epoch_steps,
       accumulate=c.train.accumulate,
@@ -236,7 +247,7 @@ class Run:
   def _teacher(self, where: str, options: Mapping[str, Any]) -> Network:
     c = self.config.teacher
     model = self.make_model(options)
-    rules.choose('precision of the teacher', c.precision, _PRECISIONS)
+    rules.choose('teacher.precision', c.precision, _PRECISIONS)
     integer = c.precision == 'int8'
     if c.precision == 'bfloat16':
       options = {**options, 'dtype': 'bfloat16'}

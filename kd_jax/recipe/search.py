@@ -21,7 +21,7 @@ from kd_jax.recipe.compression import Converted
 from kd_jax.recipe.fit import fit
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
-from kd_jax.recipe.stages import export_files, student_of
+from kd_jax.recipe.stages import check_compress, export_files, student_of
 from kd_jax.recipe.words import SPECS
 from kd_jax.sharding import hosts
 from kd_jax.storage import lock, mirror
@@ -56,7 +56,7 @@ def open_run(
   config.search.model = str(place.resolve() if local else path)
   if place.is_dir():
     stored = Workdir(path)
-    rules_lib.choose('stage with a student', stage, _STAGES)
+    rules_lib.choose('stage', stage, _STAGES)
     stored.weights(stage)
     config.search.stage = stage
     with config.unlocked():
@@ -128,6 +128,7 @@ def compress(
 
 def _walk(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
   budget = candidates_lib.parse_budget(run.config.search.budget)
+  check_compress(run)
   dense = dense_network(run)
   rows, candidates, sensitivity = candidates_lib.price(run, dense, budget)
   # Each process makes the candidates; their times are those of the first.
@@ -268,7 +269,7 @@ def load_compressed(
       f'{FORMAT!r}.'
     )
   rules = [
-    (p, rules_lib.choose('activations format', name, SPECS['activations']))
+    (p, rules_lib.choose('quantize.activations', name, SPECS['activations']))
     for p, name in about['activations']
   ]
   interceptors = [prune.resized(overrides) for overrides in about['overrides']]

@@ -88,7 +88,7 @@ def shrink_student(
   if not 0 <= sparsity < 1:
     raise ValueError(f'A sparsity is a share in [0, 1), not {sparsity}.')
   parts = {'distill': 'student', 'alone': 'alone'}
-  part = rules.choose('stage with a student', stage, parts)
+  part = rules.choose('stage', stage, parts)
   ways = {'neurons': _without_units, 'residual_blocks': _without_blocks}
   remove = rules.choose('structure', structure, ways)
   variables = run.student(stage).variables

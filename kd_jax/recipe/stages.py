@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from kd_jax import adapters, parity, rules
+from kd_jax import adapters, parity, rules, terms
 from kd_jax.export import exporters
 from kd_jax.recipe import (
   assess,
@@ -24,7 +24,13 @@ from kd_jax.recipe import (
   origin,
 )
 from kd_jax.recipe.compression import Compression
-from kd_jax.recipe.fit import Result, Student, fit
+from kd_jax.recipe.fit import (
+  Result,
+  Student,
+  check_training,
+  fit,
+  total_steps,
+)
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
 from kd_jax.report import write_report
@@ -70,12 +76,25 @@ def compress(run: Run) -> Result:
 
 def compress_teacher(run: Run) -> Network:
   """Who teaches while the student is compressed."""
-  teachers = {
-    'teacher': functools.partial(cached_teacher.open_teacher, run),
-    'student': functools.partial(run.student, 'distill'),
+  return _teacher_of_compress(run)(run)
+
+
+def _teacher_of_compress(run: Run) -> Callable[[Run], Network]:
+  teachers: dict[str, Callable[[Run], Network]] = {
+    'teacher': cached_teacher.open_teacher,
+    'student': lambda run: run.student('distill'),
   }
   name = run.config.compress.teacher
-  return rules.choose('teacher of compress', name, teachers)()
+  return rules.choose('compress.teacher', name, teachers)
+
+
+def check_compress(run: Run) -> None:
+  """Refuses a wrong word of `config.compress` before anything is trained."""
+  _teacher_of_compress(run)
+  run.make_compression({}, {})
+  c = run.config.compress
+  terms.check_terms(c.terms.to_dict())
+  check_training(c.train, total_steps(c.train, run.transfer))
 
 
 def student_of(compression: Compression) -> Student:
@@ -221,6 +240,8 @@ def run_stages(
         run.workdir.clear(name)
     if not all(map(run.workdir.finished, chosen)):
       origin.record(run, say=say)
+    if 'compress' in chosen and not run.workdir.finished('compress'):
+      check_compress(run)
     for name in chosen:
       preemption.poll()
       if run.workdir.finished(name):

@@ -86,11 +86,12 @@ class Training(NamedTuple):
   epoch_steps: int
   accumulate: int = 1
 
-  def at(self, text: str) -> int:
+  def at(self, text: str, key: str) -> int:
     """A point in training as a step.
 
     Args:
       text: '30%' of the steps, '400 steps' or '12 epochs'.
+      key: of the configuration, for the error.
 
     Returns:
       The step, at most `steps`.
@@ -100,13 +101,14 @@ class Training(NamedTuple):
 
     Example:
       >>> points = '50%', '7 steps', '2 epochs', '9 epochs'
-      >>> [Training(steps=100, epoch_steps=20).at(p) for p in points]
+      >>> training = Training(steps=100, epoch_steps=20)
+      >>> [training.at(point, 'prune.end') for point in points]
       [50, 7, 40, 100]
     """
     match = _MOMENT.fullmatch(text.strip())
     if match is None:
       raise ValueError(
-        f"{text!r} is no point in training: use '30%', '400 steps' or "
+        f"{key}={text!r} is no point in training: use '30%', '400 steps' or "
         "'12 epochs'."
       )
     number, unit = float(match[1]), match[2][0]
