@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_jax import launch as launch_lib
+from kd_jax import metrics
 from kd_jax import plan as plan_lib
 from kd_jax import report as report_lib
 from kd_jax.recipe import assess, distillation, origin, search, shrunk, stages
 from kd_jax.recipe import compare as compare_lib
 from kd_jax.recipe.run import Run
 from kd_jax.report import comparison, tradeoff
+from kd_jax.report.looks import looks_of
 from kd_jax.report.plan import print_plan
 from kd_jax.sharding import hosts, processes
 from kd_jax.storage import mirror
@@ -113,12 +115,14 @@ def evaluate(values: Any) -> int:
   scores = assess.scores(stored, assess.applies(stored), values.split)
   size = len(stored.splits[values.split])
   table = Table(title=f'{values.split} split, {size} examples, last step')
-  columns = list(next(iter(scores.values())))
+  looks = looks_of(
+    {'metrics': metrics.describe(stored.task.measured(with_teacher=True))}
+  )
   table.add_column('model')
-  for column in columns:
-    table.add_column(column, justify='right')
+  for look in looks:
+    table.add_column(look.title, justify='right')
   for name, numbers in scores.items():
-    table.add_row(name, *(f'{numbers[c]:.4f}' for c in columns))
+    table.add_row(name, *(look.written(look.of(numbers), 2) for look in looks))
   Console().print(table)
   return 0
 
