@@ -24,6 +24,7 @@ from kd_jax.recipe.run import Run
 from kd_jax.report import comparison, tradeoff
 from kd_jax.report.looks import looks_of
 from kd_jax.report.plan import print_plan
+from kd_jax.report.units import count, size
 from kd_jax.sharding import hosts, processes
 from kd_jax.storage import mirror
 from kd_jax.storage.workdir import Workdir, flatten, frozen, write_json
@@ -97,9 +98,9 @@ def cache_teacher(values: Any) -> int:
     epochs=values.epochs,
     overwrite=values.overwrite,
   )
-  size = sum(n for _, n in manifest['shards'].values())
+  stored = sum(n for _, n in manifest['shards'].values())
   hosts.say(
-    f'Teacher cache: {out}, {size / 1e6:,.1f} MB in {len(manifest["shards"])} '
+    f'Teacher cache: {out}, {size(stored)} in {len(manifest["shards"])} '
     f'files. Train with it: --config.teacher.cache={out}'
   )
   return 0
@@ -113,8 +114,8 @@ def evaluate(values: Any) -> int:
     raise ValueError(f'--split={values.split}: use one of {", ".join(splits)}.')
   origin.check(stored)
   scores = assess.scores(stored, assess.applies(stored), values.split)
-  size = len(stored.splits[values.split])
-  table = Table(title=f'{values.split} split, {size} examples, last step')
+  examples = len(stored.splits[values.split])
+  table = Table(title=f'{values.split} split, {examples} examples, last step')
   looks = looks_of(
     {'metrics': metrics.describe(stored.task.measured(with_teacher=True))}
   )
@@ -145,10 +146,11 @@ def shrink(values: Any) -> int:
   kind = values.structure.replace('_', ' ')
   table = Table(title=f'{values.stage}, {units - left} of {units} {kind} gone')
   table.add_column('')
-  for column in made.before._fields:
+  for column in ('FLOPs', 'parameters', 'size'):
     table.add_column(column, justify='right')
   for name, cost in (('before', made.before), ('after', made.after)):
-    table.add_row(name, *(f'{number:,}' for number in cost))
+    numbers = count(cost.flops), count(cost.parameters), size(cost.bytes)
+    table.add_row(name, *numbers)
   Console().print(table)
   print(f'Weights and overrides: {made.directory}')
   return 0

@@ -325,7 +325,7 @@ def _protocol(run: Run) -> list[str]:
     'one example; zeros are counted.',
     'Latency: median (quartiles) of 30 calls, all models in turns, from raw '
     'inputs in host memory to outputs.',
-    'Bytes: the file on disk; float32 weights of the teacher and the float '
+    'Size: the file on disk; float32 weights of the teacher and the float '
     'students.',
     'Training time: wall time of the training loop, compilation and '
     'evaluation included.',

@@ -25,12 +25,12 @@ class Cost(NamedTuple):
   """The cost of a network.
 
   Attributes:
-    macs: multiply-accumulates of one example.
+    flops: of one example, 2 x its multiply-accumulates.
     parameters: entries.
     bytes: of the parameters.
   """
 
-  macs: int
+  flops: int
   parameters: int
   bytes: int
 
@@ -194,7 +194,7 @@ def _cost(
 ) -> Cost:
   rows = prune.layer_costs(forward, variables, batch)
   return Cost(
-    sum(r.macs for r in rows),
+    2 * sum(r.macs for r in rows),
     sum(r.parameters for r in rows),
     sum(r.bytes for r in rows),
   )
