@@ -184,7 +184,7 @@ def test_states_advance_with_every_part_and_averages_once():
   pure = step.make_train_step(observed, objective, tx, accumulate=2, **options)
   run = jax.jit(guard.drop_nonfinite(pure))
   first, metrics = run(state, _batch(), jax.random.key(0))
-  assert float(metrics['skipped']) == 0
+  assert float(metrics['dropped']) == 0
   counts = [
     float(x)
     for path, x in jax.tree_util.tree_leaves_with_path(
@@ -209,7 +209,7 @@ def test_states_advance_with_every_part_and_averages_once():
   bad = _batch()
   bad['image'][3] = np.nan  # one part alone
   dropped, metrics = run(second, bad, jax.random.key(0))
-  assert float(metrics['skipped']) == 1 and int(dropped.step) == 3
+  assert float(metrics['dropped']) == 1 and int(dropped.step) == 3
   _assert_close(dropped.replace(step=0), second.replace(step=0), 0)
 
 

@@ -210,7 +210,7 @@ def dropped(run: Run) -> list[dict[str, Any]]:
         {
           'name': f'{name} ({part})' if part else name,
           'steps': result['steps'],
-          'dropped': sum(r.get(guard.SKIPPED, 0) for r in history),
+          'dropped': sum(r.get(guard.DROPPED, 0) for r in history),
           'spikes': sum(r.get(guard.SPIKES, 0) for r in history),
         }
       )
