@@ -47,15 +47,15 @@ def _same(a, b):
   return all(np.array_equal(x, y, equal_nan=True) for x, y in leaves)
 
 
-@pytest.mark.parametrize('how', ['jit', 'shard_map'])
+@pytest.mark.parametrize('compiler', ['jit', 'shard_map'])
 @pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_a_bad_batch_changes_nothing_but_the_step(how, value):
+def test_a_bad_batch_changes_nothing_but_the_step(compiler, value):
   make, state, batch = _everything()
   mesh = sharding.make_mesh()
   step = sharding.compile_step(
-    make(sharding.axis_name(how)), mesh, how, donate=False
+    make(sharding.axis_name(compiler)), mesh, compiler, donate=False
   )
-  state = sharding.place_state(state, mesh, how)
+  state = sharding.place_state(state, mesh, compiler)
   rng = jax.random.key(0)
   put = functools.partial(sharding.shard_batch, mesh=mesh)
   once, metrics = step(state, put(batch), rng)

@@ -318,10 +318,10 @@ def test_bad_words_get_one_sentence(words, message, capsys):
 
 def test_a_compiled_step_can_be_lowered():
   """Under both compilers that need no device."""
-  for how in ('jit', 'shard_map'):
-    config = tiny(compiler=how)
+  for compiler in ('jit', 'shard_map'):
+    config = tiny(compiler=compiler)
     step = steps.rehearse(rehearsal.Rehearsal(config), 'alone')
-    call = sharding.compile_step(step.step, step.run.mesh, how)
+    call = sharding.compile_step(step.step, step.run.mesh, compiler)
     lowered = call.lower(step.state, step.batch, step.rng)
-    assert 'all_reduce' in lowered.as_text() or how == 'jit'
+    assert 'all_reduce' in lowered.as_text() or compiler == 'jit'
     assert lowered.out_info[0].step.shape == ()
