@@ -15,13 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_jax import launch as launch_lib
+from kd_jax import metrics
 from kd_jax import plan as plan_lib
 from kd_jax import report as report_lib
 from kd_jax.recipe import assess, distillation, origin, search, shrunk, stages
 from kd_jax.recipe import compare as compare_lib
 from kd_jax.recipe.run import Run
 from kd_jax.report import comparison, tradeoff
+from kd_jax.report.looks import looks_of
 from kd_jax.report.plan import print_plan
+from kd_jax.report.units import count, size
 from kd_jax.sharding import hosts, processes
 from kd_jax.storage import mirror
 from kd_jax.storage.workdir import Workdir, flatten, frozen, write_json
@@ -41,6 +44,7 @@ def run(values: Any) -> int:
     )
     workdir = made.workdir
   _agree(workdir.config, stages=values.stages, overwrite=values.overwrite)
+  plan_lib.check(made, values.stages, overwrite=values.overwrite)
   stages.run_stages(made, values.stages, overwrite=values.overwrite)
   if hosts.is_first() and workdir.done('report'):
     _print_report(workdir)
@@ -67,6 +71,7 @@ def compress(values: Any) -> int:
   opened = hosts.together(
     lambda: search.open_run(config, values.model, values.stage, values.workdir)
   )
+  plan_lib.check(opened, ['compress'])
   result = search.compress(opened)
   if hosts.is_first():
     tradeoff.print_table(result)
@@ -95,9 +100,9 @@ def cache_teacher(values: Any) -> int:
     epochs=values.epochs,
     overwrite=values.overwrite,
   )
-  size = sum(n for _, n in manifest['shards'].values())
+  stored = sum(n for _, n in manifest['shards'].values())
   hosts.say(
-    f'Teacher cache: {out}, {size / 1e6:,.1f} MB in {len(manifest["shards"])} '
+    f'Teacher cache: {out}, {size(stored)} in {len(manifest["shards"])} '
     f'files. Train with it: --config.teacher.cache={out}'
   )
   return 0
@@ -112,14 +117,16 @@ def evaluate(values: Any) -> int:
   origin.check(stored)
   found = assess.applies(stored, assess.networks(stored))
   scores = assess.scores(stored, found, values.split)
-  size = len(stored.splits[values.split])
-  table = Table(title=f'{values.split} split, {size} examples, last step')
-  columns = list(next(iter(scores.values())))
+  examples = len(stored.splits[values.split])
+  table = Table(title=f'{values.split} split, {examples} examples, last step')
+  looks = looks_of(
+    {'metrics': metrics.describe(stored.task.measured(with_teacher=True))}
+  )
   table.add_column('model')
-  for column in columns:
-    table.add_column(column, justify='right')
+  for look in looks:
+    table.add_column(look.title, justify='right')
   for name, numbers in scores.items():
-    table.add_row(name, *(f'{numbers[c]:.4f}' for c in columns))
+    table.add_row(name, *(look.written(look.of(numbers), 2) for look in looks))
   Console().print(table)
   return 0
 
@@ -142,10 +149,11 @@ def shrink(values: Any) -> int:
   kind = values.structure.replace('_', ' ')
   table = Table(title=f'{values.stage}, {units - left} of {units} {kind} gone')
   table.add_column('')
-  for column in made.before._fields:
+  for column in ('FLOPs', 'parameters', 'size'):
     table.add_column(column, justify='right')
   for name, cost in (('before', made.before), ('after', made.after)):
-    table.add_row(name, *(f'{number:,}' for number in cost))
+    numbers = count(cost.flops), count(cost.parameters), size(cost.bytes)
+    table.add_row(name, *numbers)
   Console().print(table)
   print(f'Weights and overrides: {made.directory}')
   return 0

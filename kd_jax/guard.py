@@ -14,7 +14,7 @@ import numpy as np
 
 from kd_jax.types import Batch, Metrics, TrainState
 
-SKIPPED = 'skipped'
+DROPPED = 'dropped'
 SPIKES = 'spikes'
 _WATCHED = ('loss/total', 'grad_norm')
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
@@ -31,7 +31,7 @@ def drop_nonfinite(train_step: TrainStep) -> TrainStep:
     train_step: from `make_train_step`; not compiled.
 
   Returns:
-    The same with one more metric, `skipped`: 1 if the new state was dropped.
+    The same with one more metric, `dropped`: 1 if the new state was dropped.
 
   Example:
     >>> import optax
@@ -45,7 +45,7 @@ def drop_nonfinite(train_step: TrainStep) -> TrainStep:
     >>> state = step.init_state(
     ...   student, objective, tx, {'params': jnp.float32(1)}, batch)
     >>> state, metrics = run(state, {'x': -batch['x']}, jax.random.key(0))
-    >>> float(state.params), int(state.step), float(metrics['skipped'])
+    >>> float(state.params), int(state.step), float(metrics['dropped'])
     (1.0, 1, 1.0)
   """
 
@@ -58,7 +58,7 @@ def drop_nonfinite(train_step: TrainStep) -> TrainStep:
     old, made = state.replace(teacher=None), new.replace(teacher=None)
     kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), made, old)
     kept = kept.replace(step=new.step, teacher=new.teacher)
-    return kept, metrics | {SKIPPED: 1 - finite.astype(jnp.float32)}
+    return kept, metrics | {DROPPED: 1 - finite.astype(jnp.float32)}
 
   return guarded
 
@@ -109,7 +109,7 @@ class Failures:
     """
     said: list[str] = []
     for at, row in enumerate(rows, start=step - len(rows) + 1):
-      if row.get(SKIPPED, 0):
+      if row.get(DROPPED, 0):
         self.in_a_row += 1
         if self.in_a_row == 1:
           said.append(f'step {at} was dropped: {_not_finite(row)}')

@@ -46,14 +46,19 @@ def named_leaves(tree: Any) -> dict[str, Any]:
   return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
 
 
-def near_misses(name: str, choices: Iterable[str], count: int = 6) -> str:
+def near_misses(name: str, choices: Iterable[str], count: int = 12) -> str:
   """A sentence fragment naming the choices closest to `name`.
+
+  Args:
+    name: what was asked for.
+    choices: what there is, in the order in which it is said.
+    count: how many are said at most.
 
   Example:
     >>> near_misses('adan', ['adam', 'sgd'])
     'did you mean adam? (valid: adam, sgd)'
   """
-  choices = sorted(map(str, choices))
+  choices = list(map(str, choices))
   close = difflib.get_close_matches(str(name), choices, n=3, cutoff=0.5)
   shown = ', '.join(choices[:count]) + (', ...' if len(choices) > count else '')
   if not close:

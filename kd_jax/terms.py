@@ -283,8 +283,7 @@ def make_objective(
   made = {}
   for label, term in terms.items():
     options = dict(term)
-    missing = {'name', 'weight'} - set(options)
-    if missing:
+    if missing := {'name', 'weight'} - set(options):
       raise ValueError(f'The term {label!r} has no {min(missing)!r}.')
     name, weight = options.pop('name'), options.pop('weight')
     if isinstance(weight, Mapping) or weight:

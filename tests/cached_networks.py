@@ -96,7 +96,7 @@ OBJECTIVE = kd_jax.weighted_sum(
 )
 
 
-def training(mesh, how, teacher_fn, cache=None, objective=OBJECTIVE):
+def training(mesh, compiler, teacher_fn, cache=None, objective=OBJECTIVE):
   """The state before the first step, and the compiled step."""
   process, tx = preprocess(), optax.sgd(0.1, momentum=0.9)
   step = kd_jax.make_train_step(
@@ -104,7 +104,7 @@ def training(mesh, how, teacher_fn, cache=None, objective=OBJECTIVE):
     objective,
     tx,
     teacher_fn=teacher_fn,
-    axis_name=sharding.axis_name(how),
+    axis_name=sharding.axis_name(compiler),
   )
 
   def raw_step(state, batch, rng):
@@ -123,8 +123,8 @@ def training(mesh, how, teacher_fn, cache=None, objective=OBJECTIVE):
     teacher=TEACHER,
   )
   place = functools.partial(sharding.place_state, layout=LAYOUT)
-  compiled = sharding.compile_step(raw_step, mesh, how, layout=LAYOUT)
-  return place(state, mesh, how), (compiled, mesh)
+  compiled = sharding.compile_step(raw_step, mesh, compiler, layout=LAYOUT)
+  return place(state, mesh, compiler), (compiled, mesh)
 
 
 def steps(state, step, batches):

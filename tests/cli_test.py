@@ -100,6 +100,41 @@ def test_a_bad_field_gets_one_sentence(case, capsys, tmp_path, data_dir):
   assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+  'flag, expected',
+  [
+    ('alone.train.epochs=-1', 'train.epochs=-1 is not a number from 1 on'),
+    ('student.model.name=resnett', "Unknown model 'resnett': did you mean"),
+    ('distill.train.batch_size=0', 'batch_size is 0'),
+    ('distill.train.schedule=cosin', "Unknown schedule 'cosin'"),
+    ('distill.terms.kd.name=soft', "Unknown term 'soft'"),
+    ('distill.scheme.ema=2.0', 'ema_teacher: decay=2.0 is not in'),
+    ('compress.prune.sparsity=80', 'A sparsity is a share in [0, 1), not 80'),
+    ('compress.teacher=nobody', "Unknown compress.teacher 'nobody'"),
+    ('compress.prune.score=taylr', "Unknown prune.score 'taylr'"),
+    ('compress.prune.structure=2-4', "Unknown prune.structure '2-4'"),
+    ('compress.prune.end=3 weeks', "prune.end='3 weeks' is no point in"),
+    ('compress.quantize.observer=emma', "Unknown quantize.observer 'emma'"),
+    (
+      "compress.quantize.weights=(('.*', 'int7'),)",
+      "Unknown quantize.weights 'int7'",
+    ),
+    ('compress.terms.ce.name=hard', "Unknown term 'hard'"),
+    ('compress.train.remat=all', "Unknown train.remat 'all'"),
+    ('compress.train.optimizer.name=adamv', "Unknown optimizer 'adamv'"),
+  ],
+)
+def test_a_bad_word_of_a_late_stage_is_refused_before_any_training(
+  flag, expected, capsys, tmp_path, data_dir
+):
+  place = tmp_path / 'run'
+  words = ['run', f'--config={TINY}', f'--workdir={place}']
+  words += [f'--config.data.data_dir={data_dir}', f'--config.{flag}']
+  assert cli.main(words) == 2
+  assert expected in capsys.readouterr().err
+  assert not (place / 'teacher').exists()
+
+
 def test_help_names_every_command(capsys):
   assert cli.main(['--help']) == 0
   printed = capsys.readouterr().out
@@ -118,3 +153,17 @@ def test_help_names_every_flag(capsys):
   # The place is no flag to those who type.
   assert told == names - {'', 'place'}
   assert tuple(flags.PLACES) == launch.PLACES
+
+
+def test_help_tells_which_place_of_a_launch_has_a_flag(capsys):
+  cli.main(['--help'])
+  _, _, text = capsys.readouterr().out.partition('launch, by place:\n')
+  told = re.findall(r'^  --(\w+)[A-Z ]+([a-z-]+(?:, [a-z-]+)*):', text, re.M)
+  shared = set.intersection(*map(set, flags.PLACES.values()))
+  known = {
+    flag.name: [p for p, own in flags.PLACES.items() if flag in own]
+    for own in flags.PLACES.values()
+    for flag in own
+    if flag not in shared
+  }
+  assert {name: places.split(', ') for name, places in told} == known

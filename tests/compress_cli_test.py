@@ -61,14 +61,14 @@ def test_the_walk_is_within_the_budget_where_it_says_so(finished):
   assert not rows['int8-0']['within'] and rows['mixed-0']['within']
   order = [rows[n]['bytes'] for n in ('int4-0', 'mixed-0', 'int8-0')]
   assert order == sorted(order)
-  assert rows['int8-0']['flops'] == result['dense']['flops']
+  assert rows['int8-0']['flops'] == result['uncompressed']['flops']
   assert rows['int8-50']['flops'] < 0.6 * rows['int8-0']['flops']
   # One is trained, and it is chosen; it keeps to the budget.
   (best,) = [row for row in rows.values() if row['trained'] is not None]
   assert (
     best['chosen'] and best['within'] and best['name'] == result['test']['name']
   )
-  assert result['dense']['bytes'] > best['bytes']
+  assert result['uncompressed']['bytes'] > best['bytes']
   layers = {row['layer']: row for row in result['layers']}
   for row in (layers[name] for name in ('conv1', 'conv2', 'head')):
     assert 0 < row['flops'][1] <= row['flops'][0]
@@ -145,7 +145,7 @@ def test_a_safetensors_file_is_the_model_that_the_recipe_names(
   recipe.data.data_dir = str(data_dir)
   recipe.search.budget = '3 KB'
   run = search.open_run(recipe, str(path), 'distill', str(tmp_path / 'w'))
-  found = search.dense_network(run)
+  found = search.uncompressed_network(run)
   want = load_weights(path)
   jax.tree.map(np.testing.assert_array_equal, found.variables, want)
   assert run.config.student.model.widths == (8, 6)
@@ -159,7 +159,7 @@ def test_a_student_with_the_head_of_its_teacher_is_searched(data_dir, tmp_path):
   recipe = runpy.run_path(str(CONFIGS / 'compress.py'))['get_config']('tiny')
   recipe.search.budget = '3 KB'
   run = search.open_run(recipe, str(trained), 'distill', str(tmp_path / 'w'))
-  dense = search.dense_network(run)
+  dense = search.uncompressed_network(run)
   assert dense.variables['params']['head']['kernel'].shape[0] == 7
   assert dense.forward(dense.variables, run.example).output.shape == (1, 10)
 
@@ -192,7 +192,10 @@ CASES = {
   'nothing fits': (['--budget=10 B'], 'No candidate fits 10 B: the cheapest'),
   'model': (['--model=/nowhere'], 'neither a work directory'),
   'stage': (['--stage=alone'], "'alone' is not finished"),
-  'stage word': (['--stage=teacher'], "stage with a student 'teacher'"),
+  'stage word': (
+    ['--stage=teacher'],
+    "Unknown stage 'teacher': valid: distill, alone",
+  ),
   'key': (['--recipe.search.finalist=2'], 'search.finalists'),
   'no model': (['--model='], 'needs --model=PATH'),
   'no recipe': (['--recipe='], 'no configuration file'),

@@ -255,16 +255,19 @@ def test_learned_ranges_are_signed_where_inputs_are():
 @pytest.mark.parametrize(
   'changes, message',
   [
-    ({'prune__score': 'taylr'}, "score 'taylr'.*taylor"),
-    ({'prune__method': 'slowly'}, "way to prune 'slowly'"),
+    ({'prune__score': 'taylr'}, "prune.score 'taylr'.*taylor"),
+    ({'prune__method': 'slowly'}, "prune.method 'slowly'"),
     ({'prune__structure': '2-4'}, "prune.structure '2-4'.*2:4"),
-    ({'prune__schedule': 'cubik'}, "schedule 'cubik'.*cubic"),
-    ({'prune__begin': '3 weeks'}, "'3 weeks' is no point.*12 epochs"),
+    ({'prune__schedule': 'cubik'}, "prune.schedule 'cubik'.*cubic"),
+    (
+      {'prune__begin': '3 weeks'},
+      "prune.begin='3 weeks' is no point.*12 epochs",
+    ),
     ({'prune__begin': '100%'}, "prune.begin='100%' is not before"),
-    ({'quantize__ranges': 'lsqq'}, "kind of ranges 'lsqq'"),
-    ({'quantize__observer': 'emma'}, "observer 'emma'.*ema"),
-    ({'quantize__weight_observer': 'ema'}, "weight observer 'ema'"),
-    ({'quantize__weights': (('.*', 'int7'),)}, "weights format 'int7'"),
+    ({'quantize__ranges': 'lsqq'}, "quantize.ranges 'lsqq'"),
+    ({'quantize__observer': 'emma'}, "quantize.observer 'emma'.*ema"),
+    ({'quantize__weight_observer': 'ema'}, "quantize.weight_observer 'ema'"),
+    ({'quantize__weights': (('.*', 'int7'),)}, "quantize.weights 'int7'"),
     (
       {'quantize__ranges': 'lsq', 'quantize__begin': '10%'},
       "quantize.begin must be '0%'",
@@ -286,6 +289,5 @@ def test_a_bad_word_gets_one_sentence(changes, message):
 
 def test_moments_are_rounded_and_end_with_the_training():
   at = Training(steps=10, epoch_steps=3).at
-  assert [at(t) for t in ('33%', '0.5 epochs', '1 step', '99 steps')] == [
-    *(3, 2, 1, 10)
-  ]
+  points = ('33%', '0.5 epochs', '1 step', '99 steps')
+  assert [at(point, 'prune.end') for point in points] == [3, 2, 1, 10]

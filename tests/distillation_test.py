@@ -571,7 +571,7 @@ def test_a_comparison_of_another_configuration_is_refused(compared, capsys):
   assert cli.main([*words, '--config.distill.train.batch_size=16']) == 2
   assert 'belongs to another configuration' in capsys.readouterr().err
   assert cli.main([*words, "--config.methods=('kdd',)"]) == 2
-  assert "Unknown method 'kdd'" in capsys.readouterr().err
+  assert "Unknown entry of methods 'kdd'" in capsys.readouterr().err
 
 
 def test_gain_over_the_student_alone_is_taken_seed_by_seed():

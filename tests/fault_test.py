@@ -363,7 +363,7 @@ def test_what_failed_is_counted_over_a_restart(tmp_path):
   with pytest.raises(Preempted):
     loop(tmp_path / 'stopped', bad | {15: send()})
   assert_same(loop(tmp_path / 'stopped', bad), straight)
-  assert sum(row['skipped'] for row in straight.history) == 4
+  assert sum(row['dropped'] for row in straight.history) == 4
   assert sum(row['spikes'] for row in straight.history) == 2
 
 
@@ -371,7 +371,7 @@ def test_a_window_of_dropped_steps_has_no_mean(tmp_path):
   bad = dict.fromkeys(range(-10, -5), np.nan)
   history = loop(tmp_path, bad).history
   (row,) = [row for row in history if row['step'] == 10]
-  assert row == {'step': 10, 'skipped': 2, 'spikes': 0}
+  assert row == {'step': 10, 'dropped': 2, 'spikes': 0}
   json.dumps(history, allow_nan=False)
 
 

@@ -47,27 +47,27 @@ def _same(a, b):
   return all(np.array_equal(x, y, equal_nan=True) for x, y in leaves)
 
 
-@pytest.mark.parametrize('how', ['jit', 'shard_map'])
+@pytest.mark.parametrize('compiler', ['jit', 'shard_map'])
 @pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_a_bad_batch_changes_nothing_but_the_step(how, value):
+def test_a_bad_batch_changes_nothing_but_the_step(compiler, value):
   make, state, batch = _everything()
   mesh = sharding.make_mesh()
   step = sharding.compile_step(
-    make(sharding.axis_name(how)), mesh, how, donate=False
+    make(sharding.axis_name(compiler)), mesh, compiler, donate=False
   )
-  state = sharding.place_state(state, mesh, how)
+  state = sharding.place_state(state, mesh, compiler)
   rng = jax.random.key(0)
   put = functools.partial(sharding.shard_batch, mesh=mesh)
   once, metrics = step(state, put(batch), rng)
-  assert metrics['skipped'] == 0 and not _same(once.params, state.params)
+  assert metrics['dropped'] == 0 and not _same(once.params, state.params)
   # One value of one image, so that one device alone sees it.
   image = batch['image'].copy()
   image[5, 0, 0, 0] = value
   bad, metrics = step(once, put({**batch, 'image': image}), rng)
-  assert metrics['skipped'] == 1 and int(bad.step) == 2
+  assert metrics['dropped'] == 1 and int(bad.step) == 2
   assert _same(bad.replace(step=0), once.replace(step=0))
   again, metrics = step(bad, put(batch), rng)
-  assert metrics['skipped'] == 0 and not _same(again.params, bad.params)
+  assert metrics['dropped'] == 0 and not _same(again.params, bad.params)
   # As if the bad batch had not been there: this model draws nothing.
   without, _ = step(once, put(batch), rng)
   assert _same(again.replace(step=0), without.replace(step=0))
@@ -82,12 +82,12 @@ def test_gradients_alone_may_be_at_fault():
   step = jax.jit(guard.drop_nonfinite(make_train_step(student, objective, tx)))
   state = init_state(student, objective, tx, {'params': jnp.float32(1)}, batch)
   after, metrics = step(state, batch, jax.random.key(0))
-  assert np.isfinite(metrics['loss/total']) and metrics['skipped'] == 1
+  assert np.isfinite(metrics['loss/total']) and metrics['dropped'] == 1
   assert after.params == 1.0
 
 
-def _row(loss, skipped=0, **more):
-  return {'loss/total': loss, 'skipped': skipped, **more}
+def _row(loss, dropped=0, **more):
+  return {'loss/total': loss, 'dropped': dropped, **more}
 
 
 def test_failures_in_a_row_stop_and_name_the_terms():
@@ -156,7 +156,7 @@ def _loop(folder, bad, steps=40):
 
 def test_the_loop_counts_and_goes_on(tmp_path, capsys):
   trained = _loop(tmp_path, {7, 8, 21})
-  counts = {row['step']: row['skipped'] for row in trained.history}
+  counts = {row['step']: row['dropped'] for row in trained.history}
   assert {s for s, n in counts.items() if n} == {10, 25}
   assert counts[10] == 2 and counts[25] == 1
   assert all(np.isfinite(row['loss/total']) for row in trained.history)

@@ -42,9 +42,9 @@ def images():
   )
 
 
-def _made(how):
+def _made(compiler):
   """A step of distillation with BatchNorm and pruning, and its state."""
-  axis_name = sharding.axis_name(how)
+  axis_name = sharding.axis_name(compiler)
   preprocess = data.make_preprocess(mean=(0.5,), std=(0.25,), crop_padding=1)
   example = preprocess(images().read([0]), train=False)
   networks = []
@@ -88,13 +88,13 @@ def _made(how):
   return train_step, state
 
 
-def train_on(mesh, directory, steps, how='jit'):
+def train_on(mesh, directory, steps, compiler='jit'):
   """Trains up to a step; goes on from what the directory holds.
 
   Returns:
     The losses of all steps, and the sorted ids of the batches of this call.
   """
-  pure, state = _made(how)
+  pure, state = _made(compiler)
   part, parts = sharding.readers(mesh)
   sharding.connect(mesh)
   seen = []
@@ -106,8 +106,8 @@ def train_on(mesh, directory, steps, how='jit'):
 
   with checkpoint_lib.Checkpoints(directory) as checkpoints:
     trained = train_lib.train(
-      sharding.compile_step(pure, mesh, how, layout=LAYOUT),
-      sharding.place_state(state, mesh, how, layout=LAYOUT),
+      sharding.compile_step(pure, mesh, compiler, layout=LAYOUT),
+      sharding.place_state(state, mesh, compiler, layout=LAYOUT),
       data.train_batches(
         images(),
         batch_size=BATCH,
@@ -179,13 +179,13 @@ def main(index, port, directory):
   )
   hosts.on_first(lambda: damage(directory / 'damaged'))
   found['damaged'] = error_of(lambda: train_on(fsdp, directory / 'damaged', 4))
-  for name, axes, how in (
+  for name, axes, compiler in (
     ('tensor', TENSOR, 'jit'),
     ('shard_map', {}, 'shard_map'),
     ('pmap', {}, 'pmap'),
   ):
     mesh = sharding.make_mesh(**axes)
-    found[name] = train_on(mesh, directory / name, 2, how)
+    found[name] = train_on(mesh, directory / name, 2, compiler)
   (directory / f'{index}.json').write_text(json.dumps(found))
   hosts.barrier()
 

@@ -422,7 +422,7 @@ BAD = {
   'name': (['gke', *WORDS['gke'], '--name=A_b'], '--name=A_b: use lower-case'),
   'type': (
     ['tpu-vm', *WORDS['tpu-vm'], '--accelerator=v5e-8'],
-    "type of accelerator 'v5e'",
+    "type of --accelerator 'v5e'",
   ),
   'local': (
     ['tpu-vm', *WORDS['tpu-vm'], '--workdir=runs/x'],

@@ -235,9 +235,9 @@ def test_a_mesh_that_does_not_fit_gets_one_sentence():
       sharding.make_mesh(**options)
   mesh = sharding.make_mesh(fsdp=2)
   assert dict(mesh.shape) == {'data': 4, 'fsdp': 2, 'tensor': 1}
-  for how in ('shard_map', 'pmap'):
+  for compiler in ('shard_map', 'pmap'):
     with pytest.raises(ValueError, match="compiler='.*' is data parallel"):
-      sharding.compile_step(lambda *a: a, mesh, how)
+      sharding.compile_step(lambda *a: a, mesh, compiler)
 
 
 def test_a_batch_is_split_over_data_and_fsdp():

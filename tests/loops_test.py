@@ -23,7 +23,7 @@ from kd_jax.types import Forward
 
 pytestmark = pytest.mark.once
 
-HOWS = list(sharding.COMPILERS)
+COMPILERS = list(sharding.COMPILERS)
 INPUTS = [('.*', quantize.INT8_ACTIVATIONS)]
 WEIGHTS = [('.*/kernel', quantize.INT8_WEIGHTS)]
 
@@ -58,10 +58,10 @@ def _taylor(tx):
 
 
 @functools.cache
-def _mlp(how, accumulate, devices=8, *, fake_quant=False):
+def _mlp(compiler, accumulate, devices=8, *, fake_quant=False):
   """(metrics, state) after each of three steps."""
   model = models.MLP(5, hidden=(8,))
-  axis_name = sharding.axis_name(how)
+  axis_name = sharding.axis_name(compiler)
   student = adapters.from_linen(model, axis_name=axis_name)
   round_weights = functools.partial(
     quantize.fake_quant_params, rules=WEIGHTS if fake_quant else ()
@@ -86,8 +86,8 @@ def _mlp(how, accumulate, devices=8, *, fake_quant=False):
     accumulate=accumulate,
   )
   mesh = sharding.make_mesh(jax.devices()[:devices])
-  state = sharding.place_state(state, mesh, how)
-  compiled = sharding.compile_step(pure, mesh, how)
+  state = sharding.place_state(state, mesh, compiler)
+  compiled = sharding.compile_step(pure, mesh, compiler)
   batch, history = sharding.shard_batch(_batch(), mesh), []
   for _ in range(3):
     state, metrics = compiled(state, batch, jax.random.key(3))
@@ -106,10 +106,10 @@ def _assert_close(got, want, tolerance=1e-5):
     np.testing.assert_allclose(a, b, tolerance, tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize('how', HOWS)
-def test_parts_are_the_whole_batch(how):
+@pytest.mark.parametrize('compiler', COMPILERS)
+def test_parts_are_the_whole_batch(compiler):
   """Metrics, masks by the gradient's scores, momentum and parameters."""
-  _assert_close(_mlp(how, 4), _mlp('jit', 1, 1))
+  _assert_close(_mlp(compiler, 4), _mlp('jit', 1, 1))
 
 
 def test_parts_are_the_whole_batch_with_rounded_weights():
@@ -120,13 +120,13 @@ def test_parts_are_the_whole_batch_with_rounded_weights():
   )
 
 
-@pytest.mark.parametrize('how', HOWS)
-def test_parts_in_a_loop_are_parts_written_out(how, monkeypatch):
+@pytest.mark.parametrize('compiler', COMPILERS)
+def test_parts_in_a_loop_are_parts_written_out(compiler, monkeypatch):
   """Accelerators loop, CPUs do not."""
   monkeypatch.setattr(
     loops, 'scan', functools.partial(loops.scan, unroll=False)
   )
-  looped = _mlp.__wrapped__(how, 2)
+  looped = _mlp.__wrapped__(compiler, 2)
   _assert_close(looped, _mlp('jit', 1, 1))
 
 
@@ -184,7 +184,7 @@ def test_states_advance_with_every_part_and_averages_once():
   pure = step.make_train_step(observed, objective, tx, accumulate=2, **options)
   run = jax.jit(guard.drop_nonfinite(pure))
   first, metrics = run(state, _batch(), jax.random.key(0))
-  assert float(metrics['skipped']) == 0
+  assert float(metrics['dropped']) == 0
   counts = [
     float(x)
     for path, x in jax.tree_util.tree_leaves_with_path(
@@ -209,7 +209,7 @@ def test_states_advance_with_every_part_and_averages_once():
   bad = _batch()
   bad['image'][3] = np.nan  # one part alone
   dropped, metrics = run(second, bad, jax.random.key(0))
-  assert float(metrics['skipped']) == 1 and int(dropped.step) == 3
+  assert float(metrics['dropped']) == 1 and int(dropped.step) == 3
   _assert_close(dropped.replace(step=0), second.replace(step=0), 0)
 
 
@@ -218,9 +218,9 @@ def test_parts_must_divide_the_batch():
     _mlp.__wrapped__('jit', 3, 1)
 
 
-def _cnn_step(how, *, fake_quant=True):
+def _cnn_step(compiler, *, fake_quant=True):
   model = models.CNN(5, widths=(4, 6), dropout=0.3)
-  axis_name = sharding.axis_name(how)
+  axis_name = sharding.axis_name(compiler)
   interceptor = quantize.quantize_activations(INPUTS, axis_name=axis_name)
   student = adapters.from_linen(
     model, interceptors=[interceptor], axis_name=axis_name
@@ -241,24 +241,24 @@ def _cnn_step(how, *, fake_quant=True):
   return pure, state
 
 
-@pytest.mark.parametrize('how', HOWS)
-def test_several_steps_in_one_dispatch_are_single_steps(how):
+@pytest.mark.parametrize('compiler', COMPILERS)
+def test_several_steps_in_one_dispatch_are_single_steps(compiler):
   """States, pruning, rounding, and the metrics of every step."""
-  pure, start = _cnn_step(how)
+  pure, start = _cnn_step(compiler)
   mesh = sharding.make_mesh(jax.devices()[:2])
   batches = [
     {k: np.roll(v, i, axis=0) for k, v in _batch().items()} for i in range(2)
   ]
-  single = sharding.compile_step(pure, mesh, how)
-  state, rows = sharding.place_state(start, mesh, how), []
+  single = sharding.compile_step(pure, mesh, compiler)
+  state, rows = sharding.place_state(start, mesh, compiler), []
   for batch in batches:
     batch = sharding.shard_batch(batch, mesh)
     state, metrics = single(state, batch, jax.random.key(1))
     rows.append(jax.device_get(metrics))
   stack = {k: np.stack([b[k] for b in batches]) for k in batches[0]}
   stack = sharding.shard_batch(stack, mesh, stacked=True)
-  together = sharding.compile_step(pure, mesh, how, stacked=True)
-  placed = sharding.place_state(start, mesh, how)
+  together = sharding.compile_step(pure, mesh, compiler, stacked=True)
+  placed = sharding.place_state(start, mesh, compiler)
   got, metrics = together(placed, stack, jax.random.key(1))
   _assert_close(got, state)
   assert int(got.step) == 2

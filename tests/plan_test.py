@@ -262,10 +262,10 @@ def test_links(shape, links):
   'name, message',
   [
     ('v5e-256', "no topology 'v5e-256'.*such as 'v5e:16x16'"),
-    ('v9:4x4', "Unknown chip of a topology 'v9'"),
+    ('v9:4x4', "Unknown chip of the topology 'v9'"),
     ('v5e:4x4x4', 'has 3 axes, but v5e is connected along 2'),
     ('v5p:4x4', 'has 2 axes, but v5p is connected along 3'),
-    ('H100:2x2', "Unknown chip of a topology 'H100'"),
+    ('H100:2x2', "Unknown chip of the topology 'H100'"),
   ],
 )
 def test_a_wrong_topology_gets_one_sentence(name, message):
@@ -302,7 +302,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
   'words, message',
   [
-    (['--stage=export'], "Unknown stage to plan 'export'"),
+    (['--stage=export'], "Unknown stage 'export'"),
     (['--what_if=fdsp'], 'did you mean fsdp'),
     (['--config.compiler=pmap'], "compiler='pmap' cannot be planned"),
     (['--config.alone.train.batch_size=12'], 'batch of 12 does not divide'),
@@ -319,10 +319,10 @@ def test_bad_words_get_one_sentence(words, message, capsys):
 
 def test_a_compiled_step_can_be_lowered():
   """Under both compilers that need no device."""
-  for how in ('jit', 'shard_map'):
-    config = tiny(compiler=how)
+  for compiler in ('jit', 'shard_map'):
+    config = tiny(compiler=compiler)
     step = steps.rehearse(rehearsal.Rehearsal(config), 'alone')
-    call = sharding.compile_step(step.step, step.run.mesh, how)
+    call = sharding.compile_step(step.step, step.run.mesh, compiler)
     lowered = call.lower(step.state, step.batch, step.rng)
-    assert 'all_reduce' in lowered.as_text() or how == 'jit'
+    assert 'all_reduce' in lowered.as_text() or compiler == 'jit'
     assert lowered.out_info[0].step.shape == ()

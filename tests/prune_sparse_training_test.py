@@ -227,7 +227,7 @@ def test_arguments_out_of_range_are_named():
     [(name, value)] = option.items()
     with pytest.raises(ValueError, match=f'not .*{name}={value}'):
       make(**option)
-  with pytest.raises(ValueError, match="way to grow 'up'.*gradient"):
+  with pytest.raises(ValueError, match="Unknown grow 'up'.*gradient"):
     make(grow='up')
   with pytest.raises(ValueError, match="scope 'local'"):
     make(scope='local')

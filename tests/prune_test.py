@@ -267,7 +267,7 @@ def test_weights_that_were_changed_from_outside_are_what_is_trained():
 
 
 def test_unknown_ways_to_revive_are_named():
-  with pytest.raises(ValueError, match="way to revive 'always'.*gradient"):
+  with pytest.raises(ValueError, match="Unknown revive 'always'.*gradient"):
     prune.prune(optax.sgd(0.1), prune.constant(0.5), ALL, revive='always')
 
 

@@ -43,9 +43,9 @@ def _batch():
   return {'image': image, 'label': (np.arange(16) % 3).astype('i4')}
 
 
-def _train(how, devices, interceptors, *, model, params_fn, init):
+def _train(compiler, devices, interceptors, *, model, params_fn, init):
   """The metrics and the state after one step."""
-  axis_name = sharding.axis_name(how)
+  axis_name = sharding.axis_name(compiler)
   forward = adapters.from_linen(
     model, interceptors=interceptors(axis_name), axis_name=axis_name
   )
@@ -61,9 +61,9 @@ def _train(how, devices, interceptors, *, model, params_fn, init):
   pure = step.make_train_step(
     forward, objective, tx, params_fn=params_fn, axis_name=axis_name
   )
-  compiled = sharding.compile_step(pure, mesh, how)
+  compiled = sharding.compile_step(pure, mesh, compiler)
   state, metrics = compiled(
-    sharding.place_state(state, mesh, how),
+    sharding.place_state(state, mesh, compiler),
     sharding.shard_batch(_batch(), mesh),
     jax.random.key(1),
   )
@@ -106,8 +106,8 @@ def test_a_step_with_every_observer_equals_that_of_one_device():
 
   options = {'model': Branches(), 'params_fn': _fake_quant, 'init': init}
   want = _train('jit', 1, interceptors, **options)
-  for how in ('jit', 'shard_map'):
-    got = _train(how, 8, interceptors, **options)
+  for compiler in ('jit', 'shard_map'):
+    got = _train(compiler, 8, interceptors, **options)
     _compare(got, want)
   stats = got[1].model_state['quant_stats']
   assert {*stats} == {*OBSERVERS} - {'dynamic'}
@@ -144,8 +144,8 @@ def test_learned_ranges_get_the_gradient_of_the_global_batch(method):
   model = models.CNN(3, widths=(4,))
   options = {'model': model, 'params_fn': params_fn, 'init': init}
   want = _train('jit', 1, interceptors, **options)
-  for how in ('jit', 'shard_map'):
-    got = _train(how, 8, interceptors, **options)
+  for compiler in ('jit', 'shard_map'):
+    got = _train(compiler, 8, interceptors, **options)
     _compare(got, want)
   assert got[1].model_state['batch_stats']['norm1']['steps'] == 1
   assert np.ndim(jax.tree.leaves(got[1].params['pool'])[0]) == 0

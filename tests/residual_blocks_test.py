@@ -317,7 +317,7 @@ def test_what_has_no_scores_stays():
   scores = {'a/w': jnp.ones(2), 'b/w': jnp.full(2, 0.5)}
   masks = prune.residual_blocks(blocks)(scores, 0.5, 'global')
   assert blocks.gone(masks) == ['b'] and 'c/w' not in masks
-  with pytest.raises(ValueError, match="Unknown pruning scope 'bogus'"):
+  with pytest.raises(ValueError, match="Unknown scope 'bogus'"):
     prune.masks_from(
       scores, 0.5, scope='bogus', structure=prune.residual_blocks(blocks)
     )

@@ -69,3 +69,13 @@ def test_unknown_choices_name_the_valid_ones():
     rules.choose('thing', 'zzz', {'adam': 1, 'sgd': 2})
   with pytest.raises(ValueError, match='there are none'):
     rules.choose('thing', 'zzz', {})
+
+
+def test_a_dozen_choices_are_all_named_in_their_order():
+  stages = ('teacher', 'alone', 'distill', 'compress', 'convert', 'export')
+  assert rules.near_misses('zzz', stages) == f'valid: {", ".join(stages)}'
+  many = [f'layer{i}' for i in range(12, 0, -1)]
+  assert rules.near_misses('zzz', many) == f'valid: {", ".join(many)}'
+  assert rules.near_misses('zzz', ['layer13', *many]) == (
+    f'valid: layer13, {", ".join(many[:-1])}, ...'
+  )

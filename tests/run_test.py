@@ -109,7 +109,9 @@ def test_evaluate_repeats_the_numbers_of_the_report(finished, capsys):
   assert cli.main(['evaluate', f'--workdir={workdir}']) == 0
   printed = capsys.readouterr().out
   row = read_report(workdir / 'report')['models'][0]
-  assert f'{row["accuracy"]:.4f}' in printed
+  assert f'{100 * row["accuracy"]:.2f} %' in printed
+  for title in ('accuracy', 'agreement', 'KL', 'ECE'):
+    assert title in printed
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from kd_jax.types import Forward, TrainState
 DEVICES = 8
 WEIGHTS = [('.*/kernel', quantize.INT8_WEIGHTS)]
 INPUTS = [('.*', quantize.INT8_ACTIVATIONS)]
-HOWS = list(sharding.COMPILERS)
+COMPILERS = list(sharding.COMPILERS)
 
 
 def _batch():
@@ -32,10 +32,10 @@ def _teacher():
   return adapters.from_linen(model), variables
 
 
-def _forward(how, fake_quant):
+def _forward(compiler, fake_quant):
   """BatchNorm, dropout and, if asked for, fake-quantized activations."""
   model = models.CNN(5, widths=(4, 6), dropout=0.3)
-  axis_name = None if how is None else sharding.axis_name(how)
+  axis_name = None if compiler is None else sharding.axis_name(compiler)
   interceptors = ()
   if fake_quant:
     interceptors = (quantize.quantize_activations(INPUTS, axis_name=axis_name),)
@@ -85,16 +85,16 @@ def _start(fake_quant):
 
 
 @functools.cache
-def _run(how, devices, *, fake_quant):
+def _run(compiler, devices, *, fake_quant):
   """(metrics, state) after each of five steps, and the number of traces."""
   rules = WEIGHTS if fake_quant else ()
   pure = step.make_train_step(
-    _forward(how, fake_quant)[1],
+    _forward(compiler, fake_quant)[1],
     _objective(),
     _tx(),
     teacher_fn=_teacher()[0],
     params_fn=lambda params: quantize.fake_quant_params(params, rules),
-    axis_name=sharding.axis_name(how),
+    axis_name=sharding.axis_name(compiler),
   )
   traces = []
 
@@ -103,8 +103,8 @@ def _run(how, devices, *, fake_quant):
     return pure(*args)
 
   mesh = sharding.make_mesh(jax.devices()[:devices])
-  state = sharding.place_state(_start(fake_quant), mesh, how)
-  compiled = sharding.compile_step(counted, mesh, how)
+  state = sharding.place_state(_start(fake_quant), mesh, compiler)
+  compiled = sharding.compile_step(counted, mesh, compiler)
   batch, history = sharding.shard_batch(_batch(), mesh), []
   for _ in range(5):
     state, metrics = compiled(state, batch, jax.random.key(3))
@@ -125,8 +125,8 @@ def _compare(got, want, tolerance):
     )
 
 
-@pytest.mark.parametrize('how', HOWS)
-def test_everything_on_equals_one_device(how):
+@pytest.mark.parametrize('compiler', COMPILERS)
+def test_everything_on_equals_one_device(compiler):
   """BatchNorm, dropout, pruning and fake-quant; masks and observers too.
 
   After one step all numbers agree to rounding. Then a sum in another order
@@ -135,7 +135,7 @@ def test_everything_on_equals_one_device(how):
   loss agrees to 2 %, all but a few masks agree, and the parameters differ by
   far less than they moved.
   """
-  history, traces = _run(how, DEVICES, fake_quant=True)
+  history, traces = _run(compiler, DEVICES, fake_quant=True)
   wanted, _ = _run('jit', 1, fake_quant=True)
   assert traces == 1
   _compare(history[0], wanted[0], 1e-5)
@@ -158,9 +158,9 @@ def test_everything_on_equals_one_device(how):
   assert apart < 0.1 * moved
 
 
-@pytest.mark.parametrize('how', HOWS)
-def test_several_steps_without_rounding_equal_one_device(how):
-  history, traces = _run(how, DEVICES, fake_quant=False)
+@pytest.mark.parametrize('compiler', COMPILERS)
+def test_several_steps_without_rounding_equal_one_device(compiler):
+  history, traces = _run(compiler, DEVICES, fake_quant=False)
   wanted, _ = _run('jit', 1, fake_quant=False)
   _compare(history[-1], wanted[-1], 1e-5)
   assert traces == 1
@@ -179,7 +179,7 @@ def test_dropout_and_batch_norm_were_on():
   assert jnp.abs(mean).max() > 1e-3
 
 
-def _toy(how, objective, variables=None):
+def _toy(compiler, objective, variables=None):
   """A linear student without layers, on a mesh of eight devices."""
   variables = variables or {'params': jnp.ones((36, 2))}
 
@@ -191,16 +191,16 @@ def _toy(how, objective, variables=None):
   mesh = sharding.make_mesh()
   state = step.init_state(student_fn, objective, tx, variables, _batch())
   pure = step.make_train_step(
-    student_fn, objective, tx, axis_name=sharding.axis_name(how)
+    student_fn, objective, tx, axis_name=sharding.axis_name(compiler)
   )
   return (
-    sharding.compile_step(pure, mesh, how),
-    sharding.place_state(state, mesh, how),
+    sharding.compile_step(pure, mesh, compiler),
+    sharding.place_state(state, mesh, compiler),
   )
 
 
-@pytest.mark.parametrize('how', HOWS)
-def test_counters_and_flags_of_an_objective_keep_their_dtype(how):
+@pytest.mark.parametrize('compiler', COMPILERS)
+def test_counters_and_flags_of_an_objective_keep_their_dtype(compiler):
   def apply(params, state, inputs):
     loss = jnp.mean(jnp.square(inputs.student.output), axis=-1)
     state = {
@@ -219,7 +219,7 @@ def test_counters_and_flags_of_an_objective_keep_their_dtype(how):
       'key': jax.random.key(1),
     }
 
-  compiled, state = _toy(how, objectives.Objective(init, apply))
+  compiled, state = _toy(compiler, objectives.Objective(init, apply))
   before = jax.device_get(state.params)
   state, _ = compiled(state, _batch(), jax.random.key(0))
   memory = state.objective.state
@@ -230,11 +230,11 @@ def test_counters_and_flags_of_an_objective_keep_their_dtype(how):
   assert jax.dtypes.issubdtype(memory['key'].dtype, jax.dtypes.prng_key)
 
 
-@pytest.mark.parametrize('how', HOWS)
-def test_gradients_are_of_the_mean_over_the_global_batch(how):
+@pytest.mark.parametrize('compiler', COMPILERS)
+def test_gradients_are_of_the_mean_over_the_global_batch(compiler):
   """Not the sum over devices: eight times too large, without a word."""
   objective = objectives.term(lambda i: jnp.square(i.student.output).mean(-1))
-  compiled, state = _toy(how, objective)
+  compiled, state = _toy(compiler, objective)
   before = jax.device_get(state.params)
   state, metrics = compiled(state, _batch(), jax.random.key(0))
   x = _batch()['image'].reshape(32, -1).astype(np.float64)
@@ -247,8 +247,8 @@ def test_gradients_are_of_the_mean_over_the_global_batch(how):
   )
 
 
-@pytest.mark.parametrize('how', HOWS)
-def test_the_teacher_is_neither_donated_nor_moved(how):
+@pytest.mark.parametrize('compiler', COMPILERS)
+def test_the_teacher_is_neither_donated_nor_moved(compiler):
   def apply(variables, batch, rng=None, *, train=False):
     x = batch['image'].reshape(batch['image'].shape[0], -1)
     return Forward(x @ variables['params'])
@@ -265,17 +265,17 @@ def test_the_teacher_is_neither_donated_nor_moved(how):
     teacher=teacher,
     **options,
   )
-  state = sharding.place_state(state, mesh, how)
+  state = sharding.place_state(state, mesh, compiler)
   pure = step.make_train_step(
-    apply, objective, tx, axis_name=sharding.axis_name(how), **options
+    apply, objective, tx, axis_name=sharding.axis_name(compiler), **options
   )
-  compiled = sharding.compile_step(pure, mesh, how)
+  compiled = sharding.compile_step(pure, mesh, compiler)
   new, _ = compiled(state, _batch(), jax.random.key(0))
   for held in (state.teacher, new.teacher, teacher):
     assert not held['params'].is_deleted()
     np.testing.assert_array_equal(held['params'], 1.0)
   # The state itself was donated, where donation is offered.
-  assert state.params.is_deleted() == (how != 'pmap')
+  assert state.params.is_deleted() == (compiler != 'pmap')
 
 
 def test_a_step_by_pmap_says_that_it_cannot_be_lowered():

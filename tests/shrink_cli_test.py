@@ -36,6 +36,7 @@ def test_the_command_writes_a_smaller_student(directory, capsys):
   printed = capsys.readouterr().out
   assert 'conv1' in printed and 'kept as asked' in printed
   assert 'before' in printed and 'after' in printed
+  assert all(title in printed for title in ('FLOPs', 'parameters', 'size'))
   about = json.loads((directory / 'shrink' / 'shrink.json').read_text())
   assert about['kept'] == {'conv1': [4, 8]}
   assert about['format'] == shrunk.FORMAT and about['overrides'] == {}
@@ -51,17 +52,17 @@ def test_the_command_writes_a_smaller_student(directory, capsys):
     run, sparsity=0.75, scope='layer', overwrite=True
   )
   # Both convolutions lose three quarters, the head three quarters of one side.
-  assert made.after.macs < 0.3 * made.before.macs
+  assert made.after.flops < 0.3 * made.before.flops
   params = variables['params']
   assert made.after.parameters < sum(x.size for x in jax.tree.leaves(params))
   assert made.after.bytes == 4 * made.after.parameters
 
 
 BAD = {
-  'stage': ('--stage=distil', "Unknown stage with a student 'distil'"),
+  'stage': ('--stage=distil', "Unknown stage 'distil'"),
   'unfinished': ('--stage=alone', "Stage 'alone' is not finished"),
   'sparsity': ('--sparsity=1', 'a share in [0, 1), not 1.0'),
-  'scope': ('--scope=all', "Unknown pruning scope 'all'"),
+  'scope': ('--scope=all', "Unknown scope 'all'"),
   'keep': ('--keep=conv9', "'conv9' matches nothing"),
   'nothing': ('--keep=conv.*', 'Nothing can leave'),
 }

@@ -365,8 +365,8 @@ def test_params_fn_may_take_the_step(name):
     assert float(metrics['loss/total']) == value_at_step
 
 
-@pytest.mark.parametrize('how', list(sharding.COMPILERS))
-def test_straight_through_pruning_trains_dense_weights(how):
+@pytest.mark.parametrize('compiler', list(sharding.COMPILERS))
+def test_straight_through_pruning_trains_dense_weights(compiler):
   """With every compiler; the step's schedule is that of the state."""
   params_fn = prune.straight_through(
     prune.linear(0.5, begin=0, end=2), [('.*/kernel', True)]
@@ -381,12 +381,12 @@ def test_straight_through_pruning_trains_dense_weights(how):
       objective,
       tx,
       params_fn=params_fn,
-      axis_name=sharding.axis_name(how),
+      axis_name=sharding.axis_name(compiler),
     ),
     mesh,
-    how,
+    compiler,
   )
-  state, losses = sharding.place_state(state, mesh, how), []
+  state, losses = sharding.place_state(state, mesh, compiler), []
   for _ in range(4):
     state, metrics = compiled(
       state, sharding.shard_batch(_batch(), mesh), jax.random.key(0)

@@ -46,12 +46,12 @@ def _batches():
 
 
 def _history(where, cache=None):
-  how, axes = MESHES[where]
+  compiler, axes = MESHES[where]
   mesh = sharding.make_mesh(**axes)
   batches, teacher_fn = _batches(), nets.network
   if cache is not None:
     batches, teacher_fn = cache.attach(batches), cache.forward
-  state, step = nets.training(mesh, how, teacher_fn, cache)
+  state, step = nets.training(mesh, compiler, teacher_fn, cache)
   made = list(nets.steps(state, step, batches))
   assert len(made) == 2 * EPOCHS
   return [metrics for _, metrics in made], made[-1][0]

@@ -155,7 +155,7 @@ def _term(name, **options):
   return terms.make_term(name, facts, **(OPTIONS.get(name, {}) | options))
 
 
-def _run(name, *, devices=1, how='jit', steps=2, **options):
+def _run(name, *, devices=1, compiler='jit', steps=2, **options):
   """Metrics and state after some steps, and the number of traces."""
   objective = objectives.weighted_sum(
     {'term': (WEIGHTS.get(name, 1.0), _term(name, **options))}
@@ -166,7 +166,7 @@ def _run(name, *, devices=1, how='jit', steps=2, **options):
     objective,
     tx,
     teacher_fn=_network,
-    axis_name=sharding.axis_name(how),
+    axis_name=sharding.axis_name(compiler),
     num_shards=devices,
     objective_tx=tx,
   )
@@ -186,8 +186,8 @@ def _run(name, *, devices=1, how='jit', steps=2, **options):
     objective_tx=tx,
   )
   mesh = sharding.make_mesh(jax.devices()[:devices])
-  compiled = sharding.compile_step(counted, mesh, how, donate=False)
-  state, start = sharding.place_state(state, mesh, how), state
+  compiled = sharding.compile_step(counted, mesh, compiler, donate=False)
+  state, start = sharding.place_state(state, mesh, compiler), state
   batch, history = sharding.shard_batch(_batch(), mesh), []
   for _ in range(steps):
     state, metrics = compiled(state, batch, jax.random.key(7))
@@ -285,7 +285,7 @@ def test_eight_devices_equal_one_under_jit(name):
 @pytest.mark.parametrize('name', SAME_NUMBERS)
 def test_eight_devices_equal_one_under_shard_map(name):
   history, state, _, _ = _one_device(name)
-  sharded, sharded_state, _, _ = _run(name, devices=8, how='shard_map')
+  sharded, sharded_state, _, _ = _run(name, devices=8, compiler='shard_map')
   np.testing.assert_allclose(sharded, history, rtol=2e-5, atol=1e-6)
   _close(sharded_state.params, state.params, name)
   _close(sharded_state.objective.params, state.objective.params, name)
@@ -296,8 +296,10 @@ def test_local_scope_is_the_mean_over_devices_of_their_own_batches(name):
   """Global relates all examples of the step; local those of one device."""
   whole, _, _, _ = _one_device(name)
   parts = {
-    how: _run(name, devices=4, how=how, steps=1, scope='local')[0][0]
-    for how in ('jit', 'shard_map')
+    compiler: _run(name, devices=4, compiler=compiler, steps=1, scope='local')[
+      0
+    ][0]
+    for compiler in ('jit', 'shard_map')
   }
   close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-8)
   close(parts['jit'], parts['shard_map'])
@@ -404,11 +406,11 @@ def test_crd_negatives_are_those_of_all_devices_or_of_the_own_one():
 
 def test_crd_draws_the_same_locally_however_the_step_is_compiled():
   parts = [
-    _run('contrastive', devices=4, how=how, scope='local')[0]
-    for how in ('jit', 'shard_map')
+    _run('contrastive', devices=4, compiler=compiler, scope='local')[0]
+    for compiler in ('jit', 'shard_map')
   ]
   np.testing.assert_allclose(*parts, rtol=2e-5)
-  alone = _run('contrastive', devices=4, how='jit')[0]
+  alone = _run('contrastive', devices=4, compiler='jit')[0]
   assert not np.allclose(parts[0], alone, rtol=1e-3)
 
 

@@ -20,22 +20,29 @@ kd-jax: a large model into a small fast one, in JAX.
   kd-jax shrink   --workdir DIR --sparsity X    remove channels and heads of a
                   trained student, and print what can leave and what it costs
   kd-jax report   --workdir DIR                 print the report of a run
-  kd-jax launch   tpu-vm | queued | gke | xpk --name NAME --zone ZONE
-                  --accelerator TYPE --config FILE --workdir gs://BUCKET/DIR
-                  run on a Cloud TPU: create, install on all workers, start,
-                  follow the log, start again after preemption, delete
+  kd-jax launch   tpu-vm | queued | gke | xpk --config FILE
+                  --workdir gs://BUCKET/DIR --name NAME and the flags of the
+                  place: run on a Cloud TPU: create, install on all workers,
+                  start, follow the log, start again after preemption, delete
   kd-jax plan     --config FILE [--topology v5e:16x16]
                   compile a train step for a TPU that need not be there, and
                   print what it holds, does, sends and how long that takes
 
-run, compare and cache-teacher:
+run, compare, cache-teacher and launch:
   --config FILE[:tiny]    a configuration such as configs/digits.py; ':tiny'
                           runs every stage in seconds and learns little; or
-                          one stored as JSON, which is read and not executed.
-                          To go on with a run, --workdir alone is enough
+                          one stored as JSON, which is read and not executed
   --config.KEY=VALUE      changes one field, such as --config.seed=1
-  --workdir DIR           where everything is written, also gs://BUCKET/DIR;
-                          the same command continues a run that was stopped
+
+--workdir DIR, also gs://BUCKET/DIR, is
+  of run, compare, compress and cache-teacher:
+                          where everything is written; the same command
+                          continues what was stopped, and run goes on with
+                          --workdir alone
+  of evaluate, shrink and report:
+                          that of a kd-jax run, which is read; what shrink and
+                          report make is written there
+  of launch:              that of the run, in a bucket
 
 run, compare, compress and cache-teacher, also with several processes, of which
 the cluster tells on Cloud TPU and under SLURM and Open MPI; all need to share
@@ -99,15 +106,24 @@ launch:
   tpu-vm, queued          a TPU VM, at once or as a queued resource
   gke, xpk                writes a workload file for Kubernetes, or prints what
                           to tell xpk; nothing is started
-  --dry_run               prints all files and commands, a shell script
+launch, in all places:
+  --name NAME             of the run and of what is created for it
   --accelerator TYPE      such as v6e-8 or v5litepod-16
-  --spot                  cheaper, and preempted at times
-  --project, --runtime    of Google Cloud; that of gcloud, and that of the type
-  --package SOURCE        what all workers install: kd_jax==VERSION, a URL, a
-                          wheel, or a directory; what runs here (default)
-  --keep                  does not delete the machine at the end
   --restarts N            after preemptions, 100 (default)
-  --image, --cluster      of gke and xpk: the container, the xpk cluster
+  --dry_run               prints all files and commands, a shell script
+launch, by place:
+  --zone ZONE             tpu-vm, queued, xpk: such as us-central1-a
+  --project NAME          tpu-vm, queued, xpk: of Google Cloud; that of gcloud
+                          (default)
+  --spot                  tpu-vm, queued, gke: cheaper, and preempted at times
+  --runtime NAME          tpu-vm, queued: the software of the machine; that of
+                          the type (default)
+  --package SOURCE        tpu-vm, queued: what all workers install:
+                          kd_jax==VERSION, a URL, a wheel, or a directory; what
+                          runs here (default)
+  --keep                  tpu-vm, queued: does not delete the machine at the end
+  --image IMAGE           gke, xpk: the container
+  --cluster CLUSTER       xpk: its cluster
 
 plan:
   --config FILE           as for run; --config.KEY=VALUE too

@@ -92,7 +92,7 @@ def _builder(
       if re.split('[:/]', name)[0] in known:
         raise
       raise ValueError(
-        f'Unknown data set {name!r}: {near_misses(name, {*known, "digits"})}'
+        f'Unknown data set {name!r}: {near_misses(name, ["digits", *known])}'
       ) from None
     except ImportError as e:
       raise ImportError(

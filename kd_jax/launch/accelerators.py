@@ -68,7 +68,7 @@ def runtime_version(accelerator: str) -> str:
     'v2-alpha-tpuv5-lite'
   """
   kind, _ = _kind_and_size(accelerator)
-  return rules.choose('type of accelerator', kind, _RUNTIMES)
+  return rules.choose('type of --accelerator', kind, _RUNTIMES)
 
 
 class Slice(NamedTuple):
@@ -100,7 +100,7 @@ def slice_of(accelerator: str) -> Slice:
     '2x2x1'
   """
   name, size = _kind_and_size(accelerator)
-  kind = rules.choose('type of accelerator', name, _KINDS)
+  kind = rules.choose('type of --accelerator', name, _KINDS)
   sizes = {str(n * kind.cores): n for n in kind.topologies}
   chips = rules.choose(f'size of {name}', size, sizes)
   hosts = 1 if chips <= kind.alone else chips // 4

@@ -153,7 +153,7 @@ def _check_names(
   if missing:
     name, others = min(missing), ''
     if unexpected:
-      others = f'; it has others: {rules.near_misses(name, unexpected)}'
+      others = f'; it has others: {rules.near_misses(name, sorted(unexpected))}'
     raise ValueError(
       f'{path} lacks {name!r} for {reader} ({len(missing)} of '
       f'{len(expected)} are missing){others}'
@@ -162,7 +162,8 @@ def _check_names(
     name = min(unexpected)
     raise ValueError(
       f'{path} has {name!r}, which has no place in {reader} '
-      f'({len(unexpected)} have none): {rules.near_misses(name, expected)}'
+      f'({len(unexpected)} have none): '
+      f'{rules.near_misses(name, sorted(expected))}'
     )
 
 

@@ -184,10 +184,15 @@ def ema_teacher(objective: Objective, *, decay: Scalar = 0.999) -> Objective:
       the teacher must be among those of the student's function.
     decay: of the average, in [0, 1); or a schedule.
 
+  Raises:
+    ValueError: for another decay.
+
   References:
     Tarvainen, Valpola, "Mean teachers are better role models", 2017,
     arXiv:1703.01780.
   """
+  if not callable(decay) and not 0 <= decay < 1:
+    raise ValueError(f'ema_teacher: decay={decay} is not in [0, 1).')
 
   def taught(average, inputs):
     variables = {**inputs.student.model_state, 'params': average}

@@ -8,4 +8,5 @@ train step of it, which `program` compiles and reads, by `memory` and `hlo`.
 from kd_jax.plan.alternatives import ALTERNATIVES as ALTERNATIVES
 from kd_jax.plan.estimate import Plan as Plan
 from kd_jax.plan.estimate import plan as plan
+from kd_jax.plan.steps import check as check
 from kd_jax.plan.timing import measure_step as measure_step

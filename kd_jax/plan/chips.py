@@ -204,7 +204,7 @@ def topology(name: str) -> Topology:
       f'There is no topology {name!r}: give a chip and a shape, such as '
       f"'v5e:16x16' or 'v5p:4x4x8'; the chips are {', '.join(tpus)}."
     )
-  chip = rules.choose('chip of a topology', match[1], tpus)
+  chip = rules.choose('chip of the topology', match[1], tpus)
   shape = tuple(map(int, match[2].split('x')))
   axes = 2 if chip.name in _FLAT else 3
   if len(shape) != axes:

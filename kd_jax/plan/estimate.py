@@ -109,7 +109,7 @@ def plan(
     ImportError: for a topology without libtpu.
   """
   for name in alternatives:
-    rules.choose('alternative of a plan', name, ALTERNATIVES)
+    rules.choose('--what_if', name, ALTERNATIVES)
   if measured and topology:
     raise ValueError(
       'Only devices that are here can be measured: leave out the topology.'

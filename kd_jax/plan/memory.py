@@ -28,22 +28,22 @@ OWNERS = (
 )
 
 
-def held(step: Step, how: str = 'jit') -> dict[str, int]:
+def held(step: Step, compiler: str = 'jit') -> dict[str, int]:
   """Bytes that a device holds between steps, by owner, without padding.
 
   Args:
     step: from `steps.rehearse`.
-    how: the compiler of the step.
+    compiler: of the step.
   """
 
   def of(field):
-    return sum(_shard_bytes(*pair) for pair in placed(step, how, field))
+    return sum(_shard_bytes(*pair) for pair in placed(step, compiler, field))
 
   masks = prune.masks_of(step.state.opt_state) or {}
   mask_bytes = 0
   if masks:
     ids = {id(mask) for mask in masks.values()}
-    pairs = placed(step, how, 'opt_state')
+    pairs = placed(step, compiler, 'opt_state')
     mask_bytes = sum(
       _shard_bytes(*pair) for pair in pairs if id(pair[0]) in ids
     )
@@ -58,15 +58,15 @@ def held(step: Step, how: str = 'jit') -> dict[str, int]:
   }
 
 
-def memory_of(step: Step, how: str, analysis: Any) -> dict[str, int]:
+def memory_of(step: Step, compiler: str, analysis: Any) -> dict[str, int]:
   """`held`, and what the compiler adds to it while a step runs.
 
   Args:
     step: from `steps.rehearse`.
-    how: the compiler of the step.
+    compiler: of the step.
     analysis: from `jax.stages.Compiled.memory_analysis`; may be None.
   """
-  memory = held(step, how)
+  memory = held(step, compiler)
   if analysis is None:
     return memory
   arguments = analysis.argument_size_in_bytes
@@ -77,7 +77,9 @@ def memory_of(step: Step, how: str, analysis: Any) -> dict[str, int]:
   return memory
 
 
-def placed(step: Step, how: str, field: str) -> list[tuple[Any, NamedSharding]]:
+def placed(
+  step: Step, compiler: str, field: str
+) -> list[tuple[Any, NamedSharding]]:
   """The leaves of a part of the state, and where they lie."""
   mesh = step.run.mesh
   if field == 'teacher':
@@ -89,7 +91,7 @@ def placed(step: Step, how: str, field: str) -> list[tuple[Any, NamedSharding]]:
     where = getattr(
       layout.state_shardings(student, mesh, step.run.layout), field
     )
-  if how != 'jit':
+  if compiler != 'jit':
     everywhere = NamedSharding(mesh, jax.P())
     where = jax.tree.map(lambda _: everywhere, tree)
   return list(zip(jax.tree.leaves(tree), jax.tree.leaves(where), strict=True))

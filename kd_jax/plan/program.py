@@ -141,8 +141,8 @@ def compile_program(
       or for a batch that does not divide over the mesh.
   """
   run = step.run
-  how = run.config.compiler
-  if how == 'pmap':
+  compiler = run.config.compiler
+  if compiler == 'pmap':
     raise ValueError(
       "A step under compiler='pmap' cannot be planned: use 'jit' or "
       "'shard_map'."
@@ -154,7 +154,7 @@ def compile_program(
       f'A batch of {size} does not divide over {parts} devices: change '
       'train.batch_size of the stage.'
     )
-  call = sharding.compile_step(step.step, run.mesh, how, layout=run.layout)
+  call = sharding.compile_step(step.step, run.mesh, compiler, layout=run.layout)
   try:
     lowered = call.lower(step.state, step.batch, step.rng)
     compiled = lowered.compile()
@@ -165,7 +165,7 @@ def compile_program(
 
   entries = [
     (math.prod(where.shard_shape(leaf.shape)), math.prod(leaf.shape))
-    for leaf, where in placed(step, how, 'params')
+    for leaf, where in placed(step, compiler, 'params')
   ]
   found = hlo.owned(hlo.collectives(_text(compiled)), entries)
   cost = compiled.cost_analysis() or {}
@@ -174,7 +174,7 @@ def compile_program(
     step,
     topology,
     dtype,
-    memory=memory_of(step, how, compiled.memory_analysis()),
+    memory=memory_of(step, compiler, compiled.memory_analysis()),
     flops=float(cost.get('flops', 0)),
     hbm_bytes=float(cost.get('bytes accessed', 0)),
     ici_bytes=sum(c.sent(devices) for c, _ in found),

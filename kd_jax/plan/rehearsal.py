@@ -28,6 +28,7 @@ class Rehearsal(Run):
     config: as for `Run`.
     devices: of the mesh; all of them when None.
     examples: of the train split; 0 for as many as are known to be there.
+    source: a run whose examples to take in place of stand-ins.
   """
 
   def __init__(
@@ -36,24 +37,36 @@ class Rehearsal(Run):
     devices: Sequence[Any] | None = None,
     *,
     examples: int = 0,
+    source: Run | None = None,
   ) -> None:
     config = config.copy_and_resolve_references()
     self.cached = bool(config.teacher.cache)
     config.teacher.cache = ''
     super().__init__(config, None, devices=devices)
-    self._examples = examples
+    self._examples, self._source = examples, source
 
   @functools.cached_property
   def splits(self) -> dict[str, data.Split]:
-    """The train split alone, of no values that matter."""
+    """The train split alone, of no values that matter; or a run's own."""
+    if self._source:
+      return self._source.splits
     return {'train': self._stand_in('train')}
 
   @functools.cached_property
   def transfer(self) -> data.Split:
     """The examples to learn from a teacher on, likewise."""
+    if self._source:
+      return self._source.transfer
     if not self.config.data.transfer.name:
       return self.splits['train']
     return self._stand_in('transfer')
+
+  @functools.cached_property
+  def statistics(self) -> dict[str, Any]:
+    """What pre-processing has to know of the train split, likewise."""
+    if self._source:
+      return self._source.statistics
+    return super().statistics
 
   def _stand_in(self, split: str) -> data.Split:
     c, make = self.config.data, self.task.stand_in
@@ -69,7 +82,9 @@ class Rehearsal(Run):
   def again(self) -> 'Rehearsal':
     """The same run, which has made nothing yet."""
     devices = list(self.mesh.devices.flat)
-    return Rehearsal(self.config, devices, examples=self._examples)
+    return Rehearsal(
+      self.config, devices, examples=self._examples, source=self._source
+    )
 
   def trained(
     self, where: str, model: adapters.LinenModule, precision: str = 'float32'

@@ -18,6 +18,7 @@ from kd_jax.objectives import Objective
 from kd_jax.plan.rehearsal import Rehearsal
 from kd_jax.recipe import cached_teacher, distillation, fit, stages
 from kd_jax.recipe.network import TEACHER, Network
+from kd_jax.recipe.run import Run
 from kd_jax.recipe.words import Training
 from kd_jax.types import TrainState
 
@@ -72,6 +73,28 @@ class Step(NamedTuple):
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
+def check(
+  run: Run, stages: Sequence[str] = (), *, overwrite: bool = False
+) -> None:
+  """Makes the train steps of a run in shapes, before any of them trains.
+
+  A wrong word of a late stage is found in seconds, not after hours of training.
+
+  Args:
+    run: whose configuration, examples and devices.
+    stages: to check, all when empty; those that train nothing are left out.
+    overwrite: also checks those that are finished.
+
+  Raises:
+    ValueError: what the stage would have raised.
+  """
+  for stage in STAGES:
+    due = overwrite or not run.workdir.finished(stage)
+    if due and (not stages or stage in stages):
+      devices = list(run.mesh.devices.flat)
+      rehearse(Rehearsal(run.config, devices, source=run), stage)
+
+
 def rehearse(run: Rehearsal, stage: str, *, cached: bool = False) -> Step:
   """The train step of a stage, with shapes for values.
 
@@ -85,7 +108,7 @@ def rehearse(run: Rehearsal, stage: str, *, cached: bool = False) -> Step:
     ValueError: for another stage, or `cached` where no teacher is, it cannot be
       cached, or it is.
   """
-  rules.choose('stage to plan', stage, dict.fromkeys(STAGES, True))
+  rules.choose('stage', stage, dict.fromkeys(STAGES, True))
   if cached and run.cached:
     raise ValueError('the configuration has a cache')
   c = run.config[stage].train

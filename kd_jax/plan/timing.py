@@ -39,10 +39,10 @@ def measure_step(
   if program.flops is None:
     raise ValueError('measure_step: the program has to be compiled before.')
   say('measuring the step ...')
-  run, how = step.run, step.run.config.compiler
+  run, compiler = step.run, step.run.config.compiler
   state = jax.jit(step.start)()
-  state = sharding.place_state(state, run.mesh, how, layout=run.layout)
-  call = sharding.compile_step(step.step, run.mesh, how, layout=run.layout)
+  state = sharding.place_state(state, run.mesh, compiler, layout=run.layout)
+  call = sharding.compile_step(step.step, run.mesh, compiler, layout=run.layout)
   rng, random = jax.random.key(0), np.random.default_rng(0)
   classes = run.splits['train'].num_classes
   host = {}

@@ -61,7 +61,7 @@ def resolve(scope: Scope) -> Scope:
   """The scope that a name stands for; a ValueError for an unknown name."""
   if isinstance(scope, Erk):
     return scope
-  return rules_lib.choose('pruning scope', scope, SCOPES)
+  return rules_lib.choose('scope', scope, SCOPES)
 
 
 def kept_count(size: int, sparsity: ArrayLike) -> jax.Array:

@@ -79,8 +79,8 @@ def unit_scores(
     Fang et al., "DepGraph: Towards Any Structural Pruning", 2023,
     arXiv:2301.12900.
   """
-  pooled = rules_lib.choose('pool of scores', pool, POOLS)
-  normalised = rules_lib.choose('norm of scores', norm, NORMS)
+  pooled = rules_lib.choose('pool', pool, POOLS)
+  normalised = rules_lib.choose('norm', norm, NORMS)
   made = {}
   for group in plan.groups:
     members = [m for m in group.members if m.path.startswith(_PARAMS)]

@@ -87,7 +87,7 @@ def sparse_train(
   tx = optax.with_extra_args_support(tx)
   scope = scopes.resolve(scope)
   by_gradient = rules_lib.choose(
-    'way to grow', grow, {'gradient': True, 'random': False}
+    'grow', grow, {'gradient': True, 'random': False}
   )
   _check(sparsity, drop, every, stop)
 

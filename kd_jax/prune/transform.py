@@ -85,7 +85,7 @@ def prune(
   scope = scopes.resolve(scope)
   structure = unstructured() if structure is None else structure
   revives = rules_lib.choose(
-    'way to revive', revive, {'never': False, 'gradient': True}
+    'revive', revive, {'never': False, 'gradient': True}
   )
 
   def init(params):

@@ -203,7 +203,7 @@ def dropped(run: Run) -> list[dict[str, Any]]:
         {
           'name': f'{name} ({part})' if part else name,
           'steps': result['steps'],
-          'dropped': sum(r.get(guard.SKIPPED, 0) for r in history),
+          'dropped': sum(r.get(guard.DROPPED, 0) for r in history),
           'spikes': sum(r.get(guard.SPIKES, 0) for r in history),
         }
       )
@@ -313,7 +313,7 @@ def _protocol(run: Run) -> list[str]:
     'one example; zeros are counted.',
     'Latency: median (quartiles) of 30 calls, all models in turns, from raw '
     'inputs in host memory to outputs.',
-    'Bytes: the file on disk; float32 weights of the teacher and the float '
+    'Size: the file on disk; float32 weights of the teacher and the float '
     'students.',
     'Training time: wall time of the training loop, compilation and '
     'evaluation included.',

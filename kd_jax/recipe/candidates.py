@@ -89,18 +89,18 @@ class Candidate(NamedTuple):
 
 
 def price(
-  run: Run, dense: Network, budget: Budget
+  run: Run, uncompressed: Network, budget: Budget
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Candidate], list[Any]]:
   """Makes all candidates, and says what each costs and is without training.
 
   Args:
     run: of a search; `config.search` says which candidates there are.
-    dense: the network to make smaller.
+    uncompressed: the network to make smaller.
     budget: the limit.
 
   Returns:
     name -> a row of the report; name -> candidate; and `[path, bits, loss]` for
-    8 and 4 bits in one kernel of the dense network at a time.
+    8 and 4 bits in one kernel of the uncompressed network at a time.
 
   Raises:
     ValueError: for an unknown format, or if no channel can leave the model.
@@ -112,10 +112,10 @@ def price(
   shares = sorted({float(s) for s in run.config.search.channels})
   rows: dict[str, dict[str, Any]] = {}
   candidates: dict[str, Candidate] = {}
-  measured = _sensitivities(run, model, dense.variables, batches, {})
+  measured = _sensitivities(run, model, uncompressed.variables, batches, {})
   sensitivity = [[row.path, row.option.bits, row.loss] for row in measured]
   for share in shares:
-    variables, overrides = _smaller(run, model, dense.variables, share)
+    variables, overrides = _smaller(run, model, uncompressed.variables, share)
     for weights in formats:
       name = f'{weights}-{round(100 * share)}'
       if weights == 'mixed':
@@ -134,7 +134,7 @@ def price(
       rows[name] |= cost(run, network(made, converted, simulate=True), name)
       rows[name]['untrained'] = quality(run, made, made.converted)
       rows[name] |= {'trained': None, 'chosen': False}
-  latency = _latencies(run, dense, candidates)
+  latency = _latencies(run, uncompressed, candidates)
   for name, row in rows.items():
     row['ms'] = latency[name]['median_ms']
     row['within'] = bool(row[budget.cost] <= budget.limit)
@@ -208,7 +208,7 @@ def _plan(
 
 def _uniform(run: Run, weights: str) -> tuple[tuple[str, str], ...]:
   """The rules of one format for all quantized weights."""
-  rules_lib.choose('format of search.weights', weights, SPECS['weights'])
+  rules_lib.choose('search.weights', weights, SPECS['weights'])
   patterns = run.config.compress.quantize.weights
   return tuple((p, n if n == 'float' else weights) for p, n in patterns)
 
@@ -303,14 +303,14 @@ def cost(run: Run, network: Network, name: str) -> dict[str, Any]:
 
 
 def _latencies(
-  run: Run, dense: Network, candidates: Mapping[str, Candidate]
+  run: Run, uncompressed: Network, candidates: Mapping[str, Candidate]
 ) -> dict[str, dict[str, float]]:
   """name -> times of a batch, of all candidates in turns."""
   applies = {
     name: evaluation.apply(run, network(made, made.converted))
     for name, made in candidates.items()
   }
-  applies['dense'] = evaluation.apply(run, dense)
+  applies[uncompressed.name] = evaluation.apply(run, uncompressed)
   return measure.latencies(
     applies, evaluation.raw(run, 'train', run.config.search.latency_batch)
   )

@@ -56,7 +56,7 @@ def compare(
       runs here.
   """
   for name in config.methods:
-    rules.choose('method', name, methods.METHODS)
+    rules.choose('entry of methods', name, methods.METHODS)
   with lock.exclusive(path):
     return _compare(config, path, say)
 

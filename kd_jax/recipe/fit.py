@@ -139,7 +139,7 @@ def make_step(
     taps=objective.taps.student,
     dtype=rules.choose('precision', run.config.precision, _DTYPES),
   )
-  remat = rules.choose('remat', c.remat, _REMAT)
+  remat = rules.choose('train.remat', c.remat, _REMAT)
   step = make_train_step(
     tapped(axis_name=run.axis_name, remat=remat),
     objective,

@@ -7,7 +7,7 @@ quantization is `compression`.
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -24,8 +24,18 @@ _STRUCTURES = (
   "'weights', 'neurons', 'residual_blocks', 'channels', N:M such as '2:4', or "
   "blocks such as '8x128'"
 )
+_NAMED = ('weights', 'neurons', 'residual_blocks', 'channels')
 _PATTERNS = ((r'(\d+):(\d+)', prune.n_m), (r'(\d+)x(\d+)', prune.block))
-_METHODS = dict.fromkeys(('gradual', 'sparse', 'straight_through', 'preserve'))
+_METHODS = ('gradual', 'sparse', 'straight_through', 'preserve')
+# field -> what it may say.
+_WORDS: dict[str, Iterable[str]] = {
+  'method': _METHODS,
+  'score': SCORES,
+  'scope': ('global', 'layer', 'erk'),
+  'schedule': ('cubic', 'linear', 'once'),
+  'revive': ('never', 'gradient'),
+  'grow': ('gradient', 'random'),
+}
 
 
 class Pruning:
@@ -53,9 +63,13 @@ class Pruning:
     training: Training,
   ):
     self.recipe, self._network = recipe, network
-    self.begin = training.at(recipe.begin)
-    self.end = training.at(recipe.end)
-    rules_lib.choose('way to prune', recipe.method, _METHODS)
+    self.begin = training.at(recipe.begin, 'prune.begin')
+    self.end = training.at(recipe.end, 'prune.end')
+    for field, words in _WORDS.items():
+      known = dict.fromkeys(words)
+      rules_lib.choose(f'prune.{field}', recipe[field], known)
+    if recipe.structure not in _NAMED:
+      _by_numbers(recipe.structure)
     late = self.begin >= training.steps
     if recipe.sparsity and recipe.method == 'gradual' and late:
       raise ValueError(
@@ -107,10 +121,7 @@ class Pruning:
     }
     if name in made:
       return made[name]()
-    for pattern, structure in _PATTERNS:
-      if match := re.fullmatch(pattern, name):
-        return structure(int(match[1]), int(match[2]))
-    raise ValueError(f'Unknown prune.structure {name!r}: use {_STRUCTURES}.')
+    return _by_numbers(name)
 
   def schedule(self) -> Callable[[Any], jax.Array]:
     """The sparsity at every step."""
@@ -120,8 +131,7 @@ class Pruning:
       'linear': functools.partial(prune.linear, end=end, every=r.every),
       'once': prune.constant,
     }
-    made = rules_lib.choose('sparsity schedule', r.schedule, shapes)
-    return made(r.sparsity, begin=self.begin)
+    return shapes[r.schedule](r.sparsity, begin=self.begin)
 
   def span(self) -> tuple[int, int] | None:
     """The first step that changes masks and the first after them, or None."""
@@ -146,7 +156,7 @@ class Pruning:
     )(params, step)
 
   def _score(self) -> prune.Score:
-    return rules_lib.choose('score', self.recipe.score, SCORES)()
+    return SCORES[self.recipe.score]()
 
   def wrap(self, tx: optax.GradientTransformation) -> Any:
     """The optimizer, pruning."""
@@ -198,3 +208,11 @@ class Pruning:
     kept = prune.kept_from_masks(self.plan, masks)
     small = prune.shrink(self.plan, variables, kept)
     return small, self.plan.overrides(kept)
+
+
+def _by_numbers(name: str) -> prune.Structure:
+  """N:M or blocks, by their numbers."""
+  for pattern, structure in _PATTERNS:
+    if match := re.fullmatch(pattern, name):
+      return structure(int(match[1]), int(match[2]))
+  raise ValueError(f'Unknown prune.structure {name!r}: use {_STRUCTURES}.')

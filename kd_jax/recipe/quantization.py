@@ -51,9 +51,18 @@ class Quantization:
     training: Training,
   ):
     self.recipe, self._network, self._training = recipe, network, training
-    self.begin = training.at(recipe.begin)
-    self.freeze = training.at(recipe.freeze)
-    self.learned = rules_lib.choose('kind of ranges', recipe.ranges, _RANGES)
+    self.begin = training.at(recipe.begin, 'quantize.begin')
+    self.freeze = training.at(recipe.freeze, 'quantize.freeze')
+    self.learned = rules_lib.choose('quantize.ranges', recipe.ranges, _RANGES)
+    for kind, specs in SPECS.items():
+      for _, name in recipe[kind]:
+        rules_lib.choose(f'quantize.{kind}', name, specs)
+    self._observer = rules_lib.choose(
+      'quantize.observer', recipe.observer, OBSERVERS
+    )
+    self._weight_observer = rules_lib.choose(
+      'quantize.weight_observer', recipe.weight_observer, WEIGHT_OBSERVERS
+    )
     if self.learned and self.begin:
       raise ValueError(
         f'quantize.ranges={recipe.ranges!r} learns from the first step on: '
@@ -72,8 +81,7 @@ class Quantization:
   def rules(self, kind: str) -> list[tuple[str, Any]]:
     """The quantization rules of 'weights' or 'activations'."""
     named = [
-      (pattern, rules_lib.choose(f'{kind} format', name, SPECS[kind]))
-      for pattern, name in self.recipe[kind]
+      (pattern, SPECS[kind][name]) for pattern, name in self.recipe[kind]
     ]
     if kind == 'activations' and self.learned:
       return self._signed(named)
@@ -120,13 +128,11 @@ class Quantization:
     """The observer of activations, as converted with."""
     if self.learned:
       return quantize.min_max()
-    made = rules_lib.choose('observer', self.recipe.observer, OBSERVERS)
-    return made(self.recipe)
+    return self._observer(self.recipe)
 
   def weight_observer(self) -> quantize.Observer | None:
     """What chooses the ranges of weights; None for their extremes."""
-    name = self.recipe.weight_observer
-    return rules_lib.choose('weight observer', name, WEIGHT_OBSERVERS)()
+    return self._weight_observer()
 
   def interceptors(
     self, axis_name: str | None = None

@@ -94,7 +94,7 @@ class Run:
   @functools.cached_property
   def task(self) -> tasks.Task:
     """What kind of problem it is."""
-    return rules.choose('task', self.config.data.task, tasks.TASKS)
+    return rules.choose('data.task', self.config.data.task, tasks.TASKS)
 
   @property
   def quality(self) -> Look:
@@ -192,8 +192,7 @@ class Run:
   @functools.cached_property
   def compression(self) -> Compression:
     """What `config.compress` makes of the distilled student."""
-    c = self.config.compress
-    train = self.splits['train']
+    c, train = self.config.compress, self.splits['train']
     raw = train.read(np.arange(min(c.train.batch_size, len(train))))
     network = Uncompressed(
       self.model('student'),
@@ -232,7 +231,7 @@ class Run:
 
   def _teacher(self, where: str, options: Mapping[str, Any]) -> Network:
     c = self.config.teacher
-    rules.choose('precision of the teacher', c.precision, _PRECISIONS)
+    rules.choose('teacher.precision', c.precision, _PRECISIONS)
     integer = c.precision == 'int8'
     if c.precision == 'bfloat16':
       options = {**options, 'dtype': 'bfloat16'}

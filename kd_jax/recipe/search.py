@@ -55,7 +55,7 @@ def open_run(
   config.search.model = str(place.resolve() if local else path)
   if place.is_dir():
     stored = Workdir(path)
-    rules_lib.choose('stage with a student', stage, _STAGES)
+    rules_lib.choose('stage', stage, _STAGES)
     stored.weights(stage)
     config.search.stage = stage
     with config.unlocked():
@@ -82,7 +82,7 @@ def open_run(
   return opened
 
 
-def dense_network(run: Run) -> Network:
+def uncompressed_network(run: Run) -> Network:
   """The network that a search is to compress."""
   c, model = run.config.search, run.model('student')
   path = mirror.resolve(c.model)
@@ -94,7 +94,7 @@ def dense_network(run: Run) -> Network:
     except ValueError:
       shape = run.example[run.task.reads].shape[1:]
       variables = load_pretrained(path, model, input_shape=shape)
-  return run.network('dense', model, variables)
+  return run.network('uncompressed', model, variables)
 
 
 def compress(
@@ -130,8 +130,10 @@ def compress(
 
 def _walk(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
   budget = candidates_lib.parse_budget(run.config.search.budget)
-  dense = dense_network(run)
-  rows, candidates, sensitivity = candidates_lib.price(run, dense, budget)
+  uncompressed = uncompressed_network(run)
+  rows, candidates, sensitivity = candidates_lib.price(
+    run, uncompressed, budget
+  )
   # Each process makes the candidates; their times are those of the first.
   priced = rows
   rows = hosts.on_first(lambda: priced)
@@ -149,7 +151,7 @@ def _walk(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
   )
   for name in finalists:
     say(f'{name}: {rows[name][budget.cost]:g} {budget.cost}, training')
-    rows[name] |= _train(run, dense, candidates[name])
+    rows[name] |= _train(run, uncompressed, candidates[name])
     found = run.quality.written(rows[name]['trained'], 2)
     say(f'{name}: {run.quality.title} {found} on the validation split')
   best = max(finalists, key=lambda name: worth(rows[name]['trained']))
@@ -157,39 +159,41 @@ def _walk(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
   result = {
     'metrics': metrics.describe(run.task.metrics),
     'budget': budget._asdict(),
-    'dense': hosts.on_first(lambda: _dense_row(run, dense)),
+    'uncompressed': hosts.on_first(
+      lambda: _uncompressed_row(run, uncompressed)
+    ),
     'candidates': list(rows.values()),
     'sensitivity': sensitivity,
-    **hosts.on_first(lambda: _publish(run, dense, candidates[best])),
+    **hosts.on_first(lambda: _publish(run, uncompressed, candidates[best])),
   }
   run.workdir.finish('search', result)
   return result
 
 
-def _dense_row(run: Run, dense: Network) -> dict[str, Any]:
+def _uncompressed_row(run: Run, uncompressed: Network) -> dict[str, Any]:
   return {
-    'name': dense.name,
-    'quality': evaluation.quality(run, dense, 'validation'),
-    **candidates_lib.cost(run, dense, 'dense'),
+    'name': uncompressed.name,
+    'quality': evaluation.quality(run, uncompressed, 'validation'),
+    **candidates_lib.cost(run, uncompressed, uncompressed.name),
   }
 
 
 def _train(
-  run: Run, dense: Network, candidate: candidates_lib.Candidate
+  run: Run, uncompressed: Network, candidate: candidates_lib.Candidate
 ) -> dict[str, Any]:
   """Trains a candidate, unless that was done, and converts it."""
   where = f'candidates/{candidate.name}'
   compression = candidate.compression
   if not run.workdir.finished(where):
     student = student_of(compression)
-    objective = distillation.compress_objective(run, dense)
+    objective = distillation.compress_objective(run, uncompressed)
     result = fit(
       run,
       where,
       run.config.compress.train,
       objective,
       student,
-      teacher=dense,
+      teacher=uncompressed,
       key=f'compress/{candidate.name}',
     )
     run.workdir.finish(where, result)
@@ -212,7 +216,7 @@ def _converted(run: Run, candidate: candidates_lib.Candidate) -> Converted:
 
 
 def _publish(
-  run: Run, dense: Network, candidate: candidates_lib.Candidate
+  run: Run, uncompressed: Network, candidate: candidates_lib.Candidate
 ) -> dict[str, Any]:
   """Writes the artefact, and measures it on the test split."""
   converted = _converted(run, candidate)
@@ -234,13 +238,13 @@ def _publish(
   run.workdir.send('artefact')
   test = {
     'name': candidate.name,
-    'dense': evaluation.quality(run, dense, 'test'),
+    'uncompressed': evaluation.quality(run, uncompressed, 'test'),
     'quality': evaluation.quality(run, made, 'test'),
     'examples': len(run.splits['test']),
   }
   return {
     'test': test,
-    'layers': assess.layers(run.example, dense, simulated),
+    'layers': assess.layers(run.example, uncompressed, simulated),
     'integers': candidate.compression.parity(
       converted, candidates_lib.calibration(run)[0]
     ),
@@ -271,7 +275,7 @@ def load_compressed(
       f'{FORMAT!r}.'
     )
   rules = [
-    (p, rules_lib.choose('activations format', name, SPECS['activations']))
+    (p, rules_lib.choose('quantize.activations', name, SPECS['activations']))
     for p, name in about['activations']
   ]
   interceptors = [prune.resized(overrides) for overrides in about['overrides']]

@@ -25,12 +25,12 @@ class Cost(NamedTuple):
   """The cost of a network.
 
   Attributes:
-    macs: multiply-accumulates of one example.
+    flops: of one example, 2 x its multiply-accumulates.
     parameters: entries.
     bytes: of the parameters.
   """
 
-  macs: int
+  flops: int
   parameters: int
   bytes: int
 
@@ -88,7 +88,7 @@ def shrink_student(
   if not 0 <= sparsity < 1:
     raise ValueError(f'A sparsity is a share in [0, 1), not {sparsity}.')
   parts = {'distill': 'student', 'alone': 'alone'}
-  part = rules.choose('stage with a student', stage, parts)
+  part = rules.choose('stage', stage, parts)
   ways = {'neurons': _without_units, 'residual_blocks': _without_blocks}
   remove = rules.choose('structure', structure, ways)
   variables = run.student(stage).variables
@@ -194,7 +194,7 @@ def _cost(
 ) -> Cost:
   rows = prune.layer_costs(forward, variables, batch)
   return Cost(
-    sum(r.macs for r in rows),
+    2 * sum(r.macs for r in rows),
     sum(r.parameters for r in rows),
     sum(r.bytes for r in rows),
   )

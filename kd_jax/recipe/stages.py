@@ -60,12 +60,12 @@ def compress(run: Run) -> Result:
 
 def compress_teacher(run: Run) -> Network:
   """Who teaches while the student is compressed."""
-  teachers = {
-    'teacher': functools.partial(cached_teacher.open_teacher, run),
-    'student': functools.partial(run.student, 'distill'),
+  teachers: dict[str, Callable[[Run], Network]] = {
+    'teacher': cached_teacher.open_teacher,
+    'student': lambda run: run.student('distill'),
   }
   name = run.config.compress.teacher
-  return rules.choose('teacher of compress', name, teachers)()
+  return rules.choose('compress.teacher', name, teachers)(run)
 
 
 def student_of(compression: Compression) -> Student:

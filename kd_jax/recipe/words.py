@@ -98,15 +98,21 @@ class Training(NamedTuple):
     Args:
       c: a `training` of `kd_jax.defaults`.
       examples: of the train split, or those to transfer with.
+
+    Raises:
+      ValueError: without an epoch, or for a batch of no or too many examples.
     """
+    if c.epochs < 1:
+      raise ValueError(f'train.epochs={c.epochs} is not a number from 1 on.')
     epoch_steps = data.batches_per_epoch(examples, c.batch_size)
     return cls(c.epochs * epoch_steps, epoch_steps, c.accumulate)
 
-  def at(self, text: str) -> int:
+  def at(self, text: str, key: str) -> int:
     """A point in training as a step.
 
     Args:
       text: '30%' of the steps, '400 steps' or '12 epochs'.
+      key: of the configuration, for the error.
 
     Returns:
       The step, at most `steps`.
@@ -116,13 +122,14 @@ class Training(NamedTuple):
 
     Example:
       >>> points = '50%', '7 steps', '2 epochs', '9 epochs'
-      >>> [Training(steps=100, epoch_steps=20).at(p) for p in points]
+      >>> training = Training(steps=100, epoch_steps=20)
+      >>> [training.at(point, 'prune.end') for point in points]
       [50, 7, 40, 100]
     """
     match = _MOMENT.fullmatch(text.strip())
     if match is None:
       raise ValueError(
-        f"{text!r} is no point in training: use '30%', '400 steps' or "
+        f"{key}={text!r} is no point in training: use '30%', '400 steps' or "
         "'12 epochs'."
       )
     number, unit = float(match[1]), match[2][0]

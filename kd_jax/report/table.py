@@ -296,7 +296,7 @@ def sparsity_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 def layer_rows(report: Report) -> tuple[list[str], list[list[str]]]:
   """Titles and rows of the table of what each layer costs before and after."""
   kinds = (('flops', count), ('parameters', count), ('bytes', size))
-  titles = ['layer', 'FLOPs', 'after', 'parameters', 'after', 'bytes', 'after']
+  titles = ['layer', 'FLOPs', 'after', 'parameters', 'after', 'size', 'after']
   rows = []
   for layer in report.get('layers') or []:
     pairs = [(layer.get(kind) or (None, None), write) for kind, write in kinds]

@@ -36,18 +36,18 @@ _HEADER = (
 
 
 def cells(result: Mapping[str, Any]) -> list[list[str]]:
-  """The rows of the table, as text: the dense network, then the candidates."""
-  dense, look = result['dense'], quality_of(result)
+  """The table's rows as text: the uncompressed network, then the candidates."""
+  uncompressed, look = result['uncompressed'], quality_of(result)
   rows = [
     [
-      dense['name'],
+      uncompressed['name'],
       '-',
-      size(dense['bytes']),
-      count(dense['flops']),
+      size(uncompressed['bytes']),
+      count(uncompressed['flops']),
       '-',
       '-',
       '-',
-      _number(look, dense['quality']),
+      _number(look, uncompressed['quality']),
     ]
   ]
   for row in result['candidates']:
@@ -74,11 +74,12 @@ def summary(result: Mapping[str, Any]) -> str:
   """What was found, in one sentence."""
   test, budget = result['test'], result['budget']
   look = quality_of(result)
+  before = look.written(test['uncompressed'], 2)
   return (
     f'{test["name"]} is the best that was found within '
     f'{budget["limit"]:g} {budget["cost"]}: {look.title} '
     f'{look.written(test["quality"], 2)} on {test["examples"]} test examples, '
-    f'where the uncompressed network has {look.written(test["dense"], 2)}.'
+    f'where the uncompressed network has {before}.'
   )
 
 
@@ -145,7 +146,7 @@ def draw(ax: Any, result: Mapping[str, Any]) -> bool:
         ha='right' if left else 'left',
       )
   ax.axhline(
-    look.scaled(result['dense']['quality']),
+    look.scaled(result['uncompressed']['quality']),
     color=colors['teacher'],
     ls='--',
     label='uncompressed',
@@ -203,5 +204,7 @@ def write(
     (path.removesuffix('/kernel'), f'{bits} bits', loss)
     for path, bits, loss in result['sensitivity']
   ]
-  sensitivity_figure(rows).savefig(paths[NAMES[2]], dpi=150)
+  sensitivity_figure(
+    rows, loss='KL from the uncompressed network (log scale)'
+  ).savefig(paths[NAMES[2]], dpi=150)
   return paths

@@ -26,14 +26,14 @@ from kd_jax.types import Batch, Metrics, TrainState
 def place_state(
   state: TrainState,
   mesh: Mesh,
-  how: str = 'jit',
+  compiler: str = 'jit',
   *,
   layout: Layout = layout_lib.DEFAULT,
 ) -> TrainState:
-  """Puts a train state on the devices as a step compiled `how` wants it."""
-  if how == 'shard_map':
+  """Puts a train state on the devices as a step of that `compiler` wants it."""
+  if compiler == 'shard_map':
     return replicate(state, mesh)
-  if how == 'pmap':
+  if compiler == 'pmap':
     # The mesh that pmap's results lie on, or its second call traces anew.
     return replicate(state, Mesh(mesh.local_devices, (DATA,)))
   student = state.replace(teacher=None)
@@ -84,12 +84,12 @@ def _jit(
   return call, lower
 
 
-def _check_data_parallel(mesh: Mesh, how: str) -> None:
+def _check_data_parallel(mesh: Mesh, compiler: str) -> None:
   if mesh.shape[DATA] != mesh.devices.size:
     raise ValueError(
-      f"compiler={how!r} is data parallel: the mesh's axes 'fsdp' and 'tensor' "
-      f'have to be 1, not {mesh.shape["fsdp"]} and {mesh.shape["tensor"]}; '
-      "use 'jit'."
+      f"compiler={compiler!r} is data parallel: the mesh's axes 'fsdp' and "
+      f"'tensor' have to be 1, not {mesh.shape['fsdp']} and "
+      f"{mesh.shape['tensor']}; use 'jit'."
     )
 
 
@@ -146,10 +146,10 @@ def _pmap(
 COMPILERS = {'jit': _jit, 'shard_map': _shard_map, 'pmap': _pmap}
 
 
-def axis_name(how: str) -> str | None:
-  """The `axis_name` that a step compiled this way must be made with."""
-  rules.choose('compiler', how, COMPILERS)
-  return None if how == 'jit' else DATA
+def axis_name(compiler: str) -> str | None:
+  """The `axis_name` that a step of this compiler must be made with."""
+  rules.choose('compiler', compiler, COMPILERS)
+  return None if compiler == 'jit' else DATA
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,7 +185,7 @@ class CompiledStep:
 def compile_step(
   step: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]],
   mesh: Mesh,
-  how: str = 'jit',
+  compiler: str = 'jit',
   *,
   donate: bool = True,
   layout: Layout = layout_lib.DEFAULT,
@@ -194,9 +194,9 @@ def compile_step(
   """Compiles a train step for a mesh.
 
   Args:
-    step: from `make_train_step`, made with `axis_name=axis_name(how)`.
+    step: from `make_train_step`, made with `axis_name=axis_name(compiler)`.
     mesh: from `make_mesh`.
-    how: 'jit' (global view, the default choice), 'shard_map', or 'pmap',
+    compiler: 'jit' (global view, the default choice), 'shard_map', or 'pmap',
       which JAX keeps in maintenance mode. The state stays replicated, never
       stacked. The batch is that of all devices in every case.
     layout: how parameters are split under 'jit'.
@@ -213,9 +213,9 @@ def compile_step(
     the batch with every trace.
 
   Raises:
-    ValueError: for an unknown `how`.
+    ValueError: for an unknown compiler.
   """
-  compiler = rules.choose('compiler', how, COMPILERS)
+  compiled = rules.choose('compiler', compiler, COMPILERS)
   traces: list[dict[str, tuple[int, ...]]] = []
 
   def train_step(state, teacher, batch, rng):
@@ -229,5 +229,5 @@ def compile_step(
     return run(state, batch, rng)
 
   donated = (0,) if donate else ()
-  call, lower = compiler(train_step, mesh, donated, layout, stacked)
+  call, lower = compiled(train_step, mesh, donated, layout, stacked)
   return CompiledStep(call, lower, traces)

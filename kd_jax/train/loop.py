@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from kd_jax.guard import SKIPPED, SPIKES, Failures
+from kd_jax.guard import DROPPED, SPIKES, Failures
 from kd_jax.sharding import hosts, preemption
 from kd_jax.sharding.preemption import Preempted as Preempted
 from kd_jax.storage.checkpoint import CheckpointError, Checkpoints
@@ -31,7 +31,7 @@ class Trained:
   Attributes:
     state: the state after the last step.
     history: rows of numbers; every row has `step`, and how many steps were
-      `skipped` and how many losses were `spikes` since the row before; the
+      `dropped` and how many losses were `spikes` since the row before; the
       others as they came.
     seconds: time spent in the loop, over all restarts.
     profile: of this start, see `profiling.Profile.close`; None without one.
@@ -266,7 +266,7 @@ def _brief(row: Mapping[str, float]) -> dict[str, float]:
   return brief | {
     name: value
     for name, value in row.items()
-    if name == 'accuracy' or (name == SKIPPED and value)
+    if name == 'accuracy' or (name == DROPPED and value)
   }
 
 

@@ -9,7 +9,7 @@ import time
 import jax
 import numpy as np
 
-from kd_jax.guard import SKIPPED
+from kd_jax.guard import DROPPED
 from kd_jax.train import profiling
 from kd_jax.train.feed import Fed
 from kd_jax.types import Metrics
@@ -77,9 +77,9 @@ def means(rows: list[Metrics]) -> dict[str, float]:
 
   Without such a step there are no means: JSON has no NaN.
   """
-  kept = [row for row in rows if not row.get(SKIPPED, 0)]
+  kept = [row for row in rows if not row.get(DROPPED, 0)]
   numbers = {
     name: float(np.mean([row[name] for row in kept], dtype=np.float64))
     for name in (rows[0] if kept else ())
   }
-  return numbers | {SKIPPED: len(rows) - len(kept)}
+  return numbers | {DROPPED: len(rows) - len(kept)}
