@@ -23,7 +23,8 @@ from kd_jax.data.cache_form import Form
 from kd_jax.data.examples import Split
 from kd_jax.data.teacher_cache import CacheError
 from kd_jax.sharding import hosts
-from kd_jax.storage import checkpoint_format, mirror, workdir
+from kd_jax.storage import mirror, workdir
+from kd_jax.storage.files import as_json, seal, version
 from kd_jax.types import Batch, StudentFn, Variables
 
 SHARD_BYTES = 2**26
@@ -223,7 +224,7 @@ def _plan(
   return {
     'format': teacher_cache.FORMAT,
     'fingerprint': dict(fingerprint),
-    'form': checkpoint_format.as_json(vars(run.form), 'The form'),
+    'form': as_json(vars(run.form), 'The form'),
     'arrays': cache_form.describe(arrays),
     'classes': run.classes(variables, batch),
     'constant': constant,
@@ -371,9 +372,7 @@ def _seal(
 def _write_manifest(
   directory: Path, plan: Mapping[str, Any], shards: Mapping[str, Any]
 ) -> None:
-  versions = {name: checkpoint_format.version(name) for name in _PACKAGES}
+  versions = {name: version(name) for name in _PACKAGES}
   made_with = {**versions, 'device': jax.devices()[0].device_kind}
   manifest = {**plan, 'shards': shards, 'made_with': made_with}
-  workdir.write_json(
-    directory / teacher_cache.MANIFEST, checkpoint_format.seal(manifest)
-  )
+  workdir.write_json(directory / teacher_cache.MANIFEST, seal(manifest))
