@@ -11,7 +11,6 @@ import sys
 
 import cached_networks as nets
 import jax
-from jax.experimental import multihost_utils
 
 from kd_jax import data, sharding
 
@@ -28,9 +27,6 @@ def main():
   nets.write(
     path / 'cache',
     form=data.Form('float32', features=('hidden',)),
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    barrier=multihost_utils.sync_global_devices,
   )
   cache = data.TeacherCache(path / 'cache')
   batches = data.train_batches(
@@ -38,8 +34,8 @@ def main():
     batch_size=nets.BATCH,
     seed=nets.SEED,
     epochs=2,
-    process_index=index,
-    process_count=2,
+    part=index,
+    parts=2,
   )
   state, step = nets.training(sharding.make_mesh(), 'jit', cache.forward, cache)
   losses = [

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kd_jax import types
-from kd_jax.storage import checkpoint, checkpoint_format
+from kd_jax.storage import checkpoint, files
 from kd_jax.storage.checkpoint import CheckpointError, Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -462,7 +462,7 @@ def test_newer_format_is_refused(tmp_path):
   save_steps(tmp_path, 1)
   path = tmp_path / '1/manifest/metadata'
   manifest = {**json.loads(path.read_text()), 'format': 99}
-  path.write_text(json.dumps(checkpoint_format.seal(manifest)))
+  path.write_text(json.dumps(files.seal(manifest)))
   with pytest.raises(CheckpointError, match='format 99'):
     Checkpoints(tmp_path).restore(small())
 

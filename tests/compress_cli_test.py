@@ -1,6 +1,7 @@
 """`kd-jax compress`: the walk, the artefact, the messages."""
 
 import json
+import re
 import runpy
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from untrained_run import CONFIGS, config_of, finish_distill
 
 from kd_jax import cli
-from kd_jax.recipe import evaluation, search
+from kd_jax.recipe import evaluation, load_artefact, search
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
 from kd_jax.report import tradeoff
@@ -82,7 +83,7 @@ def test_the_artefact_runs_in_jax_and_as_files(finished, trained):
   result, directory = _result(finished), finished / 'artefact'
   stored = workdir.Workdir(finished)
   run = Run(ml_collections.ConfigDict(stored.config), stored)
-  forward, variables = search.load_compressed(directory, run.model('student'))
+  forward, variables = load_artefact(directory, run.model('student'))
   batch = run.preprocess(run.splits['test'].read(np.arange(64)), train=False)
   logits = forward(variables, batch).output
   assert logits.shape == (64, 10) and 'int8' in variables
@@ -97,7 +98,17 @@ def test_the_artefact_runs_in_jax_and_as_files(finished, trained):
   foreign.mkdir()
   (foreign / 'compressed.json').write_text(json.dumps(about))
   with pytest.raises(ValueError, match="holds 'other'"):
-    search.load_compressed(foreign, run.model('student'))
+    load_artefact(foreign, run.model('student'))
+
+
+def test_the_readme_reads_the_artefact(finished):
+  readme = (CONFIGS.parent / 'README.md').read_text()
+  (block,) = re.findall(r'```python\n("""What `kd-jax .*?)```', readme, re.S)
+  block = block.replace('runs/digits_12kb', str(finished))
+  found = {}
+  exec(block.replace('(16, 32, 64)', str(MODEL['widths'])), found)
+  batch = {'image': np.zeros((2, 8, 8, 1), np.float32)}
+  assert found['forward'](found['variables'], batch).output.shape == (2, 10)
 
 
 def test_tables_and_plots_are_written(finished, capsys):

@@ -416,7 +416,7 @@ def test_process_slices_concatenate_to_the_global_batch(count):
   make = functools.partial(
     data.train_batches, tiny(), batch_size=8, seed=3, epochs=2
   )
-  parts = [make(process_index=i, process_count=count) for i in range(count)]
+  parts = [make(part=i, parts=count) for i in range(count)]
   for whole in make():
     local = [next(p) for p in parts]
     joined = {k: np.concatenate([b[k] for b in local]) for k in whole}
@@ -434,8 +434,8 @@ def test_endless_by_default():
   [
     ({'batch_size': 24}, 'between 1 and the 23 examples'),
     ({'batch_size': 0}, 'between 1 and the 23 examples'),
-    ({'batch_size': 4, 'process_count': 3}, 'not divisible by the 3'),
-    ({'batch_size': 4, 'process_index': 2, 'process_count': 2}, 'there are 2'),
+    ({'batch_size': 4, 'parts': 3}, 'not divisible by the 3'),
+    ({'batch_size': 4, 'part': 2, 'parts': 2}, 'there are 2'),
     ({'batch_size': 4, 'seed': -1}, 'seed is -1'),
     ({'batch_size': 4, 'epochs': 0}, 'epochs is 0'),
   ],

@@ -156,7 +156,7 @@ def test_groups_of_steps_train_as_single_steps_and_resume_to_the_bit(tmp_path):
 def test_examples_are_those_of_the_global_batch(parts):
   """However many processes read the same part of it."""
   batches = data.train_batches(
-    _images(), batch_size=8, seed=0, process_index=0, process_count=parts
+    _images(), batch_size=8, seed=0, part=0, parts=parts
   )
 
   def put(batch):

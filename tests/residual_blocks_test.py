@@ -14,7 +14,7 @@ from quantized_models import values
 from untrained_run import config_of, finish_distill
 
 from kd_jax import adapters, cli, models, objectives, prune
-from kd_jax.recipe import shrunk
+from kd_jax.recipe import load_artefact, shrunk
 from kd_jax.step import init_state, make_train_step
 from kd_jax.storage.workdir import Workdir
 
@@ -406,9 +406,8 @@ def test_the_command_removes_blocks(data_dir, tmp_path, capsys):
   assert about['kept'] == {'blocks': [1, 3]}
   assert {*about['overrides'].values()} == {None}
   run = shrunk.Run(config, Workdir(directory, config.to_dict()))
-  forward, variables = shrunk.load_shrunk(
-    directory / 'shrink', run.model('student')
-  )
+  model = run.model('student')
+  forward, variables = load_artefact(directory / 'shrink', model)
   assert not {*about['overrides']} & {*variables['params']}
   assert forward(variables, run.example).output.shape == (1, 10)
   assert '2 of 3 residual blocks gone' in printed

@@ -10,7 +10,7 @@ import pytest
 from untrained_run import config_of, finish_distill
 
 from kd_jax import cli
-from kd_jax.recipe import shrunk
+from kd_jax.recipe import artefact, load_artefact, shrunk
 from kd_jax.recipe.run import Run
 from kd_jax.storage import lock, workdir
 
@@ -39,13 +39,12 @@ def test_the_command_writes_a_smaller_student(directory, capsys):
   assert all(title in printed for title in ('FLOPs', 'parameters', 'size'))
   about = json.loads((directory / 'shrink' / 'shrink.json').read_text())
   assert about['kept'] == {'conv1': [4, 8]}
-  assert about['format'] == shrunk.FORMAT and about['overrides'] == {}
+  assert about['format'] == artefact.SHRUNK and about['overrides'] == {}
 
   stored = workdir.Workdir(directory)
   run = Run(ml_collections.ConfigDict(stored.config), stored)
-  forward, variables = shrunk.load_shrunk(
-    directory / 'shrink', run.model('student')
-  )
+  model = run.model('student')
+  forward, variables = load_artefact(directory / 'shrink', model)
   assert variables['params']['conv2']['kernel'].shape == (3, 3, 4, 6)
   assert forward(variables, run.example).output.shape == (1, 10)
   made = shrunk.shrink_student(
@@ -99,7 +98,7 @@ def test_foreign_files_are_refused(directory):
   path = directory / 'shrink' / 'shrink.json'
   path.write_text(json.dumps({'format': 'other'}))
   with pytest.raises(ValueError, match="holds 'other', not 'kd_jax.shrink.1'"):
-    shrunk.load_shrunk(directory / 'shrink', None)
+    load_artefact(directory / 'shrink', None)
   shutil.rmtree(directory / 'shrink')
-  with pytest.raises(ValueError, match='cannot be read'):
-    shrunk.load_shrunk(directory / 'shrink', None)
+  with pytest.raises(ValueError, match='cannot be read: it has neither'):
+    load_artefact(directory / 'shrink', None)

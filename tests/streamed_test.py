@@ -328,7 +328,7 @@ def test_process_slices_concatenate_to_the_global_batch(count):
   make = functools.partial(
     data.train_batches, streamed(), batch_size=8, seed=3, epochs=1
   )
-  parts = [make(process_index=i, process_count=count) for i in range(count)]
+  parts = [make(part=i, parts=count) for i in range(count)]
   for whole in make():
     local = [next(p) for p in parts]
     joined = {k: np.concatenate([b[k] for b in local]) for k in whole}
@@ -339,7 +339,7 @@ def test_a_run_may_resume_on_another_number_of_processes():
   make = functools.partial(data.train_batches, streamed(), batch_size=8, seed=3)
   whole, halves = (
     make(),
-    [make(process_index=i, process_count=2) for i in (0, 1)],
+    [make(part=i, parts=2) for i in (0, 1)],
   )
   for _ in range(5):
     next(whole)

@@ -14,6 +14,7 @@ import pytest
 from kd_jax import data, objectives
 from kd_jax.data import cache_form, cache_writer, teacher_cache
 from kd_jax.data.teacher_cache import CacheError
+from kd_jax.sharding import hosts
 from kd_jax.types import Forward
 
 OUTPUT = cache_form.OUTPUT
@@ -152,18 +153,18 @@ def test_epochs_are_added_and_what_is_there_stays(tmp_path, small_files):
   assert _files(path) == after
 
 
-def test_processes_write_the_files_of_one(tmp_path, small_files):
+def test_processes_write_the_files_of_one(tmp_path, small_files, monkeypatch):
   """Two threads that wait for each other, as processes do."""
   nets.write(tmp_path / 'one')
   barrier, written = threading.Barrier(2, timeout=60), {}
+  own = threading.local()
+  monkeypatch.setattr(cache_writer, '_processes', lambda: (own.index, 2))
+  monkeypatch.setattr(hosts, 'barrier', barrier.wait)
 
   def process(index):
-    written[index] = []
+    own.index, written[index] = index, []
     nets.write(
       tmp_path / 'two',
-      process_index=index,
-      process_count=2,
-      barrier=lambda name: barrier.wait(),
       progress=lambda *numbers: written[index].append(numbers),
     )
 

@@ -22,7 +22,9 @@ from kd_jax.data import cache_form, pipeline, teacher_cache
 from kd_jax.data.cache_form import Form
 from kd_jax.data.examples import Split
 from kd_jax.data.teacher_cache import CacheError
-from kd_jax.storage import checkpoint_format, mirror, workdir
+from kd_jax.sharding import hosts
+from kd_jax.storage import mirror, workdir
+from kd_jax.storage.files import as_json, seal, version
 from kd_jax.types import Batch, StudentFn, Variables
 
 SHARD_BYTES = 2**26
@@ -46,10 +48,7 @@ def write_cache(
   constant: bool = False,
   batch_size: int = 256,
   overwrite: bool = False,
-  process_index: int = 0,
-  process_count: int = 1,
-  barrier: Callable[[str], None] = lambda name: None,
-  say: Callable[[str], None] = print,
+  say: Callable[[str], None] = hosts.say,
   progress: Callable[[int, int, int], None] = lambda done, total, n: None,
 ) -> dict[str, Any]:
   """Writes a teacher's outputs for what students will see in training.
@@ -74,9 +73,6 @@ def write_cache(
     batch_size: examples on the devices of this process at once; rounded up to
       an even number for each device.
     overwrite: replaces a cache of something else, or another form.
-    process_index: this process, such as `jax.process_index()`.
-    process_count: all processes.
-    barrier: waits until all processes have called it with that name.
     say: prints one line, the bytes among them, before anything is written.
     progress: called with the examples done and in all, of this process, and
       the bytes written.
@@ -97,16 +93,17 @@ def write_cache(
   run = _Teacher(forward, preprocess, form, mesh)
   plan = _plan(run, variables, examples, fingerprint, constant)
   held = _held(directory, plan, overwrite)
-  barrier('teacher cache: looked at')
-  if process_index == 0:
+  hosts.barrier()
+  process, processes = _processes()
+  if process == 0:
     _begin(directory, plan, overwrite)
-  barrier('teacher cache: begun')
+  hosts.barrier()
   before = teacher_cache.read_manifest(directory)['epochs'] if held else 0
   plan['epochs'] = max(before, 1 if constant else epochs)
   files = _files(plan)
-  if process_index == 0:
+  if process == 0:
     _check_room(directory, plan, files, say)
-  mine = files[process_index::process_count]
+  mine = files[process::processes]
   total = sum(f.size for f in mine)
   variables = jax.device_put(variables, NamedSharding(mesh, P()))
   done = written = 0
@@ -124,11 +121,16 @@ def write_cache(
       written += _write(directory / file.name, arrays, form)
     done += file.size
     progress(done, total, written)
-  barrier('teacher cache: written')
-  if process_index == 0:
+  hosts.barrier()
+  if process == 0:
     _seal(directory, plan, files, held)
-  barrier('teacher cache: sealed')
+  hosts.barrier()
   return teacher_cache.read_manifest(directory)
+
+
+def _processes() -> tuple[int, int]:
+  """Which process this is, and of how many."""
+  return jax.process_index(), jax.process_count()
 
 
 class _File(NamedTuple):
@@ -222,7 +224,7 @@ def _plan(
   return {
     'format': teacher_cache.FORMAT,
     'fingerprint': dict(fingerprint),
-    'form': checkpoint_format.as_json(vars(run.form), 'The form'),
+    'form': as_json(vars(run.form), 'The form'),
     'arrays': cache_form.describe(arrays),
     'classes': run.classes(variables, batch),
     'constant': constant,
@@ -370,9 +372,7 @@ def _seal(
 def _write_manifest(
   directory: Path, plan: Mapping[str, Any], shards: Mapping[str, Any]
 ) -> None:
-  versions = {name: checkpoint_format.version(name) for name in _PACKAGES}
+  versions = {name: version(name) for name in _PACKAGES}
   made_with = {**versions, 'device': jax.devices()[0].device_kind}
   manifest = {**plan, 'shards': shards, 'made_with': made_with}
-  workdir.write_json(
-    directory / teacher_cache.MANIFEST, checkpoint_format.seal(manifest)
-  )
+  workdir.write_json(directory / teacher_cache.MANIFEST, seal(manifest))

@@ -15,7 +15,7 @@ import numpy as np
 from kd_jax import rules
 from kd_jax.data.examples import ImageData, Split
 from kd_jax.data.streamed import StreamedImages
-from kd_jax.storage import checkpoint_format, workdir
+from kd_jax.storage import files, workdir
 from kd_jax.types import Variables
 
 # Encoded images of a streamed set that its digest looks at.
@@ -60,7 +60,7 @@ def make_fingerprint(
     'augmentation': dict(augmentation),
     'order': order,
   }
-  return checkpoint_format.as_json(made, 'The fingerprint')
+  return files.as_json(made, 'The fingerprint')
 
 
 def _variables_digest(variables: Variables) -> str:
@@ -107,7 +107,7 @@ def _digest(parts: Iterable[Any]) -> str:
 
 def differences(there: Any, here: Any) -> list[str]:
   """Phrases that name the entries in which two fingerprints differ."""
-  return checkpoint_format.differences(
+  return files.differences(
     *(
       {k: json.dumps(v) for k, v in workdir.flatten(values).items()}
       for values in (there, here)

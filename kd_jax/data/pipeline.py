@@ -48,37 +48,37 @@ def train_batches(
   batch_size: int,
   seed: int,
   epochs: int | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
+  part: int = 0,
+  parts: int = 1,
   num_workers: int = 0,
 ) -> BatchStream:
   """Shuffled batches of the training set, resumable at any batch.
 
   Every epoch is a new permutation of the set that depends on `seed` and the
   epoch alone, and the remainder is dropped. Global batches are the same for
-  any number of processes, each of which gets a contiguous slice, so a run
-  may be resumed on another number of hosts.
+  any number of parts, each of which is a contiguous slice, so a run may be
+  resumed on another number of hosts.
 
   Args:
     data: the examples.
     batch_size: examples in a global batch.
     seed: of the order and the crops of streamed images, in `[0, 2**32)`.
     epochs: how many; endless when None.
-    process_index: this process, such as `jax.process_index()`.
-    process_count: all processes, such as `jax.process_count()`.
+    part: which slice of each global batch to read, see `sharding.readers`.
+    parts: how many slices there are.
     num_workers: processes of this one that read streamed images; 0 reads them
       on threads. The batches are the same, and a run may be resumed with
       another number.
 
   Returns:
     An iterator of batches with `image` uint8 `[B, H, W, C]` and `label`, `id`,
-    `epoch` int32 `[B]`, where B is `batch_size / process_count`; without
+    `epoch` int32 `[B]`, where B is `batch_size / parts`; without
     `label` if the images have none. Streamed images are random crops, keyed by
     (seed, id, epoch), and the next batches are read meanwhile. Its
     `get_state()` is a dict that JSON can hold and `set_state()` takes.
 
   Raises:
-    ValueError: if `batch_size` exceeds the set or `process_count` does not
+    ValueError: if `batch_size` exceeds the set or `parts` does not
       divide it, or an argument is out of range.
 
   Example:
@@ -101,7 +101,7 @@ def train_batches(
     raise ValueError(f'epochs is {epochs}; it must be positive, or None.')
   if not 0 <= seed < 2**32:
     raise ValueError(f'seed is {seed}; it must be in [0, 2**32).')
-  _local_size(batch_size, process_index, process_count)
+  _local_size(batch_size, part, parts)
   if num_workers < 0:
     raise ValueError(f'num_workers is {num_workers}; it must not be negative.')
   workers = 0
@@ -110,7 +110,7 @@ def train_batches(
     if workers and data.num_threads is None:
       each = max(1, (os.cpu_count() or 1) // workers)
       data = dataclasses.replace(data, num_threads=each)
-  reader = _Reader(data, batch_size, seed, process_index, process_count)
+  reader = _Reader(data, batch_size, seed, part, parts)
   batches = grain.MapDataset.range(per_epoch * (epochs or _EPOCHS)).map(reader)
   if workers:
     return WorkerBatches(batches, workers, data.prefetch)
@@ -125,12 +125,12 @@ class _Reader:
     data: Examples,
     batch_size: int,
     seed: int,
-    process_index: int,
-    process_count: int,
+    part: int,
+    parts: int,
   ):
     self.data, self.batch_size, self.seed = data, batch_size, seed
-    self.local_size = batch_size // process_count
-    self.offset = process_index * self.local_size
+    self.local_size = batch_size // parts
+    self.offset = part * self.local_size
     self.orders: dict[int, np.ndarray] = {}
 
   def order(self, epoch: int) -> np.ndarray:
@@ -204,15 +204,15 @@ def eval_batches(
   data: Examples,
   *,
   batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  part: int = 0,
+  parts: int = 1,
 ) -> grain.DatasetIterator[HostBatch]:
   """All examples once, in order, in batches of one shape.
 
   Args:
     data: the examples.
     batch_size: examples in a global batch; may exceed the set.
-    process_index: as for `train_batches`, and so is `process_count`.
+    part: as for `train_batches`, and so is `parts`.
 
   Returns:
     An iterator of the batches of `train_batches`, of epoch 0, with `mask`
@@ -221,15 +221,15 @@ def eval_batches(
     images are central crops.
 
   Raises:
-    ValueError: if `batch_size` is not positive or `process_count` does not
+    ValueError: if `batch_size` is not positive or `parts` does not
       divide it.
   """
   if batch_size < 1:
     raise ValueError(f'batch_size is {batch_size}; it must be positive.')
-  local_size = _local_size(batch_size, process_index, process_count)
+  local_size = _local_size(batch_size, part, parts)
 
   def gather(batch: int) -> HostBatch:
-    start = batch * batch_size + process_index * local_size
+    start = batch * batch_size + part * local_size
     real = min(local_size, max(0, len(data) - start))
     examples = data.read(np.arange(start, start + real))
     examples['epoch'] = np.zeros(real, np.int32)
@@ -246,18 +246,14 @@ def eval_batches(
   return _iterate(batches.map(gather), data)
 
 
-def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
-  if not 0 <= process_index < process_count:
+def _local_size(batch_size: int, part: int, parts: int) -> int:
+  if not 0 <= part < parts:
+    raise ValueError(f'part is {part}, but there are {parts} parts.')
+  if batch_size % parts:
     raise ValueError(
-      f'process_index is {process_index}, but there are {process_count} '
-      'processes.'
+      f'batch_size {batch_size} is not divisible by the {parts} parts.'
     )
-  if batch_size % process_count:
-    raise ValueError(
-      f'batch_size {batch_size} is not divisible by the {process_count} '
-      'processes.'
-    )
-  return batch_size // process_count
+  return batch_size // parts
 
 
 def _iterate(

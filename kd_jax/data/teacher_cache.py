@@ -21,7 +21,7 @@ import numpy as np
 
 from kd_jax.data import cache_form
 from kd_jax.data.fingerprint import differences
-from kd_jax.storage import checkpoint_format, mirror, workdir
+from kd_jax.storage import files, mirror, workdir
 from kd_jax.types import BatchStream
 
 FORMAT = 1
@@ -253,7 +253,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     manifest = workdir.read_json(path)
   except ValueError as e:
     raise CacheError(str(e)) from e
-  if checkpoint_format.seal(manifest) != manifest:
+  if files.seal(manifest) != manifest:
     raise CacheError(
       f'{path} is not what was written, by its SHA-256: make the cache again, '
       'with --overwrite.'

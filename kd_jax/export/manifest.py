@@ -16,6 +16,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from kd_jax.storage.files import seal
+
 FORMAT = 2
 KIND = 'kd_jax.stablehlo'
 NAME = 'manifest.json'
@@ -170,10 +172,7 @@ def _read_manifest(directory: pathlib.Path) -> dict[str, Any]:
 
 def _render(manifest: Mapping[str, Any]) -> bytes:
   """The content of a manifest's file, with a digest of all its entries."""
-  body = {k: v for k, v in manifest.items() if k != 'sha256'}
-  digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode())
-  sealed = body | {'sha256': digest.hexdigest()}
-  return (json.dumps(sealed, indent=1) + '\n').encode()
+  return (json.dumps(seal(manifest), indent=1) + '\n').encode()
 
 
 def _describe(data: bytes) -> dict[str, Any]:

@@ -14,7 +14,6 @@ them again, and `manifest` handles the files.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import re
@@ -30,7 +29,7 @@ from jax import export
 from kd_jax import rules
 from kd_jax.export import manifest as manifest_lib
 from kd_jax.export.artefact import DTYPES, as_text
-from kd_jax.storage.files import version
+from kd_jax.storage.files import as_json, version
 
 _PLATFORMS = ('cpu', 'cuda', 'tpu')
 _PACKAGES = ('kd_jax', 'jax', 'jaxlib', 'flax')
@@ -130,7 +129,9 @@ def export_stablehlo(
       'inputs': len(given),
       'tolerance': _TOLERANCE * float(np.abs(outputs).max()),
     },
-    'metadata': _as_json(metadata or {}),
+    'metadata': as_json(
+      dict(metadata or {}), 'export_stablehlo: metadata', allow_nan=False
+    ),
   }
   files = {
     manifest_lib.SYMBOLIC: bytes(symbolic.serialize()),
@@ -269,10 +270,3 @@ def _input_spec(input: jax.ShapeDtypeStruct) -> dict[str, Any]:
     'layout': 'NHWC' if len(input.shape) == 4 else None,
     'range': bounds,
   }
-
-
-def _as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
-  try:
-    return json.loads(json.dumps(dict(metadata), allow_nan=False))
-  except (TypeError, ValueError) as e:
-    raise ValueError(f'export_stablehlo: metadata is not JSON: {e}.') from e

@@ -11,12 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from kd_jax import data, terms
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
-from kd_jax.sharding import hosts
 from kd_jax.storage.progress import ProgressBar
 
 # Of the teacher's configuration: what does not change its function, given its
@@ -154,10 +151,6 @@ def write(
       constant=_constant(run),
       batch_size=run.config.eval_batch_size,
       overwrite=overwrite,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      barrier=lambda name: hosts.barrier(),
-      say=hosts.say,
       progress=progress,
     )
   finally:

@@ -231,13 +231,13 @@ def train_step(run: Run, name: str) -> tuple[Callable, Any, Any]:
     made.state, own.mesh, own.config.compiler, layout=own.layout
   )
   sharding.connect(own.mesh)
-  part, readers = sharding.readers(own.mesh)
+  part, parts = sharding.readers(own.mesh)
   batches = train_batches(
     own.transfer,
     batch_size=c.train.batch_size,
     seed=own.config.seed,
-    process_index=part,
-    process_count=readers,
+    part=part,
+    parts=parts,
   )
   return step, state, sharding.shard_batch(next(batches), own.mesh)
 

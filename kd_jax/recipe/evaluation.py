@@ -75,13 +75,13 @@ def batches(
   """
   examples = rules.choose('split of this run', split, run.splits)
   mesh = run.own_mesh if mesh is None else mesh
-  parts = layout.batch_parts(mesh)
-  part, readers = sharding.readers(mesh)
+  devices = layout.batch_parts(mesh)
+  part, parts = sharding.readers(mesh)
   batches = data.eval_batches(
     examples,
-    batch_size=-(-run.config.eval_batch_size // parts) * parts,
-    process_index=part,
-    process_count=readers,
+    batch_size=-(-run.config.eval_batch_size // devices) * devices,
+    part=part,
+    parts=parts,
   )
   if mesh.devices.size == 1:
     return batches

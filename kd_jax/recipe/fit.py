@@ -279,13 +279,13 @@ def _train(
 
 def _batches(run: Run, examples: data.Examples, size: int) -> BatchStream:
   """What this process reads of the batches of a training."""
-  part, readers = sharding.readers(run.mesh)
+  part, parts = sharding.readers(run.mesh)
   return data.train_batches(
     examples,
     batch_size=size,
     seed=run.config.seed,
-    process_index=part,
-    process_count=readers,
+    part=part,
+    parts=parts,
     num_workers=run.config.data.num_workers,
   )
 

@@ -6,29 +6,25 @@ network that it was made from, so no teacher is needed.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from kd_jax import adapters, deploy, metrics, prune
+from kd_jax import metrics
 from kd_jax import rules as rules_lib
 from kd_jax.models import load_pretrained
-from kd_jax.recipe import assess, distillation, evaluation, origin
+from kd_jax.recipe import artefact, assess, distillation, evaluation, origin
 from kd_jax.recipe import candidates as candidates_lib
 from kd_jax.recipe.compression import Converted
 from kd_jax.recipe.fit import fit
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
 from kd_jax.recipe.stages import export_files, student_of
-from kd_jax.recipe.words import SPECS
 from kd_jax.sharding import hosts
 from kd_jax.storage import lock, mirror
-from kd_jax.storage.weights import load_weights, save_weights
-from kd_jax.storage.workdir import Workdir, read_json, write_json
-from kd_jax.types import Variables
+from kd_jax.storage.weights import load_weights
+from kd_jax.storage.workdir import Workdir
 
-FORMAT = 'kd_jax.compressed.1'
 _STAGES = dict.fromkeys(('distill', 'alone'))
 
 
@@ -221,17 +217,15 @@ def _publish(
   """Writes the artefact, and measures it on the test split."""
   converted = _converted(run, candidate)
   directory = run.workdir.stage('artefact')
-  save_weights(directory / 'weights.safetensors', converted.variables)
   quantized = candidate.compression.recipe.quantize
   about = {
-    'format': FORMAT,
     'model': run.config.student.model.to_dict(),
     'classes': list(run.splits['test'].class_names),
     'overrides': [candidate.overrides, converted.overrides],
     'weights': [list(rule) for rule in quantized.weights],
     'activations': [list(rule) for rule in quantized.activations],
   }
-  write_json(directory / 'compressed.json', about)
+  artefact.save(directory, converted.variables, about, artefact.COMPRESSED)
   made = candidates_lib.network(candidate, converted)
   simulated = candidates_lib.network(candidate, converted, simulate=True)
   export_files(run, made, simulated, directory)
@@ -249,37 +243,3 @@ def _publish(
       converted, candidates_lib.calibration(run)[0]
     ),
   }
-
-
-def load_compressed(
-  directory: str, model: adapters.LinenModule, **options: Any
-) -> tuple[Any, Variables]:
-  """The integer network of an `artefact/`, to run in JAX.
-
-  Args:
-    directory: what `kd-jax compress` wrote.
-    model: the module that was compressed, as it is written.
-    **options: others of `deploy.integer_forward`.
-
-  Returns:
-    `(forward, variables)`.
-
-  Raises:
-    ValueError: if the files are missing or were not written by kd_jax.
-  """
-  path = Path(directory)
-  about = read_json(path / 'compressed.json')
-  if about.get('format') != FORMAT:
-    raise ValueError(
-      f'{path / "compressed.json"} holds {about.get("format")!r}, not '
-      f'{FORMAT!r}.'
-    )
-  rules = [
-    (p, rules_lib.choose('quantize.activations', name, SPECS['activations']))
-    for p, name in about['activations']
-  ]
-  interceptors = [prune.resized(overrides) for overrides in about['overrides']]
-  forward = deploy.integer_forward(
-    model, interceptors=interceptors, dynamic=rules, **options
-  )
-  return forward, load_weights(path / 'weights.safetensors')

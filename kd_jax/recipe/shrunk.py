@@ -1,24 +1,20 @@
-"""A trained student made smaller, and the files that say how.
+"""A trained student made smaller, in `shrink/` of its work directory.
 
-Owns `shrink/` of a work directory: `weights.safetensors` and `shrink.json`,
-which a model's code and `load_shrunk` turn into a forward again. What can leave
-and how is in `prune`.
+Owns what leaves a run's student and what that saves. What can leave and how is
+in `prune`, the files that it becomes are `artefact`'s.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_jax import adapters, prune, rules
+from kd_jax.recipe import artefact
 from kd_jax.recipe.run import Run
 from kd_jax.storage import lock
-from kd_jax.storage.weights import load_weights, save_weights
-from kd_jax.storage.workdir import read_json, write_json
 from kd_jax.types import Batch, StudentFn
 
-FORMAT = 'kd_jax.shrink.1'
-DIRECTORY, _FILE = 'shrink', 'shrink.json'
+DIRECTORY = 'shrink'
 
 
 class Cost(NamedTuple):
@@ -103,7 +99,6 @@ def shrink_student(
     multiple_of=multiple_of,
   )
   about = {
-    'format': FORMAT,
     'stage': stage,
     'structure': structure,
     'sparsity': sparsity,
@@ -112,14 +107,13 @@ def shrink_student(
     'overrides': overrides,
   }
   with lock.exclusive(run.workdir.place):
-    if (run.workdir.place / DIRECTORY / _FILE).exists() and not overwrite:
+    if artefact.exists(run.workdir.place / DIRECTORY) and not overwrite:
       raise ValueError(
         f'{run.workdir.place / DIRECTORY} has a smaller student: give '
         '--overwrite to replace it.'
       )
     directory = run.workdir.stage(DIRECTORY)
-    save_weights(directory / 'weights.safetensors', small)
-    write_json(directory / _FILE, about)
+    artefact.save(directory, small, about, artefact.SHRUNK)
     run.workdir.send(DIRECTORY)
   smaller = forward.intercepted(prune.resized(overrides))
   return Shrunk(
@@ -197,33 +191,4 @@ def _cost(
     2 * sum(r.macs for r in rows),
     sum(r.parameters for r in rows),
     sum(r.bytes for r in rows),
-  )
-
-
-def load_shrunk(
-  directory: str | os.PathLike[str], model: adapters.LinenModule, **options: Any
-) -> tuple[StudentFn, dict[str, Any]]:
-  """The smaller student of a directory, to run or to train on.
-
-  Args:
-    directory: what `shrink_student` wrote.
-    model: the module that was shrunk, as it is written.
-    **options: others of `adapters.from_linen`.
-
-  Returns:
-    `(forward, variables)`.
-
-  Raises:
-    ValueError: if the files are missing or were not written by kd_jax.
-  """
-  directory = Path(directory)
-  about = read_json(directory / _FILE)
-  if about.get('format') != FORMAT:
-    raise ValueError(
-      f'{directory / _FILE} holds {about.get("format")!r}, not {FORMAT!r}.'
-    )
-  forward = adapters.from_linen(model, **options)
-  return (
-    forward.intercepted(prune.resized(about['overrides'])),
-    load_weights(directory / 'weights.safetensors'),
   )

@@ -115,8 +115,7 @@ def readers(mesh: Mesh) -> tuple[int, int]:
     mesh: see `make_mesh`.
 
   Returns:
-    `(part, parts)`, the `process_index` and `process_count` of
-    `data.train_batches`.
+    `(part, parts)`, as `data.train_batches` takes them.
 
   Raises:
     ValueError: if the parts of two processes overlap.

@@ -16,6 +16,7 @@ from etils import epath
 
 from kd_jax.sharding import hosts
 from kd_jax.storage import checkpoint_format as form
+from kd_jax.storage import files
 from kd_jax.storage.checkpoint_format import CheckpointError as CheckpointError
 from kd_jax.storage.checkpoint_format import Restored as Restored
 
@@ -65,7 +66,9 @@ class Checkpoints:
       raise CheckpointError(f'keep must be at least 1 but is {keep}.')
     self._directory = form.absolute(directory)
     form.check_ours(self._directory)
-    self._fingerprint = form.as_json(dict(fingerprint), 'The fingerprint')
+    self._fingerprint = files.as_json(
+      dict(fingerprint), 'The fingerprint', error=CheckpointError
+    )
     self._best = best
     self._policy = _Preserve(keep, 1 if higher else -1, {}, {})
     self._manager: ocp.CheckpointManager | None = None
@@ -99,12 +102,14 @@ class Checkpoints:
     arrays = {name: form.stored(leaf) for name, leaf in named.items()}
     digests = form.digests(arrays)
     metrics = {name: float(value) for name, value in (metrics or {}).items()}
-    manifest = form.seal(
+    manifest = files.seal(
       {
         'format': form.FORMAT,
-        'versions': {name: form.version(name) for name in form.PACKAGES},
+        'versions': {name: files.version(name) for name in form.PACKAGES},
         'fingerprint': self._fingerprint,
-        'data_state': form.as_json(data_state, 'data_state'),
+        'data_state': files.as_json(
+          data_state, 'data_state', error=CheckpointError
+        ),
         'metrics': metrics,
         'leaves': {
           name: {**form.describe(leaf), 'sha256': digests[name]}
@@ -264,7 +269,7 @@ class Checkpoints:
 
   def _failed(self, e: Exception) -> CheckpointError:
     return CheckpointError(
-      f'Saving to {self._directory} failed: {form.brief(e)}.'
+      f'Saving to {self._directory} failed: {files.brief(e)}.'
     )
 
 

@@ -23,9 +23,7 @@ from etils import epath
 
 from kd_jax import rules
 from kd_jax.sharding import hosts
-from kd_jax.storage.files import brief
-from kd_jax.storage.files import seal as seal
-from kd_jax.storage.files import version as version
+from kd_jax.storage.files import brief, differences, seal
 
 FORMAT = 1
 # Bytes of a device's slice of an array that is worth a program of its own.
@@ -218,15 +216,6 @@ def text(described: Mapping[str, Any]) -> str:
   return f'{described["dtype"]}[{",".join(map(str, described["shape"]))}]'
 
 
-def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-  """Phrases that name the entries in which two dicts differ."""
-  return [
-    f'{k} is {there.get(k, "absent")} there and {here.get(k, "absent")} here'
-    for k in {**there, **here}
-    if there.get(k) != here.get(k)
-  ]
-
-
 def is_key(leaf: Any) -> bool:
   """Whether a leaf is a typed key."""
   return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -359,14 +348,6 @@ def absolute(directory: epath.PathLike) -> epath.Path:
   """An absolute path, which Orbax requires."""
   name = os.path.expanduser(os.fspath(directory))
   return epath.Path(name if '://' in name else os.path.abspath(name))
-
-
-def as_json(value: Any, what: str) -> Any:
-  """The value as it will be read back: tuples as lists, keys as strings."""
-  try:
-    return json.loads(json.dumps(value))
-  except (TypeError, ValueError) as e:
-    raise CheckpointError(f'{what} is not JSON: {e}.') from e
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Files that are written whole or not at all, and what tells their damage.
 
-Owns bytes and digests, and what manifests and messages say beside them: the
-versions of packages, errors in short. Nothing of what is in a file or where it
-lies.
+Owns bytes and digests, and what manifests and messages say beside them: JSON
+values, how two of them differ, the versions of packages, errors in short.
+Nothing of what is in a file or where it lies.
 """
 
 import contextlib
@@ -59,6 +59,45 @@ def seal(entries: Mapping[str, Any]) -> dict[str, Any]:
   body = {key: x for key, x in entries.items() if key != 'sha256'}
   text = json.dumps(body, sort_keys=True)
   return {**body, 'sha256': hashlib.sha256(text.encode()).hexdigest()}
+
+
+def as_json(
+  value: Any,
+  what: str,
+  *,
+  allow_nan: bool = True,
+  error: type[ValueError] = ValueError,
+) -> Any:
+  """The value as it will be read back: tuples as lists, keys as strings.
+
+  Args:
+    value: of which it is made.
+    what: it is called where it is not JSON.
+    allow_nan: whether NaN and infinities pass, which JSON does not have.
+    error: what is raised then.
+
+  Example:
+    >>> as_json({1: (2, 3)}, 'The sizes')
+    {'1': [2, 3]}
+  """
+  try:
+    return json.loads(json.dumps(value, allow_nan=allow_nan))
+  except (TypeError, ValueError) as e:
+    raise error(f'{what} is not JSON: {e}.') from e
+
+
+def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+  """Phrases that name the entries in which two dicts differ.
+
+  Example:
+    >>> differences({'a': '1', 'b': '2'}, {'a': '1', 'b': '3'})
+    ['b is 2 there and 3 here']
+  """
+  return [
+    f'{k} is {there.get(k, "absent")} there and {here.get(k, "absent")} here'
+    for k in {**there, **here}
+    if there.get(k) != here.get(k)
+  ]
 
 
 def version(package: str) -> str | None:
