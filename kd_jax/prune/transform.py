@@ -20,9 +20,10 @@ from kd_jax.prune import masks as masks_lib
 from kd_jax.prune import scopes
 from kd_jax.prune.masks import any_nan, erase, keep_if, map_masked
 from kd_jax.prune.schedules import SparsitySchedule
-from kd_jax.prune.scores import Arrays, Score, magnitude
+from kd_jax.prune.scores import Score, magnitude
 from kd_jax.prune.state import PruneState
 from kd_jax.prune.structures import Structure, unstructured
+from kd_jax.types import Arrays
 
 
 def prune(
