@@ -127,19 +127,8 @@ def calibrated(
     ValueError: without any batch, for an unknown rounding, or for 'adaround'
       with a `weight_observer`.
   """
-  learn = rules_lib.choose(
-    'rounding', rounding, {'nearest': False, 'adaround': True}
-  )
-  if learn and weight_observer is not None:
-    raise ValueError(
-      "rounding='adaround' learns on the grid of the extremes; it takes no "
-      'weight_observer.'
-    )
-  batches = iter(batches)
-  example = next(batches, None)
-  if example is None:
-    raise ValueError('There is no batch to calibrate with.')
-  batches = itertools.chain([example], batches)
+  learn = _learns_rounding(rounding, weight_observer)
+  example, batches = _first_and_all(batches)
   if learn or correct or smooth is not None:
     batches = list(batches)
   make_forward = evaluation(model, interceptors=interceptors)
@@ -175,6 +164,32 @@ def calibrated(
       weight_observer=weight_observer,
     )
   return rounded
+
+
+def _learns_rounding(
+  rounding: str, weight_observer: quantize.Observer | None
+) -> bool:
+  """Whether AdaRound is asked for; an error if it cannot be had."""
+  learn = rules_lib.choose(
+    'rounding', rounding, {'nearest': False, 'adaround': True}
+  )
+  if learn and weight_observer is not None:
+    raise ValueError(
+      "rounding='adaround' learns on the grid of the extremes; it takes no "
+      'weight_observer.'
+    )
+  return learn
+
+
+def _first_and_all(
+  batches: Iterable[Batch],
+) -> tuple[Batch, Iterable[Batch]]:
+  """The first batch, and all of them; each is made once."""
+  batches = iter(batches)
+  first = next(batches, None)
+  if first is None:
+    raise ValueError('There is no batch to calibrate with.')
+  return first, itertools.chain([first], batches)
 
 
 def post_training_quantize(

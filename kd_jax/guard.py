@@ -5,19 +5,18 @@ on the host makes of the counts. `optax.apply_if_finite` guards the optimizer
 alone, and applies what is not finite after a number of times.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.types import Batch, Metrics, TrainState
+from kd_jax.types import TrainStep
 
 DROPPED = 'dropped'
 SPIKES = 'spikes'
 _WATCHED = ('loss/total', 'grad_norm')
-TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
 def drop_nonfinite(train_step: TrainStep) -> TrainStep:

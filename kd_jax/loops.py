@@ -11,9 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax.types import Batch, Metrics, TrainState
-
-TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+from kd_jax.types import Batch, TrainStep
 
 
 def scan(

@@ -14,6 +14,8 @@ import numpy as np
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+# By path.
+Arrays = dict[str, jax.Array]
 Params = Any
 Variables = Mapping[str, Any]
 # Of one process, before it is on the devices.
@@ -89,6 +91,10 @@ class TrainState(flax.struct.PyTreeNode):
   opt_state: Any
   objective: ObjectiveState
   teacher: Any = None
+
+
+# (state, batch, rng) -> (state, metrics)
+TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
 def check_same_shape(what: str, **arrays: Any) -> None:

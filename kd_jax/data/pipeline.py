@@ -14,11 +14,10 @@ import numpy as np
 from kd_jax.data.examples import Examples
 from kd_jax.data.streamed import StreamedImages
 from kd_jax.data.workers import WorkerBatches
-from kd_jax.types import BatchStream
+from kd_jax.types import BatchStream, HostBatch
 
 # Of an iterator without end; more than anyone trains.
 _EPOCHS = 2**30
-HostBatch = dict[str, np.ndarray]
 
 
 def batches_per_epoch(data: Examples, batch_size: int) -> int:

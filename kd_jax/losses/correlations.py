@@ -19,15 +19,14 @@ from kd_jax.losses.logits import kl_divergence
 def _softmaxes(
   student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-  student, teacher = numerics.logits_pair(student_logits, teacher_logits)
+  student, teacher = numerics.softened(
+    student_logits, teacher_logits, temperature
+  )
   if student.ndim != 2:
     raise ValueError(
       f'relations within a batch need [B, C], not {student.shape}.'
     )
-  return (
-    jax.nn.softmax(student / temperature),
-    jax.nn.softmax(teacher / temperature),
-  )
+  return jax.nn.softmax(student), jax.nn.softmax(teacher)
 
 
 def _direction(x: jax.Array, axis: int) -> jax.Array:

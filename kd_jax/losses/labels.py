@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd_jax.losses import numerics
-from kd_jax.types import check_same_shape
 
 
 def cross_entropy(
@@ -34,12 +33,8 @@ def cross_entropy(
     >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]), 4)
     1.3863
   """
-  logits, label = numerics.float32(logits), jnp.asarray(label)
-  check_same_shape(
-    'labels are one integer per prediction',
-    label=label,
-    prediction=logits[..., 0],
-  )
+  logits = numerics.float32(logits)
+  label = numerics.label_of(logits, label)
   log_p = jax.nn.log_softmax(logits)
   picked = jnp.take_along_axis(log_p, label[..., None], axis=-1)[..., 0]
   if not label_smoothing:

@@ -20,9 +20,10 @@ def _log_softmaxes(
   student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
   """Both networks' log-probabilities; the teacher's are constant."""
-  student, teacher = numerics.logits_pair(student_logits, teacher_logits)
-  log_teacher = jax.nn.log_softmax(teacher / temperature)
-  return jax.nn.log_softmax(student / temperature), log_teacher
+  student, teacher = numerics.softened(
+    student_logits, teacher_logits, temperature
+  )
+  return jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
 
 
 def kl_divergence(
@@ -269,6 +270,7 @@ def standardized_kl_divergence(
   teacher_logits: ArrayLike,
   *,
   temperature: ArrayLike = 2.0,
+  convention: str = 'canonical',
 ) -> jax.Array:
   """`kl_divergence` of the `standardize_logits` of both sides.
 
@@ -280,13 +282,15 @@ def standardized_kl_divergence(
       dtype.
     teacher_logits: `[..., C]`, treated as constant.
     temperature: softmax temperature T > 0, a float or a scalar array.
+    convention: see `kl_divergence`.
 
   Returns:
     `[...]` float32, 0 when the standardized logits agree and else positive,
     up to rounding; times T**2.
 
   Raises:
-    ValueError: if the shapes differ or there is only one class.
+    ValueError: if the shapes differ, there is only one class, or the convention
+      is unknown.
 
   Example:
     >>> logits = jnp.array([[2.0, -1.0, 0.5]])
@@ -302,4 +306,5 @@ def standardized_kl_divergence(
     standardize_logits(student),
     standardize_logits(teacher),
     temperature=temperature,
+    convention=convention,
   )

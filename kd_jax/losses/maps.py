@@ -94,13 +94,8 @@ def factor_transfer(
 def _same_resolution(
   what: str, student: ArrayLike, teacher: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-  student, teacher = numerics.float32(student), numerics.constant(teacher)
-  if min(student.ndim, teacher.ndim) < 4 or len(student) != len(teacher):
-    raise ValueError(
-      f'{what}: student and teacher are [B, H, W, D] of one batch, not '
-      f'{student.shape} and {teacher.shape}.'
-    )
-  return numerics.to_smaller(student, teacher)
+  pair = numerics.batch_pair(what, student, teacher, 'B, H, W, D')
+  return numerics.to_smaller(*pair)
 
 
 def _attention(maps: jax.Array, p: ArrayLike) -> jax.Array:

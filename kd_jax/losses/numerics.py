@@ -1,4 +1,4 @@
-"""What the losses share: float32, equal shapes, safe norms, pooling.
+"""What the losses share: float32, shapes that fit, safe norms, pooling.
 
 Owns no loss. Gradients are finite where a norm is zero, and matrix products
 keep float32's precision on hardware whose default is lower.
@@ -56,6 +56,65 @@ def logits_pair(
     student_logits=student_logits,
     teacher_logits=teacher_logits,
   )
+
+
+def softened(
+  student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+  """`logits_pair` over a temperature."""
+  student, teacher = logits_pair(student_logits, teacher_logits)
+  return student / temperature, teacher / temperature
+
+
+def batch_pair(
+  what: str, student: ArrayLike, teacher: ArrayLike, axes: str = 'B, ...'
+) -> tuple[jax.Array, jax.Array]:
+  """`float32` and `constant` of one batch, whose examples may differ in shape.
+
+  Args:
+    what: the loss; begins the message.
+    student: what is trained.
+    teacher: what it learns from.
+    axes: names of the axes that both have at least.
+
+  Raises:
+    ValueError: if an array has fewer axes, or the batches differ.
+
+  Example:
+    >>> [x.shape for x in batch_pair('rkd', jnp.ones((2, 3)), jnp.ones((2, 4)))]
+    [(2, 3), (2, 4)]
+  """
+  student, teacher = float32(student), constant(teacher)
+  least = len(axes.split(','))
+  if min(student.ndim, teacher.ndim) < least or len(student) != len(teacher):
+    raise ValueError(
+      f'{what}: student and teacher are [{axes}] of one batch, not '
+      f'{student.shape} and {teacher.shape}.'
+    )
+  return student, teacher
+
+
+def label_of(logits: jax.Array, label: ArrayLike) -> jax.Array:
+  """The labels of logits `[..., C]`, with their shape checked.
+
+  Args:
+    logits: of which the shape matters.
+    label: `[...]` integers.
+
+  Raises:
+    ValueError: if there is not one label per prediction.
+
+  Example:
+    >>> label_of(jnp.zeros((2, 3)), [0, 2]).tolist()
+    [0, 2]
+  """
+  label = jnp.asarray(label)
+  check_same_shape(
+    'labels are one integer per prediction',
+    label=label,
+    prediction=logits[..., 0],
+  )
+  return label
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:

@@ -26,12 +26,7 @@ def _rows(
   what: str, student: ArrayLike, teacher: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
   """Both flattened to `[B, -1]` in float32, the teacher's as a constant."""
-  student, teacher = numerics.float32(student), numerics.constant(teacher)
-  if min(student.ndim, teacher.ndim) < 2 or len(student) != len(teacher):
-    raise ValueError(
-      f'{what}: student and teacher are [B, ...] of one batch, not '
-      f'{student.shape} and {teacher.shape}.'
-    )
+  student, teacher = numerics.batch_pair(what, student, teacher)
   return student.reshape(len(student), -1), teacher.reshape(len(teacher), -1)
 
 

@@ -20,12 +20,7 @@ def _is_label(
   what: str, logits: jax.Array, label: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
   """`[..., C]`: the label as one hot of bools, and the other classes."""
-  label = jnp.asarray(label)
-  check_same_shape(
-    'labels are one integer per prediction',
-    label=label,
-    prediction=logits[..., 0],
-  )
+  label = numerics.label_of(logits, label)
   classes = logits.shape[-1]
   if classes < 2:
     raise ValueError(f'{what} needs at least two classes.')
@@ -94,9 +89,10 @@ def decoupled_kd(
   References:
     Zhao et al., "Decoupled Knowledge Distillation", 2022, arXiv:2203.08679.
   """
-  student, teacher = numerics.logits_pair(student_logits, teacher_logits)
+  student, teacher = numerics.softened(
+    student_logits, teacher_logits, temperature
+  )
   target, others = _is_label('decoupled_kd', student, label)
-  student, teacher = student / temperature, teacher / temperature
   target_kl = numerics.kl(
     _log_binary(target, others, jax.nn.log_softmax(teacher)),
     _log_binary(target, others, jax.nn.log_softmax(student)),

@@ -94,6 +94,4 @@ class ImageNetResNet(nn.Module):
       train=train,
       dtype=self.dtype,
     )
-    return layers.classify(
-      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
-    )
+    return layers.end(self, x, train=train)

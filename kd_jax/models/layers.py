@@ -225,6 +225,34 @@ def classify(
   )(x)
 
 
+def end(model: Any, x: jax.Array, *, train: bool) -> jax.Array:
+  """`classify` by a model's own attributes, inside its compact method.
+
+  Args:
+    model: it has `num_classes`, `dtype` and `dropout`, the rate before the
+      head.
+    x: the last feature map, `[B, H, W, D]`.
+    train: whether dropout acts.
+
+  Example:
+    >>> class Model(nn.Module):
+    ...   num_classes, dtype, dropout = 3, 'float32', 0.0
+    ...   @nn.compact
+    ...   def __call__(self, x):
+    ...     return end(self, x, train=False)
+    >>> x = jnp.ones((2, 4, 4, 8))
+    >>> Model().init_with_output(jax.random.key(0), x)[0].shape
+    (2, 3)
+  """
+  return classify(
+    x,
+    model.num_classes,
+    train=train,
+    dtype=model.dtype,
+    dropout=model.dropout,
+  )
+
+
 class Taps(NamedTuple):
   """Where a model's features are, as paths for `adapters.from_linen`.
 

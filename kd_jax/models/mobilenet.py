@@ -129,6 +129,4 @@ class MobileNetV1(nn.Module):
           dtype=self.dtype,
           name=f'stage{stage}_block{block}',
         )(x, train)
-    return layers.classify(
-      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
-    )
+    return layers.end(self, x, train=train)

@@ -83,7 +83,8 @@ def _taps(num_classes: int) -> layers.Taps:
   )
 
 
-def _last_map(
+def _run(
+  model: 'MobileNetV2 | CifarMobileNetV2',
   x: jax.Array,
   stages: Sequence[tuple[int, int, int, int]],
   scaled: Callable[[int], int],
@@ -91,20 +92,21 @@ def _last_map(
   *,
   relu6: bool,
   train: bool,
-  dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-  """All layers before pooling, inside the network's compact method.
+  """All layers of either network, inside its compact method.
 
   Args:
+    model: the network.
     x: images.
     stages: rows as those of `STAGES`.
     scaled: channels of the table -> channels of the network.
     last: channels of the last convolution.
     relu6: whether activations are cut off at 6.
     train: whether BatchNorm normalises with the batch's statistics.
-    dtype: of the computation.
   """
-  conv_norm = functools.partial(layers.conv_norm, train=train, dtype=dtype)
+  conv_norm = functools.partial(
+    layers.conv_norm, train=train, dtype=model.dtype
+  )
   relu = nn.relu6 if relu6 else nn.relu
   made = scaled(32)
   x = relu(conv_norm(x, 'stem', 'stem_norm', made, 3, stride=2))
@@ -117,11 +119,12 @@ def _last_map(
         stride=stride if block == 1 else 1,
         residual=made == channels and (block > 1 or stride == 1),
         relu6=relu6,
-        dtype=dtype,
+        dtype=model.dtype,
         name=f'stage{stage}_block{block}',
       )(x, train)
       made = channels
-  return relu(conv_norm(x, 'last', 'last_norm', last, 1))
+  x = relu(conv_norm(x, 'last', 'last_norm', last, 1))
+  return layers.end(model, x, train=train)
 
 
 class MobileNetV2(nn.Module):
@@ -166,17 +169,14 @@ class MobileNetV2(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """`[B, H, W, 3]` images -> `[B, num_classes]` logits."""
-    x = _last_map(
+    return _run(
+      self,
       x,
       STAGES,
       lambda channels: make_divisible(channels * self.width),
       make_divisible(1280 * max(self.width, 1.0)),
       relu6=True,
       train=train,
-      dtype=self.dtype,
-    )
-    return layers.classify(
-      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
     )
 
 
@@ -239,15 +239,12 @@ class CifarMobileNetV2(nn.Module):
     # Expanded by 1, and without a stride.
     stages = [(1, *first[1:]), (self.expansion, *second[1:3], 1)]
     stages += [(self.expansion, *row[1:]) for row in others]
-    x = _last_map(
+    return _run(
+      self,
       x,
       stages,
       lambda channels: int(channels * self.width),
       int(1280 * max(self.width, 1.0)),
       relu6=False,
       train=train,
-      dtype=self.dtype,
-    )
-    return layers.classify(
-      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
     )

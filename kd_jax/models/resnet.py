@@ -226,9 +226,7 @@ class CifarResNet(nn.Module):
       train=train,
       dtype=self.dtype,
     )
-    return layers.classify(
-      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
-    )
+    return layers.end(self, x, train=train)
 
 
 class CifarBottleneckResNet(nn.Module):
@@ -289,6 +287,4 @@ class CifarBottleneckResNet(nn.Module):
       train=train,
       dtype=self.dtype,
     )
-    return layers.classify(
-      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
-    )
+    return layers.end(self, x, train=train)

@@ -161,9 +161,7 @@ class ShuffleNetV1(nn.Module):
           dtype=self.dtype,
           name=f'stage{stage}_block{block}',
         )(x, train)
-    return layers.classify(
-      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
-    )
+    return layers.end(self, x, train=train)
 
 
 class ShuffleUnitV2(nn.Module):
@@ -283,6 +281,4 @@ class ShuffleNetV2(nn.Module):
           name=f'stage{stage}_block{block}',
         )(x, train)
     x = nn.relu(conv_norm(x, 'last', 'last_norm', self.last_width, 1))
-    return layers.classify(
-      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
-    )
+    return layers.end(self, x, train=train)

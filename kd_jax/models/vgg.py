@@ -124,6 +124,4 @@ class VGG(nn.Module):
       )(x, train)
       if stage <= poolings:
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
-    return layers.classify(
-      x, self.num_classes, train=train, dtype=self.dtype, dropout=self.dropout
-    )
+    return layers.end(self, x, train=train)

@@ -51,8 +51,8 @@ def soft_targets(
 
   Args:
     temperature: T > 0, or a schedule `step -> T`.
-    standardize: whether both sides' logits become z-scores first
-      (arXiv:2403.01427).
+    standardize: whether both sides' logits become z-scores first, see
+      `losses.standardized_kl_divergence`.
     convention: see `losses.kl_divergence`.
 
   Raises:
@@ -60,15 +60,14 @@ def soft_targets(
   """
   if not callable(temperature) and temperature <= 0:
     raise ValueError(f'soft_targets: temperature={temperature} is not > 0.')
+  loss = losses.kl_divergence
+  if standardize:
+    loss = losses.standardized_kl_divergence
 
   def loss_fn(inputs):
-    student = inputs.student.output
-    teacher = base.teacher_of(inputs, 'soft_targets').output
-    if standardize:
-      student, teacher = map(losses.standardize_logits, (student, teacher))
-    return losses.kl_divergence(
-      student,
-      teacher,
+    return loss(
+      inputs.student.output,
+      base.teacher_of(inputs, 'soft_targets').output,
       temperature=base.value_at(temperature, inputs.step),
       convention=convention,
     )

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from kd_jax import rules as rules_lib
 from kd_jax.placement import gathered, placed_like
 from kd_jax.prune.masks import choose_params
-
-Arrays = dict[str, jax.Array]
+from kd_jax.types import Arrays
 
 
 class Score(NamedTuple):

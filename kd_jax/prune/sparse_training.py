@@ -123,14 +123,7 @@ def sparse_train(
       share = drop / 2 * (1 + jnp.cos(jnp.pi * state.step / stop))
       masks = _exchanged(state.masks, weights, wanted, share)
       masks = keep_if(unknown, state.masks, masks)
-      stays = {n: m & state.masks[n] for n, m in masks.items()}
-      new = {n: m & ~state.masks[n] for n, m in masks.items()}
-      zeros = jax.tree.map(
-        lambda u: jnp.zeros(u.shape, u.dtype), jax.eval_shape(train)[0]
-      )
-      fresh = tx.init(masks_lib.apply_masks(params, stays))
-      updates = erase(zeros, params, stays)
-      return updates, masks, _renewed(state.inner, fresh, new)
+      return _exchange(tx, params, state, masks, jax.eval_shape(train)[0])
 
     due = (state.step % every == 0) & (state.step > 0) & (state.step < stop)
     updates, masks, inner = jax.lax.cond(due, exchange, train)
@@ -179,6 +172,34 @@ def _exchanged(
   ]
   grown = largest_each(offers, moved)
   return {n: k | g for n, k, g in zip(masks, kept, grown, strict=True)}
+
+
+def _exchange(
+  tx: optax.GradientTransformation,
+  params: Any,
+  state: PruneState,
+  masks: Mapping[str, jax.Array],
+  updates: Any,
+) -> tuple[Any, Mapping[str, jax.Array], Any]:
+  """What puts new masks in force instead of an update.
+
+  Args:
+    tx: the wrapped optimizer.
+    params: the parameters.
+    state: with the masks that they have.
+    masks: the new ones.
+    updates: of the wrapped optimizer, or their shapes.
+
+  Returns:
+    Updates that drop weights and move none, the masks, and the optimizer's
+    state, in which new weights have no past.
+  """
+  stays = {n: m & state.masks[n] for n, m in masks.items()}
+  new = {n: m & ~state.masks[n] for n, m in masks.items()}
+  zeros = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), updates)
+  fresh = tx.init(masks_lib.apply_masks(params, stays))
+  renewed = _renewed(state.inner, fresh, new)
+  return erase(zeros, params, stays), masks, renewed
 
 
 def _renewed(inner: Any, fresh: Any, new: Mapping[str, jax.Array]) -> Any:

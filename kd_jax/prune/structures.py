@@ -20,8 +20,8 @@ from kd_jax.placement import gathered
 from kd_jax.prune import scopes
 from kd_jax.prune.masks import score_masks
 from kd_jax.prune.thresholds import ordered_bits
+from kd_jax.types import Arrays
 
-Arrays = dict[str, jax.Array]
 Structure = Callable[[Arrays, ArrayLike, scopes.Scope], Arrays]
 
 

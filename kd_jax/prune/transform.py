@@ -20,9 +20,10 @@ from kd_jax.prune import masks as masks_lib
 from kd_jax.prune import scopes
 from kd_jax.prune.masks import any_nan, erase, keep_if, map_masked
 from kd_jax.prune.schedules import SparsitySchedule
-from kd_jax.prune.scores import Arrays, Score, magnitude
+from kd_jax.prune.scores import Score, magnitude
 from kd_jax.prune.state import PruneState
 from kd_jax.prune.structures import Structure, unstructured
+from kd_jax.types import Arrays
 
 
 def prune(
@@ -87,6 +88,7 @@ def prune(
   revives = rules_lib.choose(
     'revive', revive, {'never': False, 'gradient': True}
   )
+  make = _masks_of_all if revives else _masks_of_the_kept
 
   def init(params):
     weights = masks_lib.choose_params(params, rules)
@@ -114,11 +116,8 @@ def prune(
 
     def renew():
       scores = score.value(memory, weights)
-      unknown = any_nan(scores)
-      make = _masks_of_all if revives else _masks_of_the_kept
       masks = make(lambda s: structure(s, target, scope), scores, state.masks)
-      masks = keep_if(unknown, state.masks, masks)
-      return masks, jnp.where(unknown, state.sparsity, target)
+      return _unless_nan(scores, state, masks, target)
 
     masks, sparsity = jax.lax.cond(
       target != state.sparsity, renew, lambda: (state.masks, state.sparsity)
@@ -134,6 +133,15 @@ def prune(
     return erase(updates, params, masks), new
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _unless_nan(
+  scores: Arrays, state: PruneState, masks: Arrays, sparsity: jax.Array
+) -> tuple[Arrays, jax.Array]:
+  """New masks and their sparsity, or those of the state if a score is NaN."""
+  unknown = any_nan(scores)
+  masks = keep_if(unknown, state.masks, masks)
+  return masks, jnp.where(unknown, state.sparsity, sparsity)
 
 
 def _masks_of_all(

@@ -3,7 +3,7 @@
 Owns what is measured on a handful of batches without changing any kernel.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -148,21 +148,9 @@ def correct_biases(
   def mean(module, path, x, y):
     return _channel_mean(module, y) if path in layers else None
 
-  def correct(next_fun, args, kwargs, context):
-    y = next_fun(*args, **kwargs)
-    module = context.module
-    if not record.is_layer(context):
-      return y
-    if not module.has_variable(COLLECTION, 'mean'):
-      return y
-    error = _channel_mean(module, y) - module.get_variable(COLLECTION, 'mean')
-    module.put_variable(COLLECTION, 'error', error)
-    error = jnp.expand_dims(error, tuple(range(y.ndim - error.ndim)))
-    return y - error.astype(y.dtype)
-
   float_fn = make_forward(record.record('mean', mean))
   quantizer = quantize_activations(activation_rules, observer=frozen(observer))
-  rounded_fn = make_forward(record.chain(quantizer, correct))
+  rounded_fn = make_forward(record.chain(quantizer, _correct))
 
   @jax.jit
   def errors(variables, rounded, batch):
@@ -185,15 +173,41 @@ def correct_biases(
     count += size
   if not count:
     raise ValueError('There is no batch to correct biases with.')
-  params = traverse_util.flatten_dict(rounded['params'], sep='/')
-  for layer, error in total.items():
-    bias = params.get(f'{layer}/bias')
+  means = {layer: error / count for layer, error in total.items()}
+  return {**rounded, 'params': _less(rounded['params'], means)}
+
+
+def _correct(
+  next_fun: Callable[..., Any],
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+  context: Any,
+) -> Any:
+  """Takes the mean error off a layer's output, and measures it.
+
+  An interceptor: the layer's mean in the float model is in its variables.
+  """
+  y = next_fun(*args, **kwargs)
+  module = context.module
+  if not record.is_layer(context):
+    return y
+  if not module.has_variable(COLLECTION, 'mean'):
+    return y
+  error = _channel_mean(module, y) - module.get_variable(COLLECTION, 'mean')
+  module.put_variable(COLLECTION, 'error', error)
+  error = jnp.expand_dims(error, tuple(range(y.ndim - error.ndim)))
+  return y - error.astype(y.dtype)
+
+
+def _less(params: Any, errors: Mapping[str, jax.Array]) -> dict[str, Any]:
+  """The parameters with the errors of layers taken off their biases."""
+  flat = traverse_util.flatten_dict(params, sep='/')
+  for layer, error in errors.items():
+    bias = flat.get(f'{layer}/bias')
     if bias is None:
-      dtype = params[f'{layer}/kernel'].dtype
-      bias = jnp.zeros(error.shape, dtype)
-    params[f'{layer}/bias'] = (bias - error / count).astype(bias.dtype)
-  params = traverse_util.unflatten_dict(params, sep='/')
-  return {**rounded, 'params': params}
+      bias = jnp.zeros(error.shape, flat[f'{layer}/kernel'].dtype)
+    flat[f'{layer}/bias'] = (bias - error).astype(bias.dtype)
+  return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def _channel_mean(module: Any, y: jax.Array) -> jax.Array:

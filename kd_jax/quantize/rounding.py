@@ -130,33 +130,19 @@ def adaround(
   rng = jax.random.key(0) if rng is None else rng
   params = traverse_util.flatten_dict(variables['params'], sep='/')
   for i, (name, layer) in enumerate(layers.items()):
-    kernel = f'{name}/kernel'
-    tree = traverse_util.unflatten_dict(params, sep='/')
-    now = {**variables, 'params': tree}
-    stack = params[kernel].ndim - layer.rank
+    own = {k: params[f'{name}/{k}'] for k in layer.params}
+    spec, stack = specs[f'{name}/kernel'], own['kernel'].ndim - layer.rank
+    now = {**variables, 'params': traverse_util.unflatten_dict(params, sep='/')}
     x = _joined(inputs, now, batches, name, stack)
     y = None
     if from_teacher:
       y = _joined(outputs, teacher, batches, name, stack)
-    scale, _ = weight_scale(params[kernel], specs[kernel])
-    how = Rounding(
-      layer.module,
-      specs[kernel],
-      stack,
-      steps,
-      batch_size,
-      warm_start,
-      beta,
-    )
-    problem = Problem(
-      {k: params[f'{name}/{k}'] for k in layer.params},
-      jnp.broadcast_to(scale, params[kernel].shape),
-      x,
-      y,
-    )
-    rng_of_layer = jax.random.fold_in(rng, i)
-    params[kernel] = round_layer(
-      how, problem, rng_of_layer, learning_rate, regularization
+    params[f'{name}/kernel'] = round_layer(
+      Rounding(layer.module, spec, stack, steps, batch_size, warm_start, beta),
+      _problem(own, spec, x, y),
+      jax.random.fold_in(rng, i),
+      learning_rate,
+      regularization,
     )
   tree = traverse_util.unflatten_dict(params, sep='/')
   return {**variables, 'params': fake_quant_params(tree, rules)}
@@ -179,6 +165,17 @@ class _Layer(NamedTuple):
   module: Any
   params: tuple[str, ...]
   rank: int
+
+
+def _problem(
+  params: dict[str, jax.Array],
+  spec: QuantSpec,
+  x: jax.Array,
+  y: jax.Array | None,
+) -> Problem:
+  """The arrays of a layer, on the grid that its kernel has now."""
+  scale, _ = weight_scale(params['kernel'], spec)
+  return Problem(params, jnp.broadcast_to(scale, params['kernel'].shape), x, y)
 
 
 def _layers(

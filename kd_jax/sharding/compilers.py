@@ -20,7 +20,7 @@ from kd_jax.sharding import hosts
 from kd_jax.sharding import layout as layout_lib
 from kd_jax.sharding.layout import DATA, Layout
 from kd_jax.sharding.meshes import batch_spec, replicate
-from kd_jax.types import Batch, Metrics, TrainState
+from kd_jax.types import Batch, Metrics, TrainState, TrainStep
 
 
 def place_state(
@@ -183,7 +183,7 @@ class CompiledStep:
 
 
 def compile_step(
-  step: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]],
+  step: TrainStep,
   mesh: Mesh,
   compiler: str = 'jit',
   *,

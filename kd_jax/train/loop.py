@@ -21,7 +21,14 @@ from kd_jax.storage.progress import ProgressBar
 from kd_jax.train import profiling
 from kd_jax.train.feed import Fed, Feed, Several, dispatches
 from kd_jax.train.window import Window, means
-from kd_jax.types import Batch, BatchStream, HostBatch, Metrics, TrainState
+from kd_jax.types import (
+  Batch,
+  BatchStream,
+  HostBatch,
+  Metrics,
+  TrainState,
+  TrainStep,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +51,7 @@ class Trained:
 
 
 def train(
-  train_step: Callable[
-    [TrainState, Batch, jax.Array], tuple[TrainState, Metrics]
-  ],
+  train_step: TrainStep,
   state: TrainState,
   batches: BatchStream,
   *,
