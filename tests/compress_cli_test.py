@@ -87,7 +87,7 @@ def test_the_artefact_runs_in_jax_and_as_files(finished, trained):
   logits = forward(variables, batch).output
   assert logits.shape == (64, 10) and 'int8' in variables
   assert (directory / 'stablehlo').is_dir()
-  assert (directory / 'student.int8.onnx').is_file()
+  assert (directory / 'student.onnx').is_file()
   small = Network('small', lambda **_: forward, variables)
   found = evaluation.quality(run, small, 'test')
   assert found == result['test']['quality']

@@ -27,6 +27,7 @@ from kd_jax import (
 )
 from kd_jax.recipe.compression import Compression
 from kd_jax.recipe.network import TEACHER, Network, ensemble
+from kd_jax.report import names
 from kd_jax.report.looks import Look, looks_of
 from kd_jax.sharding import layout
 from kd_jax.storage.weights import load_weights
@@ -269,16 +270,16 @@ class Run:
 
   def student(self, stage: str) -> Network:
     """The float student that 'alone' or 'distill' trained."""
-    name = {'alone': 'student alone', 'distill': 'distilled'}[stage]
+    name = {'alone': names.ALONE, 'distill': names.DISTILLED}[stage]
     part = {'alone': 'alone', 'distill': 'student'}[stage]
     model = self.model(part)
     return self.network(name, model, self.trained(stage, model))
 
   def compressed(self) -> Network:
-    """The pruned student, fake-quantized."""
+    """The student, pruned and fake-quantized as the configuration says."""
     variables = load_weights(self.workdir.weights('compress'))
     return Network(
-      'pruned + int8 fake-quant',
+      names.COMPRESSED,
       self.compression.make,
       self.compression.simulated(variables),
     )
@@ -290,7 +291,7 @@ class Run:
       self.compression.integer_forward, overrides, simulate=simulate
     )
     weights = load_weights(self.workdir.weights('convert'))
-    return Network('integer (JAX)', make, weights)
+    return Network(names.INTEGER, make, weights)
 
 
 _PRECISIONS = dict.fromkeys(('float32', 'bfloat16', 'int8'))

@@ -33,7 +33,7 @@ from kd_jax.recipe.fit import (
 )
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
-from kd_jax.report import write_report
+from kd_jax.report import names, write_report
 from kd_jax.sharding import hosts, preemption
 from kd_jax.storage import lock
 from kd_jax.storage.weights import load_weights, save_weights
@@ -162,14 +162,14 @@ def _parities(run: Run, directory: Path) -> list[dict[str, Any]]:
   integer = evaluation.apply(run, run.integer())
   pairs: list[tuple[str, assess.Apply, str, assess.Apply]] = [
     (
-      'integer (JAX)',
+      names.INTEGER,
       integer,
       run.compressed().name,
       evaluation.apply(run, run.compressed()),
     )
   ]
   for name, apply in assess.exported(run, directory).items():
-    pairs.append((name, apply, 'integer (JAX)', integer))
+    pairs.append((name, apply, names.INTEGER, integer))
   found = []
   for name, apply, against, reference in pairs:
     compared = parity.compare(
@@ -178,7 +178,7 @@ def _parities(run: Run, directory: Path) -> list[dict[str, Any]]:
       evaluation.batches(run, 'test'),
       agree=run.task.agree,
     )
-    if against == 'integer (JAX)':
+    if against == names.INTEGER:
       parity.require(
         compared, name=name, agreement=run.config.aims.export_agreement
       )
