@@ -91,7 +91,7 @@ def data() -> dict:
     'image_size': 0,
     # Where images in memory lie while training: device, host, or auto, which
     # is device if they take an eighth of an accelerator's memory at most.
-    'input': 'auto',
+    'placement': 'auto',
     # Processes that read streamed images; 0 for threads of this one.
     'num_workers': 0,
     # A data set on whose images, without labels, students learn from their
@@ -111,7 +111,7 @@ def teacher() -> dict:
     'precision': 'float32',
     # Axes of the mesh that split its parameters: fsdp, tensor or both; ()
     # puts a copy on every device.
-    'split': (),
+    'shard': (),
     # A directory of kd-jax cache-teacher, which students then learn from
     # without running the teacher; '' for none.
     'cache': '',
@@ -256,7 +256,7 @@ def comparison(*, tiny: bool = False) -> ml_collections.ConfigDict:
   config.scales = (1.0,) if tiny else (1.0, 0.1, 0.01)
   # Options of a method's terms that differ from the published ones:
   # method -> term -> options.
-  config.overrides = ml_collections.ConfigDict()
+  config.method_options = ml_collections.ConfigDict()
   # Steps whose time is measured, of every method in turns.
   config.timing = {'runs': 2 if tiny else 30}
   return config

@@ -49,7 +49,7 @@ def make_input(examples: Split, mesh: Mesh, where: str = 'auto') -> Input:
   Raises:
     ValueError: for another word, or 'device' with streamed images.
   """
-  rules.choose('data.input', where, dict.fromkeys(WHERE))
+  rules.choose('data.placement', where, dict.fromkeys(WHERE))
   if where == 'auto':
     limit = SHARE * min(map(_memory, mesh.local_devices))
     fits = isinstance(examples, ImageData) and examples.image.nbytes <= limit
@@ -57,8 +57,8 @@ def make_input(examples: Split, mesh: Mesh, where: str = 'auto') -> Input:
   if where == 'device':
     if not isinstance(examples, ImageData):
       raise ValueError(
-        "data.input='device' is for images in memory; other examples, such as "
-        "those streamed with a data.image_size, need 'host' or 'auto'."
+        "data.placement='device' is for images in memory; other examples, such "
+        "as those streamed with a data.image_size, need 'host' or 'auto'."
       )
     resident = ResidentImages(examples, mesh)
     return Input(resident, resident.put)

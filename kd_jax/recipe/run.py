@@ -81,10 +81,10 @@ class Run:
   @functools.cached_property
   def layout(self) -> layout.Layout:
     """How parameters are split over the mesh, the teacher's too."""
-    split, axes = self.config.teacher.split, (layout.FSDP, layout.TENSOR)
-    for axis in split:
-      rules.choose('axis of teacher.split', axis, dict.fromkeys(axes))
-    return layout.DEFAULT._replace(teacher=tuple(split))
+    shard, axes = self.config.teacher.shard, (layout.FSDP, layout.TENSOR)
+    for axis in shard:
+      rules.choose('axis of teacher.shard', axis, dict.fromkeys(axes))
+    return layout.DEFAULT._replace(teacher=tuple(shard))
 
   @functools.cached_property
   def own_mesh(self) -> jax.sharding.Mesh:
