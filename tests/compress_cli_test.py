@@ -194,3 +194,17 @@ def test_bad_input_gets_one_sentence(case, trained, tmp_path, capsys):
   words = [w for w in words if w.split('=')[0] not in flags]
   assert cli.main([*words, *more]) == 2
   assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'change', ['seed=1', 'data.validation=0.2', 'student.model.name=mlp']
+)
+def test_what_a_work_directory_brings_cannot_be_changed(
+  change, trained, tmp_path, capsys
+):
+  place = tmp_path / 'small'
+  assert cli.main(_words(trained, place, f'--recipe.{change}')) == 2
+  key = change.partition('=')[0]
+  error = capsys.readouterr().err
+  assert f'--recipe.{key} cannot be changed: data, student and seed' in error
+  assert not place.exists()
