@@ -70,8 +70,8 @@ def load_config(path: str) -> ml_collections.ConfigDict:
 
 def open_run(config: ml_collections.ConfigDict) -> Run:
   """A run in no directory: nothing of it is stored."""
-  if 'overrides' not in config:
-    config.overrides = ml_collections.ConfigDict()
+  if 'method_options' not in config:
+    config.method_options = ml_collections.ConfigDict()
   like = None
   if 'synthetic' in config.data:
     images = _synthetic(**config.data.synthetic.to_dict())

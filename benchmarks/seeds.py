@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   args, rest = parser.parse_known_args(argv)
   reports = run_seeds(args, rest)
   first = reports[0]
+  made = first.get('compression')
   versions = ', '.join(f'{k} {v}' for k, v in first['versions'].items())
   page.publish(
     args.out,
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f'{len(reports)} seeds (seed 0: {aim["value"]})'
         for i, aim in enumerate(first['aims'])
       ),
+      *([f'compressed: {made}.'] if made else []),
       f'{len(reports)} seeds, mean ± standard deviation, test split of '
       f'{first["dataset"]["test_examples"]} images, last step.',
     ],

@@ -34,7 +34,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     part.train.evaluate_every_epochs = 100
   config.distill.train.batch_size = 32
   config.teacher.train.batch_size = 32
-  config.overrides = ml_collections.ConfigDict(
+  config.method_options = ml_collections.ConfigDict(
     {
       # 16384 negatives are for 50000 images.
       'crd': {'contrastive': {'negatives': 256}},

@@ -29,7 +29,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.data.crop_padding = 2
   config.data.flip = True
   config.data.train_examples = 64 if tiny else 0
-  config.overrides = ml_collections.ConfigDict()
+  config.method_options = ml_collections.ConfigDict()
   if tiny:
     config.teacher.model = {'name': 'cnn', 'widths': (8, 8)}
     config.student.model = {'name': 'cnn', 'widths': (2, 4)}

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
@@ -68,8 +69,11 @@ def compress(values: Any) -> int:
   config = values.recipe
   config.search.budget = values.budget
   _agree(config.to_dict(), model=values.model, stage=values.stage)
+  changed = config_flags.get_override_values(values['recipe'])
   opened = hosts.together(
-    lambda: search.open_run(config, values.model, values.stage, values.workdir)
+    lambda: search.open_run(
+      config, values.model, values.stage, values.workdir, changed=changed
+    )
   )
   plan_lib.check(opened, ['compress'])
   result = search.compress(opened)

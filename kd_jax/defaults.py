@@ -28,6 +28,7 @@ def training(epochs: int, learning_rate: float) -> ml_collections.ConfigDict:
       'optimizer': {'name': 'adamw', 'l2': 1e-2},
       # Decay of an average of the parameters to evaluate with; 0 for none.
       'average': 0.0,
+      # Checkpoints are written as often.
       'evaluate_every_epochs': 5,
       # Into how many parts a batch is divided, whose gradients are averaged.
       'accumulate': 1,
@@ -84,14 +85,15 @@ def data() -> dict:
     # Of the normalisation, per channel; () for those of the train split.
     'mean': (),
     'std': (),
-    # Of every split, and of the train split alone; 0 for all.
+    # How many examples are read of every split; 0 for all.
     'max_examples': 0,
+    # And of the train split, if other than `max_examples`; 0 for as many.
     'train_examples': 0,
     # Side of crops that are streamed from disk; 0 decodes all into memory.
     'image_size': 0,
     # Where images in memory lie while training: device, host, or auto, which
     # is device if they take an eighth of an accelerator's memory at most.
-    'input': 'auto',
+    'placement': 'auto',
     # Processes that read streamed images; 0 for threads of this one.
     'num_workers': 0,
     # A data set on whose images, without labels, students learn from their
@@ -111,7 +113,7 @@ def teacher() -> dict:
     'precision': 'float32',
     # Axes of the mesh that split its parameters: fsdp, tensor or both; ()
     # puts a copy on every device.
-    'split': (),
+    'shard': (),
     # A directory of kd-jax cache-teacher, which students then learn from
     # without running the teacher; '' for none.
     'cache': '',
@@ -241,7 +243,11 @@ def get_config(*, tiny: bool = False) -> ml_collections.ConfigDict:
 
 
 def comparison(*, tiny: bool = False) -> ml_collections.ConfigDict:
-  """Every field that `kd-jax compare` reads, with its default.
+  """The fields of `kd-jax compare`, with their defaults.
+
+  Beside its own they are those of `kd-jax run`, so that `plan` and
+  `cache-teacher` take the same file. It does not read `seed`, `alone`,
+  `compress`, `aims`, and `distill.terms`, which are those of each method.
 
   Args:
     tiny: see `get_config`; also three methods and two seeds.
@@ -256,14 +262,19 @@ def comparison(*, tiny: bool = False) -> ml_collections.ConfigDict:
   config.scales = (1.0,) if tiny else (1.0, 0.1, 0.01)
   # Options of a method's terms that differ from the published ones:
   # method -> term -> options.
-  config.overrides = ml_collections.ConfigDict()
+  config.method_options = ml_collections.ConfigDict()
   # Steps whose time is measured, of every method in turns.
   config.timing = {'runs': 2 if tiny else 30}
   return config
 
 
 def search(*, tiny: bool = False) -> ml_collections.ConfigDict:
-  """Every field that `kd-jax compress` reads, with its default.
+  """The fields of `kd-jax compress`, with their defaults.
+
+  Beside its own they are those of `kd-jax run`. It trains by `compress` alone,
+  whose teacher is the uncompressed network, and does not read how a `teacher`,
+  the student `alone` and `distill` train, nor `aims`. With a work directory as
+  `--model`, `data`, `student` and `seed` are those of that directory.
 
   Args:
     tiny: see `get_config`; also few candidates.
@@ -273,11 +284,13 @@ def search(*, tiny: bool = False) -> ml_collections.ConfigDict:
   config.compress.prune.sparsity = 0.0
   config.compress.quantize.freeze = '80%'
   config.search = {
-    # Set by --model, --stage and --budget.
+    # Set by --model, --stage and --budget: `model` is a path, where that of
+    # `student` is an architecture.
     'model': '',
     'stage': 'distill',
     'budget': '',
-    # Shares of the units to remove.
+    # Shares of the channels and heads to remove, a candidate of each; what
+    # `prune.structure` calls 'neurons'.
     'channels': (0.0, 0.5) if tiny else (0.0, 0.25, 0.5, 0.75),
     # Rounds the channels that a layer keeps up to a multiple.
     'multiple_of': 1,

@@ -148,7 +148,7 @@ def make_optimizer(
   l1: float = 0.0,
   l2: float = 0.0,
   decoupled: bool | None = None,
-  decay: str = '.*/kernel',
+  decayed: str = '.*/kernel',
   clip_norm: float | None = None,
   clip_value: float | None = None,
   accumulate: int = 1,
@@ -169,7 +169,7 @@ def make_optimizer(
     decoupled: False adds the penalties' gradients before the optimizer
       scales them, True after (arXiv:1711.05101); None is True for adamw, lion
       and lamb, False for the rest.
-    decay: `re.fullmatch` pattern of the parameter paths that L1 and L2 reach.
+    decayed: `re.fullmatch` pattern of the parameter paths that L1 and L2 reach.
     clip_norm: largest global norm of the gradients.
     clip_value: largest absolute value of a gradient.
     accumulate: number of batches whose mean gradient makes one update.
@@ -197,7 +197,7 @@ def make_optimizer(
 
   def selected(params):
     names = rules.leaf_names(params)
-    chosen = rules.match([(decay, True)], names, kind='decay rule')
+    chosen = rules.match([(decayed, True)], names, kind='decayed')
     return jax.tree.unflatten(
       jax.tree.structure(params), [name in chosen for name in names]
     )

@@ -92,7 +92,7 @@ _CIFAR_TRAIN = {
     'name': 'momentum',
     'momentum': 0.9,
     'l2': 5e-4,
-    'decay': '.*',
+    'decayed': '.*',
   },
 }
 _IMAGENET_DATA = {
@@ -114,7 +114,7 @@ _IMAGENET_TRAIN = {
     'name': 'momentum',
     'momentum': 0.9,
     'l2': 1e-4,
-    'decay': '.*',
+    'decayed': '.*',
   },
 }
 
@@ -160,7 +160,7 @@ PROTOCOLS: dict[str, Protocol] = {
         # The paper's 3e-4, which is not multiplied by the rate of 3e-3.
         'l2': 0.1,
         'clip_norm': 1.0,
-        'decay': '.*/kernel',
+        'decayed': '.*/kernel',
       },
     },
     _CIFAR_DATA | {'mixup': 1.0},

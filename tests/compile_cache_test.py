@@ -117,7 +117,7 @@ def test_every_step_of_a_run_is_compiled_once(
     '--stages=teacher,alone',
     f'--config.data.data_dir={data_dir}',
     '--config.steps_per_dispatch=3',
-    '--config.data.input=device',
+    '--config.data.placement=device',
   ]
   for stage in ('teacher', 'alone'):
     words.append(f'--config.{stage}.train.epochs=2')

@@ -88,7 +88,7 @@ def test_the_artefact_runs_in_jax_and_as_files(finished, trained):
   logits = forward(variables, batch).output
   assert logits.shape == (64, 10) and 'int8' in variables
   assert (directory / 'stablehlo').is_dir()
-  assert (directory / 'student.int8.onnx').is_file()
+  assert (directory / 'student.onnx').is_file()
   small = Network('small', lambda **_: forward, variables)
   found = evaluation.quality(run, small, 'test')
   assert found == result['test']['quality']
@@ -221,3 +221,17 @@ def test_bad_input_gets_one_sentence(case, trained, tmp_path, capsys):
   words = [w for w in words if w.split('=')[0] not in flags]
   assert cli.main([*words, *more]) == 2
   assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'change', ['seed=1', 'data.validation=0.2', 'student.model.name=mlp']
+)
+def test_what_a_work_directory_brings_cannot_be_changed(
+  change, trained, tmp_path, capsys
+):
+  place = tmp_path / 'small'
+  assert cli.main(_words(trained, place, f'--recipe.{change}')) == 2
+  key = change.partition('=')[0]
+  error = capsys.readouterr().err
+  assert f'--recipe.{key} cannot be changed: data, student and seed' in error
+  assert not place.exists()

@@ -155,7 +155,7 @@ def test_cifar_recipe_is_the_published_one(pair, stage):
     'name': 'momentum',
     'momentum': 0.9,
     'l2': 5e-4,
-    'decay': '.*',
+    'decayed': '.*',
   }
   data = config['data']
   assert (data['name'], data['crop_padding'], data['flip']) == (
@@ -179,7 +179,7 @@ def test_imagenet_recipe_is_the_published_one():
     assert train['learning_rate'] == 0.1 and train['schedule'] == 'step'
     assert [100 * share for share in train['boundaries']] == [30, 60, 90]
     assert train['optimizer']['l2'] == 1e-4
-    assert train['optimizer']['decay'] == '.*'
+    assert train['optimizer']['decayed'] == '.*'
   data = config['data']
   assert data['name'] == 'imagenet2012' and data['image_size'] == 224
   assert data['flip'] and not data['crop_padding'] and not data['validation']

@@ -82,7 +82,7 @@ def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
   report = read_report(workdir / 'report')
   assert report['dataset']['classes'] == ['left', 'right']
   rows = {row['name']: row for row in report['models']}
-  pruned = rows['pruned + int8 fake-quant']
+  pruned = rows['compressed']
   own, integer = rows['one program'], rows['integer (JAX)']
   assert own['accuracy'] == integer['accuracy'] and own['bytes'] > 0
   assert own['note'] == 'for the platform of the run'
@@ -105,7 +105,7 @@ def test_a_run_of_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
   rows = {row['name']: row for row in report['models']}
   # The mean predicts with an error of 1: what was learned stays to the end.
   assert all(row['mse'] < 0.8 for row in rows.values())
-  assert rows['ONNX int8']['mse'] == pytest.approx(
+  assert rows['integer (ONNX)']['mse'] == pytest.approx(
     rows['integer (JAX)']['mse'], abs=1e-3
   )
   assert report['curves']['distilled']['eval_mse'][-1] < 0.8

@@ -191,7 +191,7 @@ def test_a_search_equals_that_of_one_process(made):
   assert a['test'] == pytest.approx(b['test'], abs=1e-5)
   for place in made[:2]:
     names = {p.name for p in (place / 'small' / 'artefact').iterdir()}
-    assert {'stablehlo', 'student.int8.onnx', 'weights.safetensors'} <= names
+    assert {'stablehlo', 'student.onnx', 'weights.safetensors'} <= names
   # Of what each process tried nothing is left.
   assert not list(made[0].rglob('untrained*'))
 

@@ -70,7 +70,7 @@ def test_optimizer_equals_optaxs_own(name):
     name,
     learning_rate=RATE,
     l2=0.1 if decays else 0.0,
-    decay='.*',
+    decayed='.*',
     **OPTIONS,
   )
   gradients = _gradients(5)
@@ -129,7 +129,7 @@ def test_only_adamw_and_its_kin_decouple_by_default(name):
 
 
 def test_decay_chooses_other_parameters_by_path():
-  tx = optim.make_optimizer('sgd', learning_rate=1.0, l2=0.5, decay='.*/bias')
+  tx = optim.make_optimizer('sgd', learning_rate=1.0, l2=0.5, decayed='.*/bias')
   zeros = jax.tree.map(jnp.zeros_like, _params())
   got = _run(tx, [zeros])[0]['dense']
   _close(got['bias'], 0.5 * _params()['dense']['bias'])
@@ -267,8 +267,8 @@ def test_bad_arguments_are_named():
       optim.make_schedule(
         'cosine', peak=0.1, total_steps=10, warmup_steps=warmup
       )
-  tx = optim.make_optimizer('sgd', learning_rate=0.1, l2=0.1, decay='kernel')
-  with pytest.raises(ValueError, match="decay rule 'kernel' matches nothing"):
+  tx = optim.make_optimizer('sgd', learning_rate=0.1, l2=0.1, decayed='kernel')
+  with pytest.raises(ValueError, match="decayed 'kernel' matches nothing"):
     tx.init(_params())
 
 

@@ -53,7 +53,7 @@ def test_memory_is_that_of_the_state(planned):
 @pytest.mark.parametrize('split', [(), ('fsdp',)])
 def test_a_teacher_is_split_if_the_configuration_says_so(split):
   model = {'teacher.model.width': 32}
-  config = tiny(**model, **{'mesh.fsdp': 8, 'teacher.split': split})
+  config = tiny(**model, **{'mesh.fsdp': 8, 'teacher.shard': split})
   memory = plan.plan(config, alternatives=()).program.memory
   step = steps.rehearse(rehearsal.Rehearsal(tiny(**model)), 'distill')
   whole = _bytes(step.state.teacher)
@@ -61,8 +61,8 @@ def test_a_teacher_is_split_if_the_configuration_says_so(split):
 
 
 def test_an_axis_that_is_none_is_refused():
-  with pytest.raises(ValueError, match="axis of teacher.split 'data'.*fsdp"):
-    plan.plan(tiny(**{'teacher.split': ('data',)}), alternatives=())
+  with pytest.raises(ValueError, match="axis of teacher.shard 'data'.*fsdp"):
+    plan.plan(tiny(**{'teacher.shard': ('data',)}), alternatives=())
 
 
 def test_flops_are_those_of_the_models(planned):

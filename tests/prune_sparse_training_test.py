@@ -132,7 +132,7 @@ def _inner(name):
       optax.sgd(0.1, momentum=0.9), decay=0.5
     ),
     'decay': lambda: optim.make_optimizer(
-      'adamw', learning_rate=0.1, l2=0.1, decay='w'
+      'adamw', learning_rate=0.1, l2=0.1, decayed='w'
     ),
     'multi': lambda: optax.multi_transform(
       {'a': optax.adam(0.1), 'b': optax.sgd(0.1)}, {'w': 'a', 'b': 'b'}

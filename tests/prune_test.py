@@ -18,15 +18,15 @@ OPTIMIZERS = {
   'sgd': {'name': 'sgd'},
   'momentum': {'name': 'momentum'},
   'nesterov': {'name': 'nesterov', 'l1': 0.1},
-  'adamw': {'name': 'adamw', 'l2': 0.5, 'decay': '.*'},
-  'lion': {'name': 'lion', 'l2': 0.5, 'decay': '.*'},
+  'adamw': {'name': 'adamw', 'l2': 0.5, 'decayed': '.*'},
+  'lion': {'name': 'lion', 'l2': 0.5, 'decayed': '.*'},
   'accumulated': {'name': 'momentum', 'accumulate': 3},
   'averaged': {'name': 'momentum', 'average': 0.5},
 }
 
 
 def _optimizer(name, *, average=None, **options):
-  options = {'decay': 'kernel'} | options
+  options = {'decayed': 'kernel'} | options
   tx = optim.make_optimizer(name, learning_rate=0.1, **options)
   return tx if average is None else optim.average_params(tx, decay=average)
 

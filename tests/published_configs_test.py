@@ -33,10 +33,10 @@ MODELS = [
   'teacher',
   'student alone',
   'distilled',
-  'pruned + int8 fake-quant',
+  'compressed',
   'integer (JAX)',
-  'StableHLO int8',
-  'ONNX int8',
+  'integer (StableHLO)',
+  'integer (ONNX)',
 ]
 
 pytestmark = [pytest.mark.slow, pytest.mark.once]

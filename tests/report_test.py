@@ -13,9 +13,10 @@ import pytest
 from matplotlib.text import Text
 from rich.console import Console
 
+from kd_jax import defaults
 from kd_jax import report as reports
 from kd_jax.recipe import assess
-from kd_jax.report import plots, table, units
+from kd_jax.report import names, plots, table, units
 
 FIGURES = (
   reports.curves_figure,
@@ -89,6 +90,7 @@ def _made():
       'test_examples': 360,
       'classes': [str(i) for i in range(10)],
     },
+    'compression': '80 % pruned, int8 fake-quant',
     'protocol': [
       'accuracy on the test split (360 images) at the last step, one seed (0)',
       'distillation: 0.9*KL(T=4, times T^2, batch mean) + 0.1*CE',
@@ -109,7 +111,7 @@ def _made():
       _model('student alone', 0.9667, 97_212, 0.42),
       _model('distilled', 0.9750, 97_212, 0.42),
       _model(
-        'pruned + int8 fake-quant',
+        'compressed',
         0.9722,
         97_212,
         0.61,
@@ -117,14 +119,14 @@ def _made():
         note='80 % sparse, 8 bits',
       ),
       _model('integer (JAX)', 0.9722, 27_904, 0.88, **small),
-      _model('StableHLO int8', 0.9722, 31_310, 0.35, **small),
-      _model('ONNX int8', 0.9694, 29_876, 0.084, **small),
+      _model('integer (StableHLO)', 0.9722, 31_310, 0.35, **small),
+      _model('integer (ONNX)', 0.9694, 29_876, 0.084, **small),
     ],
     'curves': {
       'teacher': _curve(0, 1500, 0.986, 2.4),
       'student alone': _curve(1, 1500, 0.968, 2.3),
       'distilled': _curve(2, 1500, 0.975, 14.0),
-      plots.COMPRESSED: _curve(3, 1500, 0.972, 6.0, sparsity=0.8),
+      names.COMPRESSED: _curve(3, 1500, 0.972, 6.0, sparsity=0.8),
     },
     'sparsity': [
       {'path': 'conv1/kernel', 'size': 288, 'nonzero': 120},
@@ -154,7 +156,7 @@ def _made():
     ],
     'parity': [
       {
-        'name': 'StableHLO int8',
+        'name': 'integer (StableHLO)',
         'against': 'integer (JAX)',
         'agreement': 1.0,
         'max_abs_error': 0.0,
@@ -162,7 +164,7 @@ def _made():
         'note': 'bitwise equal',
       },
       {
-        'name': 'ONNX int8',
+        'name': 'integer (ONNX)',
         'against': 'integer (JAX)',
         'agreement': 0.9972,
         'max_abs_error': 0.021,
@@ -444,7 +446,7 @@ def test_page_escapes_every_word(report):
   evil = '<script>alert("1")</script> & $x$'
   for model in report['models'][3:5]:
     model['name'] = model['note'] = evil
-  report['curves'][evil] = report['curves'].pop(plots.COMPRESSED)
+  report['curves'][evil] = report['curves'].pop(names.COMPRESSED)
   report['sparsity'][0]['path'] = evil
   report['parity'][0] |= {'name': evil, 'against': evil, 'note': evil}
   report['aims'][2] |= {'text': evil, 'value': evil}
@@ -461,7 +463,7 @@ def test_page_escapes_every_word(report):
 def test_summary_is_honest_about_a_gain_within_the_noise(report):
   lead, speed, gain, aims = reports.summary(report)
   assert lead == (
-    "ONNX int8 scores 96.9 %, 1.7 points below the teacher's 98.6 %, in "
+    "integer (ONNX) scores 96.9 %, 1.7 points below the teacher's 98.6 %, in "
     "29.9 KB, 1/67 of the teacher's size."
   )
   assert '0.084 ms against 1.25 ms: 14.9 times as fast.' in speed
@@ -475,10 +477,10 @@ def test_summary_is_honest_about_a_gain_within_the_noise(report):
 def test_summary_does_not_flatter(report):
   models = {m['name']: m for m in report['models']}
   models['distilled']['accuracy'] = 0.80
-  models['ONNX int8']['accuracy'] = 0.9861
-  models['ONNX int8']['bytes'] = 4_024_688
+  models['integer (ONNX)']['accuracy'] = 0.9861
+  models['integer (ONNX)']['bytes'] = 4_024_688
   times = {'median_ms': 2.5, 'low_ms': 1.6, 'high_ms': 3.0}
-  models['ONNX int8']['latency']['1'] |= times
+  models['integer (ONNX)']['latency']['1'] |= times
   lead, speed, gain, _ = reports.summary(report)
   assert 'the same as the teacher' in lead and "2.0x of the teacher's" in lead
   assert '2.0 times as slow, though the spreads overlap' in speed
@@ -509,19 +511,19 @@ def test_curves_name_every_stage_and_survive_gaps(report):
   def legend(ax):
     return [t.get_text() for t in ax.get_legend().get_texts()]
 
-  assert legend(accuracy) == ['teacher', 'distilled', plots.COMPRESSED]
-  assert legend(loss) == ['teacher', 'distilled', plots.COMPRESSED]
-  assert legend(schedule) == [plots.COMPRESSED]
+  assert legend(accuracy) == ['teacher', 'distilled', names.COMPRESSED]
+  assert legend(loss) == ['teacher', 'distilled', names.COMPRESSED]
+  assert legend(schedule) == [names.COMPRESSED]
   assert '%' in accuracy.get_ylabel() and 'step' in accuracy.get_xlabel()
   assert loss.get_yscale() == 'log'
-  report['curves'][plots.COMPRESSED].pop('sparsity')
+  report['curves'][names.COMPRESSED].pop('sparsity')
   assert len(reports.curves_figure(report).axes) == 2
 
 
 @pytest.mark.parametrize('crowded', [False, True])
 def test_size_figure_names_every_model_without_overlap(report, crowded):
   if crowded:
-    # Beside 'pruned + int8 fake-quant', where its name would stand.
+    # Beside 'compressed', where its name would stand.
     report['models'][1] |= {'bytes': 150_000, 'accuracy': 0.9722}
     for model in report['models'][4:]:
       model |= {'bytes': 28_000, 'accuracy': 0.9722}
@@ -595,3 +597,36 @@ def test_dropped_steps_and_spikes_are_said():
   assert 'went well' not in ' '.join(
     reports.summary({**report, 'dropped': rows[:1]})
   )
+
+
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    ({}, '80 % pruned, int8 fake-quant'),
+    ({'prune.sparsity': 0.0}, 'not pruned, int8 fake-quant'),
+    (
+      {'prune.structure': 'residual_blocks', 'prune.sparsity': 0.125},
+      '12.5 % pruned (residual blocks), int8 fake-quant',
+    ),
+    ({'prune.method': 'preserve'}, 'zeros preserved, int8 fake-quant'),
+    (
+      {'quantize.weights': (('.*', 'int4'),)},
+      '80 % pruned, fake-quant of int4 weights and int8 activations',
+    ),
+    (
+      {
+        'quantize.weights': (('.*', 'float'),),
+        'quantize.activations': (('.*', 'float'),),
+      },
+      '80 % pruned, not quantized: rows called integer compute in float',
+    ),
+  ],
+)
+def test_a_report_says_what_compressed_is(report, changes, words):
+  recipe = defaults.get_config().compress
+  recipe.update_from_flattened_dict(changes)
+  report['compression'] = assess.compression(recipe)
+  assert report['compression'] == words
+  assert f'- Compressed: {words}.' in reports.markdown(report)
+  report['compression'] = None
+  assert 'Compressed:' not in reports.markdown(report)

@@ -54,10 +54,10 @@ def test_run_reports_every_model(finished):
     'teacher',
     'student alone',
     'distilled',
-    'pruned + int8 fake-quant',
+    'compressed',
     'integer (JAX)',
-    'StableHLO int8',
-    'ONNX int8',
+    'integer (StableHLO)',
+    'integer (ONNX)',
   ]
   for row in report['models']:
     assert 0 <= row['accuracy'] <= 1
@@ -87,7 +87,7 @@ def test_exports_agree_with_the_integer_model(finished):
   workdir, _ = finished
   parity = read_report(workdir / 'report')['parity']
   exported = {p['name']: p for p in parity if 'int8' in p['name']}
-  assert {'StableHLO int8', 'ONNX int8'} <= exported.keys()
+  assert {'integer (StableHLO)', 'integer (ONNX)'} <= exported.keys()
   for row in exported.values():
     assert row['agreement'] >= 0.995
     assert row['examples'] == 256

@@ -102,7 +102,7 @@ def test_a_cohort_of_token_models_goes_all_the_way(tmp_path, monkeypatch):
   assert rows['teacher']['token_accuracy'] > 0.5
   assert rows['integer (JAX)']['bytes'] < 0.2 * rows['teacher']['bytes']
   parity = {row['name']: row['agreement'] for row in report['parity']}
-  assert parity['StableHLO int8'] == parity['ONNX int8'] == 1.0
+  assert parity['integer (StableHLO)'] == parity['integer (ONNX)'] == 1.0
   exported = run.workdir.stage('export') / 'stablehlo' / 'manifest.json'
   manifest = json.loads(exported.read_text())
   assert manifest['input']['shape'] == ['batch', LENGTH]

@@ -80,7 +80,8 @@ compress:
                           or a safetensors file of the network that
                           --recipe.student.model names
   --recipe FILE           a configuration such as configs/compress.py;
-                          --recipe.KEY=VALUE changes one field
+                          --recipe.KEY=VALUE changes one field; data, student
+                          and seed are those of a work directory
   --budget LIMIT          such as '20 KB', '1.5 MFLOP' or '0.4 ms'
   --stage STAGE           of a work directory: distill (default) or alone
 

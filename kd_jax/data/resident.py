@@ -50,7 +50,7 @@ def make_input(examples: Split, mesh: Mesh, where: str = 'auto') -> Input:
     ValueError: for another word, or 'device' with examples that are not in
       memory, such as streamed images.
   """
-  rules.choose('data.input', where, dict.fromkeys(WHERE))
+  rules.choose('data.placement', where, dict.fromkeys(WHERE))
   if where == 'auto':
     limit = SHARE * min(map(_memory, mesh.local_devices))
     fits = isinstance(examples, InMemory) and _input(examples).nbytes <= limit
@@ -58,8 +58,8 @@ def make_input(examples: Split, mesh: Mesh, where: str = 'auto') -> Input:
   if where == 'device':
     if not isinstance(examples, InMemory):
       raise ValueError(
-        "data.input='device' is for examples in memory; others, such as images "
-        "streamed with a data.image_size, need 'host' or 'auto'."
+        "data.placement='device' is for examples in memory; others, such as "
+        "images streamed with a data.image_size, need 'host' or 'auto'."
       )
     resident = Resident(examples, mesh)
     return Input(resident, resident.put)

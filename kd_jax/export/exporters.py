@@ -119,15 +119,15 @@ def _kernels(path: Path) -> str:
 
 
 EXPORTERS: dict[str, Exporter] = {
-  'StableHLO int8': Exporter(
+  'integer (StableHLO)': Exporter(
     'stablehlo',
     _write_stablehlo,
     _load_stablehlo,
     artefact_bytes,
     lambda path: 'file: both modules, weights and manifest',
   ),
-  'ONNX int8': Exporter(
-    'student.int8.onnx',
+  'integer (ONNX)': Exporter(
+    'student.onnx',
     _write_onnx,
     onnx.load_onnx,
     note=_kernels,

@@ -131,11 +131,11 @@ def require(parity: Parity, *, name: str, agreement: float = 0.995) -> None:
     agreement: the share of examples to agree on, at least.
 
   Example:
-    >>> require(Parity(0.98, 0.7, 21.4, 500), name='ONNX int8')
+    >>> require(Parity(0.98, 0.7, 21.4, 500), name='integer (ONNX)')
     Traceback (most recent call last):
     ...
-    ValueError: ONNX int8 agrees with its reference on 98.00% of 500 examples, \
-but 99.50% are required; largest error 0.7, SQNR 21.4 dB.
+    ValueError: integer (ONNX) agrees with its reference on 98.00% of 500 \
+examples, but 99.50% are required; largest error 0.7, SQNR 21.4 dB.
   """
   if parity.agreement >= agreement:
     return

@@ -78,7 +78,7 @@ def load_artefact(
     forward = adapters.from_linen(model, **options)
     return forward.intercepted(prune.resized(about['overrides'])), variables
   dynamic = [
-    (p, rules.choose('activations format', name, SPECS['activations']))
+    (p, rules.choose('quantize.activations', name, SPECS['activations']))
     for p, name in about['activations']
   ]
   interceptors = [prune.resized(overrides) for overrides in about['overrides']]

@@ -22,16 +22,16 @@ from kd_jax.recipe import evaluation, origin
 from kd_jax.recipe.evaluation import Apply
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
-from kd_jax.report import measure
+from kd_jax.report import measure, names
 from kd_jax.rules import leaf_names, named_leaves
 from kd_jax.storage import weights
 from kd_jax.types import Batch
 
 TRAINED = {
-  'teacher': 'teacher',
-  'alone': 'student alone',
-  'distill': 'distilled',
-  'compress': 'pruned + int8 fake-quant',
+  'teacher': names.TEACHER,
+  'alone': names.ALONE,
+  'distill': names.DISTILLED,
+  'compress': names.COMPRESSED,
 }
 BATCHES = (1, 32)
 
@@ -68,12 +68,12 @@ def scores(
   run: Run, found: Mapping[str, Apply], split: str
 ) -> dict[str, dict[str, float]]:
   """name -> metrics of everything found, compared with the teacher."""
-  if 'teacher' not in found:
+  if names.TEACHER not in found:
     raise ValueError(
       f'{run.workdir.place} has no finished teacher: run kd-jax run first.'
     )
   return {
-    name: evaluation.evaluate(run, apply, split, teacher=found['teacher'])
+    name: evaluation.evaluate(run, apply, split, teacher=found[names.TEACHER])
     for name, apply in found.items()
   }
 
@@ -98,6 +98,7 @@ def assemble(run: Run) -> dict[str, Any]:
       'classes': list(splits['test'].class_names),
     },
     'metrics': metrics.describe(run.task.measured(with_teacher=True)),
+    'compression': compression(run.config.compress),
     'protocol': _protocol(run),
     'models': rows,
     'curves': _curves(run),
@@ -125,7 +126,8 @@ def _models(
   }
   exports = run.workdir.result('export')['exports']
   notes = {n: about['note'] for n, about in exports.items()}
-  notes[TRAINED['compress']] = 'simulates int8 in float32: slower by design'
+  if run.compression.quantization.anything:
+    notes[names.COMPRESSED] = 'simulates integers in float32: slower by design'
   latency = _latency(run, found)
   rows = []
   for name, apply_numbers in numbers.items():
@@ -303,12 +305,12 @@ def _protocol(run: Run) -> list[str]:
     f'step, one seed ({c.seed}). The test split is used for nothing else; '
     f'curves show {curves}.',
     *(_MEANING[name] for name in named if name in _MEANING),
-    f'distilled: {distilled}{_scheme(c.distill.scheme)}.',
-    f'pruned + int8: {compressed}; from the distilled student.',
+    f'{names.DISTILLED}: {distilled}{_scheme(c.distill.scheme)}.',
+    f'{names.COMPRESSED}: {compressed}; from the distilled student.',
     'Every term is a mean over the batch; soft targets are KL(teacher || '
     'student), summed over classes, times T squared.',
-    'student alone and distilled start from the same weights and see the same '
-    'batches, equally augmented, for the same number of steps.',
+    f'{names.ALONE} and {names.DISTILLED} start from the same weights and see '
+    'the same batches, equally augmented, for the same number of steps.',
     'FLOPs: 2 x multiply-accumulates of convolutions and matrix products for '
     'one example; zeros are counted.',
     'Latency: median (quartiles) of 30 calls, all models in turns, from raw '
@@ -318,6 +320,39 @@ def _protocol(run: Run) -> list[str]:
     'Training time: wall time of the training loop, compilation and '
     'evaluation included.',
   ]
+
+
+def compression(recipe: ml_collections.ConfigDict) -> str:
+  """What a recipe makes of a network, in words.
+
+  Args:
+    recipe: the field `compress` of `kd_jax.defaults`.
+
+  Example:
+    >>> from kd_jax import defaults
+    >>> compression(defaults.get_config().compress)
+    '80 % pruned, int8 fake-quant'
+  """
+  prune = recipe.prune
+  pruned = f'{100 * prune.sparsity:g} % pruned' if prune.sparsity else ''
+  if pruned and prune.structure != 'weights':
+    pruned += f' ({prune.structure.replace("_", " ")})'
+  if prune.method == 'preserve':
+    pruned = 'zeros preserved'
+  formats = {
+    kind: '/'.join(dict.fromkeys(n for _, n in recipe.quantize[kind]))
+    or 'float'
+    for kind in ('weights', 'activations')
+  }
+  used = set(formats.values())
+  if used == {'float'}:
+    rounded = 'not quantized: rows called integer compute in float'
+  elif len(used) == 1:
+    rounded = f'{used.pop()} fake-quant'
+  else:
+    each = (f'{name} {kind}' for kind, name in formats.items())
+    rounded = f'fake-quant of {" and ".join(each)}'
+  return f'{pruned or "not pruned"}, {rounded}'
 
 
 def _scheme(scheme: ml_collections.ConfigDict) -> str:
@@ -334,8 +369,8 @@ def aims(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """What the configuration aims at, with the value and whether it is met."""
   c = run.config.aims
   by_name = {row['name']: row for row in rows}
-  teacher, integer = by_name['teacher'], by_name['integer (JAX)']
-  student = by_name['student alone']
+  teacher, integer = by_name[names.TEACHER], by_name[names.INTEGER]
+  student = by_name[names.ALONE]
   parities = {p['name']: p for p in run.workdir.result('export')['parity']}
   share = student['parameters'] / teacher['parameters']
   look = run.quality

@@ -18,7 +18,7 @@ from kd_jax.storage.progress import ProgressBar
 
 # Of the teacher's configuration: what does not change its function, given its
 # weights.
-_NOT_FUNCTION = ('train', 'pretrained', 'cache', 'split')
+_NOT_FUNCTION = ('train', 'pretrained', 'cache', 'shard')
 
 
 def open_teacher(run: Run) -> Network:

@@ -173,7 +173,7 @@ def _terms(
 ) -> dict[str, dict[str, Any]]:
   """The scaled terms of a method, with the configuration's own options."""
   terms = scaled_terms(name, scale)
-  for label, options in config.overrides.get(name, {}).items():
+  for label, options in config.method_options.get(name, {}).items():
     terms[label] = {**terms[label], **options}
   return terms
 

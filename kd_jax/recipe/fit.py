@@ -229,7 +229,7 @@ def _train(
 ) -> train_lib.Trained:
   steps, per_epoch, _ = Training.of(c, examples)
   sharding.connect(run.mesh)
-  source = data.make_input(examples, run.mesh, run.config.data.input)
+  source = data.make_input(examples, run.mesh, run.config.data.placement)
   batches = _batches(run, source.examples, c.batch_size)
   fingerprint = {'stage': where, 'config': run.workdir.fingerprint}
   if cache is not None:

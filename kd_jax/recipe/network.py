@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kd_jax import data, networks
+from kd_jax.report.names import TEACHER as TEACHER
 from kd_jax.types import StudentFn, Variables
-
-TEACHER = 'teacher'
 
 
 @dataclasses.dataclass(frozen=True)

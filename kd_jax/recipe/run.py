@@ -28,6 +28,7 @@ from kd_jax import (
 from kd_jax.recipe.compression import Compression
 from kd_jax.recipe.network import TEACHER, Network, ensemble
 from kd_jax.recipe.words import Training, Uncompressed
+from kd_jax.report import names
 from kd_jax.report.looks import Look, looks_of
 from kd_jax.sharding import layout
 from kd_jax.storage.weights import load_weights
@@ -81,10 +82,10 @@ class Run:
   @functools.cached_property
   def layout(self) -> layout.Layout:
     """How parameters are split over the mesh, the teacher's too."""
-    split, axes = self.config.teacher.split, (layout.FSDP, layout.TENSOR)
-    for axis in split:
-      rules.choose('axis of teacher.split', axis, dict.fromkeys(axes))
-    return layout.DEFAULT._replace(teacher=tuple(split))
+    shard, axes = self.config.teacher.shard, (layout.FSDP, layout.TENSOR)
+    for axis in shard:
+      rules.choose('axis of teacher.shard', axis, dict.fromkeys(axes))
+    return layout.DEFAULT._replace(teacher=tuple(shard))
 
   @functools.cached_property
   def own_mesh(self) -> jax.sharding.Mesh:
@@ -255,16 +256,16 @@ class Run:
 
   def student(self, stage: str) -> Network:
     """The float student that 'alone' or 'distill' trained."""
-    name = {'alone': 'student alone', 'distill': 'distilled'}[stage]
+    name = {'alone': names.ALONE, 'distill': names.DISTILLED}[stage]
     part = {'alone': 'alone', 'distill': 'student'}[stage]
     model = self.model(part)
     return self.network(name, model, self.trained(stage, model))
 
   def compressed(self) -> Network:
-    """The pruned student, fake-quantized."""
+    """The student, pruned and fake-quantized as the configuration says."""
     variables = load_weights(self.workdir.weights('compress'))
     return Network(
-      'pruned + int8 fake-quant',
+      names.COMPRESSED,
       self.compression.make,
       self.compression.simulated(variables),
     )
@@ -276,7 +277,7 @@ class Run:
       self.compression.integer_forward, overrides, simulate=simulate
     )
     weights = load_weights(self.workdir.weights('convert'))
-    return Network('integer (JAX)', make, weights)
+    return Network(names.INTEGER, make, weights)
 
 
 _PRECISIONS = dict.fromkeys(('float32', 'bfloat16', 'int8'))

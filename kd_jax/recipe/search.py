@@ -5,7 +5,7 @@ of the few that are worth it, and the artefact. A candidate learns from the
 network that it was made from, so no teacher is needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ml_collections
@@ -26,10 +26,17 @@ from kd_jax.storage.weights import load_weights
 from kd_jax.storage.workdir import Workdir
 
 _STAGES = dict.fromkeys(('distill', 'alone'))
+# What a work directory brings with its network.
+_STORED = ('data', 'student', 'seed')
 
 
 def open_run(
-  config: ml_collections.ConfigDict, path: str, stage: str, workdir: str
+  config: ml_collections.ConfigDict,
+  path: str,
+  stage: str,
+  workdir: str,
+  *,
+  changed: Iterable[str] = (),
 ) -> Run:
   """The run of a search, in a directory of its own.
 
@@ -40,10 +47,12 @@ def open_run(
       configuration, or a local safetensors file.
     stage: whose student of a work directory: 'distill' or 'alone'.
     workdir: where everything is written.
+    changed: keys of the configuration that were asked for by name, of which
+      none may be replaced.
 
   Raises:
-    ValueError: if the model or its stage is missing, or the directory belongs
-      to another search.
+    ValueError: if the model or its stage is missing, the directory belongs to
+      another search, or a key of `changed` would be replaced.
   """
   config = ml_collections.ConfigDict(config.to_dict())
   place = mirror.resolve(path)
@@ -51,11 +60,17 @@ def open_run(
   config.search.model = str(place.resolve() if local else path)
   if place.is_dir():
     stored = Workdir(path)
+    for key in changed:
+      if key.split('.')[0] in _STORED:
+        raise ValueError(
+          f'--recipe.{key} cannot be changed: data, student and seed are those '
+          f'of the work directory --model={path}.'
+        )
     rules_lib.choose('stage', stage, _STAGES)
     stored.weights(stage)
     config.search.stage = stage
     with config.unlocked():
-      for key in ('data', 'student', 'seed'):
+      for key in _STORED:
         value = stored.config[key]
         value = ml_collections.ConfigDict(value) if key != 'seed' else value
         config[key] = value

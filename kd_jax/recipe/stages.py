@@ -27,7 +27,7 @@ from kd_jax.recipe.compression import Compression
 from kd_jax.recipe.fit import Result, Student, fit
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
-from kd_jax.report import write_report
+from kd_jax.report import names, write_report
 from kd_jax.sharding import hosts, preemption
 from kd_jax.storage import lock
 from kd_jax.storage.weights import load_weights, save_weights
@@ -136,14 +136,14 @@ def _parities(
   integer, compressed = evaluation.apply(run, network), run.compressed()
   pairs: list[tuple[str, evaluation.Apply, str, evaluation.Apply]] = [
     (
-      'integer (JAX)',
+      names.INTEGER,
       integer,
       compressed.name,
       evaluation.apply(run, compressed),
     )
   ]
   for name, apply in exporters.load(directory).items():
-    pairs.append((name, apply, 'integer (JAX)', integer))
+    pairs.append((name, apply, names.INTEGER, integer))
   found = []
   for name, apply, against, reference in pairs:
     compared = parity.compare(
@@ -153,7 +153,7 @@ def _parities(
       agree=run.task.agree,
       reads=run.task.reads,
     )
-    if against == 'integer (JAX)':
+    if against == names.INTEGER:
       parity.require(
         compared, name=name, agreement=run.config.aims.export_agreement
       )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.report import plots
+from kd_jax.report import names, plots
 from kd_jax.report.looks import Look, looks_of, quality_of
 from kd_jax.storage import files
 
@@ -191,9 +191,9 @@ def _draw(ax: Any, comparison: Comparison) -> bool:
   look, places = quality_of(comparison), np.arange(len(rows))
   for y, row in zip(places, rows, strict=True):
     values = [look.scaled(v) for v in row[look.name]]
-    color = plots.COLORS['distilled']
+    color = plots.COLORS[names.DISTILLED]
     if row['name'] in _BASELINES:
-      color = plots.COLORS['student alone']
+      color = plots.COLORS[names.ALONE]
     mean, deviation = spread(values)
     ax.plot(values, [y] * len(values), '.', color=color, alpha=0.35, ms=5)
     ax.errorbar(
@@ -203,7 +203,7 @@ def _draw(ax: Any, comparison: Comparison) -> bool:
   for name, style in (('alone', ':'), ('kd', '--')):
     if name in named:
       mean = look.scaled(spread(named[name][look.name])[0])
-      color = plots.COLORS['student alone']
+      color = plots.COLORS[names.ALONE]
       ax.axvline(mean, ls=style, lw=1.0, color=color, zorder=0)
   ax.set_yticks(places, [row['title'] for row in rows])
   ax.set_ylim(-0.7, len(rows) - 0.3)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kd_jax.report.looks import quality_of
+from kd_jax.report.names import ALONE, DISTILLED, TEACHER
 from kd_jax.report.units import DASH, fraction, milliseconds, number, size
 
 Report = Mapping[str, Any]
@@ -93,14 +94,14 @@ def aims(report: Report) -> list[tuple[str, str, str]]:
 def _shipped(report: Report) -> Mapping[str, Any]:
   """The last measured model that is not the teacher."""
   look = quality_of(report)
-  measured = [m for m in models_of(report) if m.get('name') != 'teacher']
+  measured = [m for m in models_of(report) if m.get('name') != TEACHER]
   measured = [m for m in measured if look.of(m) is not None]
   return measured[-1] if measured else {}
 
 
 def _result(report: Report) -> str:
   """The sentence about quality and size of what would be shipped."""
-  model, teacher = _shipped(report), find_model(report, 'teacher')
+  model, teacher = _shipped(report), find_model(report, TEACHER)
   look, digits = quality_of(report), digits_of(report)
   a, b = look.of(model), look.of(teacher)
   if a is None:
@@ -123,7 +124,7 @@ def _result(report: Report) -> str:
 
 def _speed(report: Report) -> str:
   """The sentence that compares its latency with the teacher's."""
-  model, teacher = _shipped(report), find_model(report, 'teacher')
+  model, teacher = _shipped(report), find_model(report, TEACHER)
   for batch in batch_sizes(report):
     a, b = timing(model, batch), timing(teacher, batch)
     if not a['median'] or not b['median']:
@@ -159,8 +160,8 @@ def _overlap(a: Spread, b: Spread) -> bool:
 def _gain(report: Report) -> str:
   """The sentence on what distillation gained, or that nobody knows."""
   look = quality_of(report)
-  distilled = look.of(find_model(report, 'distilled'))
-  alone = look.of(find_model(report, 'student alone'))
+  distilled = look.of(find_model(report, DISTILLED))
+  alone = look.of(find_model(report, ALONE))
   if distilled is None:
     return ''
   if alone is None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kd_jax.report import plots
+from kd_jax.report import names, plots
 from kd_jax.report.findings import Report, aims, models_of, summary
 from kd_jax.report.looks import quality_of
 from kd_jax.report.table import (
@@ -36,10 +36,10 @@ _THEME = {
   plots.INK: ('ink', '#1b1f24', '#e8ebee'),
   plots.MUTED: ('muted', '#5f6872', '#9aa4ae'),
   plots.GRID: ('grid', '#dde1e5', '#343b44'),
-  plots.COLORS['teacher']: ('teacher', '#4a525c', '#c3cad2'),
-  plots.COLORS['student alone']: ('alone', '#d55e00', '#ff9248'),
-  plots.COLORS['distilled']: ('distilled', '#0072b2', '#5bb5f2'),
-  plots.COLORS[plots.COMPRESSED]: ('compressed', '#00805e', '#2fcf9f'),
+  plots.COLORS[names.TEACHER]: ('teacher', '#4a525c', '#c3cad2'),
+  plots.COLORS[names.ALONE]: ('alone', '#d55e00', '#ff9248'),
+  plots.COLORS[names.DISTILLED]: ('distilled', '#0072b2', '#5bb5f2'),
+  plots.COLORS[names.COMPRESSED]: ('compressed', '#00805e', '#2fcf9f'),
   plots.SPARE[0]: ('spare0', '#b0568c', '#e79cc6'),
   plots.SPARE[1]: ('spare1', '#a67400', '#f0c04c'),
   plots.SPARE[2]: ('spare2', '#3f8fc4', '#93cdf5'),
@@ -123,7 +123,7 @@ def html(report: Report) -> str:
     *(f'<p class="more">{_text(sentence)}</p>' for sentence in more),
     _section('Models', _models(report)),
     _section('Aims', _aim_list(report)),
-    _section('Accuracy against size', _size(report)),
+    _section('Quality against size', _size(report)),
     _section('Training and pruning', _training(report)),
     _section('Layers', _details('Cost of each layer', *layer_rows(report))),
     _section('Integers', _details(INTEGERS, *integer_rows(report))),
@@ -171,11 +171,11 @@ def _cell(cell: Cell) -> str:
 
 def _models(report: Report) -> str:
   """The models table, each model's note under its name."""
-  names, *columns = model_columns(report)
+  models, *columns = model_columns(report)
   head = ''.join(f'<th scope="col">{_text(c.title)}</th>' for c in columns)
   rows = []
   for i, model in enumerate(models_of(report)):
-    name = _cell(Cell(names.cells[i].value, str(model.get('note') or '')))
+    name = _cell(Cell(models.cells[i].value, str(model.get('note') or '')))
     values = ''.join(f'<td>{_cell(c.cells[i])}</td>' for c in columns)
     rows.append(f'<tr><th scope="row">{name}</th>{values}</tr>')
   return (

@@ -21,16 +21,16 @@ from kd_jax.report.findings import (
 )
 from kd_jax.report.labels import name_points
 from kd_jax.report.looks import quality_of
+from kd_jax.report.names import ALONE, COMPRESSED, DISTILLED, TEACHER
 from kd_jax.report.units import count, number, percent, size
 
 INK, MUTED, GRID, PAPER = '#1b1f24', '#5f6872', '#dde1e5', '#ffffff'
-COMPRESSED = 'pruned + int8 fake-quant'
 # Okabe and Ito's palette, which survives every common colour blindness; line
 # styles and markers say the same again without any colour.
 COLORS = {
-  'teacher': '#4a525c',
-  'student alone': '#d55e00',
-  'distilled': '#0072b2',
+  TEACHER: '#4a525c',
+  ALONE: '#d55e00',
+  DISTILLED: '#0072b2',
   COMPRESSED: '#009e73',
 }
 SPARE = ('#b0568c', '#a67400', '#3f8fc4')
@@ -85,7 +85,7 @@ def curves_figure(report: Report) -> Any:
 
 
 def size_figure(report: Report) -> Any:
-  """Accuracy against size on disk (log scale), each model named beside it.
+  """Quality against size on disk (log scale), each model named beside it.
 
   Args:
     report: the report; reads `models`, leaving out those without a quality
@@ -249,13 +249,13 @@ def draw_size(ax: Any, report: Report) -> bool:
   ax.xaxis.set_major_formatter(lambda v, _: re.sub(r'\.0+', '', size(v)))
   ax.xaxis.set_minor_formatter(lambda v, _: '')
   ax.minorticks_off()
-  teacher = next((a for n, _, a in points if n == 'teacher'), None)
+  teacher = next((a for n, _, a in points if n == TEACHER), None)
   error = standard_error(report, teacher)
   if error and teacher is not None:
     ax.axhspan(
       100 * (teacher - error),
       100 * (teacher + error),
-      color=COLORS['teacher'],
+      color=COLORS[TEACHER],
       alpha=0.12,
       lw=0,
       label=f'teacher, one standard error ({examples_of(report)} examples)',

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from kd_jax.report.names import ALONE, COMPRESSED, DISTILLED, TEACHER
 from kd_jax.report.plots import (
   COLORS,
-  COMPRESSED,
   LAYERS,
   MARKERS,
   MUTED,
@@ -74,8 +74,8 @@ def draw_sensitivity(ax: Any, report: Any) -> bool:
   for place in places.values():
     here = [value for i, _, value in points if i == place]
     ax.plot([min(here), max(here)], [place] * 2, color=MUTED, lw=0.8, zorder=1)
-  colors = [COLORS[COMPRESSED], COLORS['student alone'], COLORS['distilled']]
-  colors += [COLORS['teacher'], *SPARE]
+  colors = [COLORS[COMPRESSED], COLORS[ALONE], COLORS[DISTILLED]]
+  colors += [COLORS[TEACHER], *SPARE]
   for n, option in enumerate(dict.fromkeys(option for _, option, _ in points)):
     here = [(value, i) for i, o, value in points if o == option]
     ax.plot(

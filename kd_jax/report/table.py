@@ -26,6 +26,7 @@ from kd_jax.report.findings import (
   timing,
 )
 from kd_jax.report.looks import looks_of
+from kd_jax.report.names import COMPRESSED, TEACHER
 from kd_jax.report.units import (
   DASH,
   count,
@@ -78,7 +79,7 @@ def model_columns(report: Report) -> list[Column]:
     The columns, each with one cell for each model.
   """
   models, digits = models_of(report), digits_of(report)
-  teacher = find_model(report, 'teacher')
+  teacher = find_model(report, TEACHER)
   quality, *others = looks_of(report)
 
   def write(look):
@@ -144,7 +145,7 @@ def reading_notes(report: Report) -> list[str]:
     if (r := number((t or {}).get('runs')))
   }
   quality, *others = looks_of(report)
-  error = standard_error(report, quality.of(find_model(report, 'teacher')))
+  error = standard_error(report, quality.of(find_model(report, TEACHER)))
   points = ' in percentage points' if quality.percent else ''
   notes = [
     f'{quality.heading}: beside or under it, the difference from '
@@ -162,6 +163,8 @@ def reading_notes(report: Report) -> list[str]:
     'Size: 1 KB is 1000 bytes; beside or under it, the size relative to the '
     'teacher.',
   ]
+  if report.get('compression'):
+    notes.append(f'{COMPRESSED.capitalize()}: {report["compression"]}.')
   if batch_sizes(report):
     spread = f'{min(runs)} to {max(runs)}' if len(runs) > 1 else str(*runs)
     of = f' of {spread} runs' if runs else ''
@@ -307,7 +310,13 @@ def layer_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def integer_rows(report: Report) -> tuple[list[str], list[list[str]]]:
   """Titles and rows of the table of every layer's integers."""
-  titles = ['layer', 'runs', 'fake-quant dB', 'int8 dB', 'int8 - fake-quant']
+  titles = [
+    'layer',
+    'runs',
+    'fake-quant dB',
+    'integer dB',
+    'integer - fake-quant',
+  ]
   titles += ['saturated', 'dead inputs', 'dead weights']
   kinds = ('fake_sqnr_db', 'integer_sqnr_db', 'sqnr_db')
   rows = []

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kd_jax.report import plots
+from kd_jax.report import names, plots
 from kd_jax.report.looks import Look, quality_of
 from kd_jax.report.sensitivity import sensitivity_figure
 from kd_jax.report.table import INTEGERS, integer_rows, layer_rows
@@ -129,13 +129,13 @@ def draw(ax: Any, result: Mapping[str, Any]) -> bool:
   ax.plot(
     *zip(*((r[cost], look.scaled(r['trained'])) for r in trained), strict=True),
     'o',
-    color=colors[plots.COMPRESSED],
+    color=colors[names.COMPRESSED],
     label='trained',
   )
   for row in trained:
     if row['chosen']:
       point = (row[cost], look.scaled(row['trained']))
-      ax.plot(*point, '*', ms=15, color=colors['distilled'], label='chosen')
+      ax.plot(*point, '*', ms=15, color=colors[names.DISTILLED], label='chosen')
       # Where there is room: away from the nearer end of the axis.
       left = row[cost] > (min(r[cost] for r in rows) + limit) / 2
       ax.annotate(
@@ -147,11 +147,11 @@ def draw(ax: Any, result: Mapping[str, Any]) -> bool:
       )
   ax.axhline(
     look.scaled(result['uncompressed']['quality']),
-    color=colors['teacher'],
+    color=colors[names.TEACHER],
     ls='--',
     label='uncompressed',
   )
-  ax.axvline(limit, color=colors['student alone'], ls=':', label='budget')
+  ax.axvline(limit, color=colors[names.ALONE], ls=':', label='budget')
   ax.set_xlabel(_AXES[cost])
   ax.set_ylabel(f'Validation {look.title}{look.unit}')
   ax.set_title('Quality against cost', loc='left')

@@ -34,13 +34,13 @@ from kd_jax.storage.mirror import (
 # that trains with a teacher cache keeps the cache's own digest.
 _NOT_IDENTITY = (
   'data.data_dir',
-  'data.input',
   'data.num_workers',
+  'data.placement',
   'mesh.data',
   'mesh.fsdp',
   'mesh.tensor',
   'teacher.cache',
-  'teacher.split',
+  'teacher.shard',
 )
 _RESULT = 'result.json'
 # Of a stage, or of a part of it; no path to anywhere else.
