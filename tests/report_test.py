@@ -15,7 +15,7 @@ from rich.console import Console
 
 from kd_jax import defaults
 from kd_jax import report as reports
-from kd_jax.recipe import assess
+from kd_jax.recipe import protocol
 from kd_jax.report import names, plots, table, units
 
 FIGURES = (
@@ -625,7 +625,7 @@ def test_dropped_steps_and_spikes_are_said():
 def test_a_report_says_what_compressed_is(report, changes, words):
   recipe = defaults.get_config().compress
   recipe.update_from_flattened_dict(changes)
-  report['compression'] = assess.compression(recipe)
+  report['compression'] = protocol.compression(recipe)
   assert report['compression'] == words
   assert f'- Compressed: {words}.' in reports.markdown(report)
   report['compression'] = None

@@ -90,6 +90,7 @@ class Resident:
     mesh: see `sharding.make_mesh`.
 
   Example:
+    >>> from kd_jax.data import ImageData
     >>> images = ImageData(
     ...   image=np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1),
     ...   label=np.zeros(3, np.int32),

@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-import ml_collections
 import numpy as np
 
-from kd_jax import guard, metrics, terms
+from kd_jax import guard, metrics
 from kd_jax.export import exporters
 from kd_jax.prune import layer_costs, sparsity_report
 from kd_jax.quantize import dequantize_params
-from kd_jax.recipe import evaluation, origin
+from kd_jax.recipe import evaluation, origin, protocol
 from kd_jax.recipe.evaluation import Apply
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
@@ -98,8 +97,8 @@ def assemble(run: Run) -> dict[str, Any]:
       'classes': list(splits['test'].class_names),
     },
     'metrics': metrics.describe(run.task.measured(with_teacher=True)),
-    'compression': compression(run.config.compress),
-    'protocol': _protocol(run),
+    'compression': protocol.compression(run.config.compress),
+    'protocol': protocol.sentences(run),
     'models': rows,
     'curves': _curves(run),
     'dropped': dropped(run),
@@ -236,10 +235,10 @@ def layers(
     A row for each layer with parameters: `layer`, and `flops` of one example,
     `parameters` and stored `bytes` as pairs, before and after.
   """
-  names = leaf_names(before.variables['params'])
+  paths = leaf_names(before.variables['params'])
   kinds = ('flops', 'parameters', 'bytes')
   rows = {
-    name.rpartition('/')[0]: {kind: [0, 0] for kind in kinds} for name in names
+    path.rpartition('/')[0]: {kind: [0, 0] for kind in kinds} for path in paths
   }
 
   def row(path):
@@ -282,87 +281,6 @@ def _parity(run: Run) -> list[dict[str, Any]]:
     }
     for p in export['parity']
   ]
-
-
-_MEANING = {
-  'kl': 'Agreement and KL compare with the teacher, at temperature 1.',
-  'calibration_error': 'ECE is the expected calibration error with 15 bins.',
-}
-
-
-def _protocol(run: Run) -> list[str]:
-  c, test = run.config, len(run.splits['test'])
-  curves = 'the validation split'
-  if 'validation' not in run.splits:
-    curves = 'training batches, as nothing is held out for validation'
-  distilled, compressed = (
-    terms.describe(part.terms.to_dict()) for part in (c.distill, c.compress)
-  )
-  named = run.task.measured(with_teacher=True)
-  titles = ', '.join(metric.title or name for name, metric in named.items())
-  return [
-    f'{titles[:1].upper()}{titles[1:]}: test split of {test} examples, last '
-    f'step, one seed ({c.seed}). The test split is used for nothing else; '
-    f'curves show {curves}.',
-    *(_MEANING[name] for name in named if name in _MEANING),
-    f'{names.DISTILLED}: {distilled}{_scheme(c.distill.scheme)}.',
-    f'{names.COMPRESSED}: {compressed}; from the distilled student.',
-    'Every term is a mean over the batch; soft targets are KL(teacher || '
-    'student), summed over classes, times T squared.',
-    f'{names.ALONE} and {names.DISTILLED} start from the same weights and see '
-    'the same batches, equally augmented, for the same number of steps.',
-    'FLOPs: 2 x multiply-accumulates of convolutions and matrix products for '
-    'one example; zeros are counted.',
-    'Latency: median (quartiles) of 30 calls, all models in turns, from raw '
-    'inputs in host memory to outputs.',
-    'Size: the file on disk; float32 weights of the teacher and the float '
-    'students.',
-    'Training time: wall time of the training loop, compilation and '
-    'evaluation included.',
-  ]
-
-
-def compression(recipe: ml_collections.ConfigDict) -> str:
-  """What a recipe makes of a network, in words.
-
-  Args:
-    recipe: the field `compress` of `kd_jax.defaults`.
-
-  Example:
-    >>> from kd_jax import defaults
-    >>> compression(defaults.get_config().compress)
-    '80 % pruned, int8 fake-quant'
-  """
-  prune = recipe.prune
-  pruned = f'{100 * prune.sparsity:g} % pruned' if prune.sparsity else ''
-  if pruned and prune.structure != 'weights':
-    pruned += f' ({prune.structure.replace("_", " ")})'
-  if prune.method == 'preserve':
-    pruned = 'zeros preserved'
-  formats = {
-    kind: '/'.join(dict.fromkeys(n for _, n in recipe.quantize[kind]))
-    or 'float'
-    for kind in ('weights', 'activations')
-  }
-  used = set(formats.values())
-  if used == {'float'}:
-    rounded = 'not quantized: rows called integer compute in float'
-  elif len(used) == 1:
-    rounded = f'{used.pop()} fake-quant'
-  else:
-    each = (f'{name} {kind}' for kind, name in formats.items())
-    rounded = f'fake-quant of {" and ".join(each)}'
-  return f'{pruned or "not pruned"}, {rounded}'
-
-
-def _scheme(scheme: ml_collections.ConfigDict) -> str:
-  default: tuple[Any, ...] = ({}, 1, False, 0.0)
-  changed = {
-    key: value
-    for key, value in scheme.to_dict().items()
-    if value not in default and not key.startswith('mutual')
-  }
-  return f'; {changed}' if changed else ''
 
 
 def aims(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

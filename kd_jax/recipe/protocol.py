@@ -1,0 +1,93 @@
+"""What a run did and what its numbers mean, in words for its report.
+
+Owns the sentences; the numbers are `assess`'s.
+"""
+
+from typing import Any
+
+import ml_collections
+
+from kd_jax import terms
+from kd_jax.recipe.run import Run
+from kd_jax.report import names
+
+_MEANING = {
+  'kl': 'Agreement and KL compare with the teacher, at temperature 1.',
+  'calibration_error': 'ECE is the expected calibration error with 15 bins.',
+}
+
+
+def sentences(run: Run) -> list[str]:
+  """How the numbers of a report were made, one sentence each."""
+  c, test = run.config, len(run.splits['test'])
+  curves = 'the validation split'
+  if 'validation' not in run.splits:
+    curves = 'training batches, as nothing is held out for validation'
+  distilled, compressed = (
+    terms.describe(part.terms.to_dict()) for part in (c.distill, c.compress)
+  )
+  named = run.task.measured(with_teacher=True)
+  titles = ', '.join(metric.title or name for name, metric in named.items())
+  return [
+    f'{titles[:1].upper()}{titles[1:]}: test split of {test} examples, last '
+    f'step, one seed ({c.seed}). The test split is used for nothing else; '
+    f'curves show {curves}.',
+    *(_MEANING[name] for name in named if name in _MEANING),
+    f'{names.DISTILLED}: {distilled}{_scheme(c.distill.scheme)}.',
+    f'{names.COMPRESSED}: {compressed}; from the distilled student.',
+    'Every term is a mean over the batch; soft targets are KL(teacher || '
+    'student), summed over classes, times T squared.',
+    f'{names.ALONE} and {names.DISTILLED} start from the same weights and see '
+    'the same batches, equally augmented, for the same number of steps.',
+    'FLOPs: 2 x multiply-accumulates of convolutions and matrix products for '
+    'one example; zeros are counted.',
+    'Latency: median (quartiles) of 30 calls, all models in turns, from raw '
+    'inputs in host memory to outputs.',
+    'Size: the file on disk; float32 weights of the teacher and the float '
+    'students.',
+    'Training time: wall time of the training loop, compilation and '
+    'evaluation included.',
+  ]
+
+
+def compression(recipe: ml_collections.ConfigDict) -> str:
+  """What a recipe makes of a network, in words.
+
+  Args:
+    recipe: the field `compress` of `kd_jax.defaults`.
+
+  Example:
+    >>> from kd_jax import defaults
+    >>> compression(defaults.get_config().compress)
+    '80 % pruned, int8 fake-quant'
+  """
+  prune = recipe.prune
+  pruned = f'{100 * prune.sparsity:g} % pruned' if prune.sparsity else ''
+  if pruned and prune.structure != 'weights':
+    pruned += f' ({prune.structure.replace("_", " ")})'
+  if prune.method == 'preserve':
+    pruned = 'zeros preserved'
+  formats = {
+    kind: '/'.join(dict.fromkeys(n for _, n in recipe.quantize[kind]))
+    or 'float'
+    for kind in ('weights', 'activations')
+  }
+  used = set(formats.values())
+  if used == {'float'}:
+    rounded = 'not quantized: rows called integer compute in float'
+  elif len(used) == 1:
+    rounded = f'{used.pop()} fake-quant'
+  else:
+    each = (f'{name} {kind}' for kind, name in formats.items())
+    rounded = f'fake-quant of {" and ".join(each)}'
+  return f'{pruned or "not pruned"}, {rounded}'
+
+
+def _scheme(scheme: ml_collections.ConfigDict) -> str:
+  default: tuple[Any, ...] = ({}, 1, False, 0.0)
+  changed = {
+    key: value
+    for key, value in scheme.to_dict().items()
+    if value not in default and not key.startswith('mutual')
+  }
+  return f'; {changed}' if changed else ''
