@@ -15,7 +15,7 @@ from rich.console import Console
 
 from kd_jax import defaults
 from kd_jax import report as reports
-from kd_jax.recipe import protocol
+from kd_jax.recipe import assess, protocol
 from kd_jax.report import names, plots, table, units
 
 FIGURES = (
