@@ -12,7 +12,8 @@ import jax
 
 from kd_jax import adapters, quantize
 from kd_jax import rules as rules_lib
-from kd_jax.types import Batch, StudentFn, Variables
+from kd_jax.adapters.plain import names_of
+from kd_jax.types import Batch, Reads, StudentFn, Variables
 
 Rules = rules_lib.Rules[quantize.QuantSpec]
 WEIGHT_RULES: Rules = (('.*/kernel', quantize.INT8_WEIGHTS),)
@@ -62,7 +63,8 @@ def evaluation(
   """The `make_forward` that post-training algorithms take, of a linen model.
 
   Args:
-    model: the module; folded BatchNorms are left out when it runs.
+    model: the module; folded BatchNorms are left out when it runs. It sees
+      the entries of a batch that its attribute `reads` names, or 'image'.
     interceptors: others, as for `integer_forward`.
 
   Returns:
@@ -271,18 +273,21 @@ def fold(
 
 
 def from_raw(
-  forward: StudentFn, preprocess: Preprocess, *, reads: str = 'image'
-) -> Callable[[Variables, jax.Array], jax.Array]:
-  """`(variables, raw input) -> output`, pre-processing included.
+  forward: StudentFn, preprocess: Preprocess, *, reads: Reads = 'image'
+) -> Callable[..., jax.Array]:
+  """`(variables, *raw inputs) -> output`, pre-processing included.
 
   Args:
     forward: a student or teacher function.
     preprocess: `(batch, *, train) -> batch`, see `data.make_preprocess`.
-    reads: the entry of a batch that is the input, such as uint8 images.
+    reads: the entry of a batch that is the input, such as uint8 images, or the
+      entries in the order of the inputs.
   """
 
-  def fn(variables: Mapping[str, Any], raw: jax.Array) -> jax.Array:
-    batch = preprocess({reads: raw}, train=False)
+  names = names_of(reads)
+
+  def fn(variables: Mapping[str, Any], *raw: jax.Array) -> jax.Array:
+    batch = preprocess(dict(zip(names, raw, strict=True)), train=False)
     return forward(variables, batch).output
 
   return fn

@@ -158,7 +158,7 @@ def with_input(
   network: StudentFn,
   transform: Callable[[jax.Array], jax.Array],
   *,
-  image: str = 'image',
+  reads: str = 'image',
 ) -> StudentFn:
   """A network that sees its own version of the input.
 
@@ -169,7 +169,7 @@ def with_input(
     network: any function of the house's form.
     transform: of the image, such as `data.renormalize` or `data.resize` with
       their arguments bound.
-    image: the key of the input in the batch.
+    reads: the entry of a batch that is transformed.
 
   Example:
     >>> network = lambda v, b, rng=None, *, train=False: Forward(b['image'])
@@ -179,7 +179,7 @@ def with_input(
   """
 
   def forward(variables, batch, rng=None, *, train=False):
-    batch = {**batch, image: transform(batch[image])}
+    batch = {**batch, reads: transform(batch[reads])}
     return network(variables, batch, rng, train=train)
 
   return forward

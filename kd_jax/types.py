@@ -5,7 +5,7 @@ this library `B` is the batch, `C` classes, `D` features, `L` tokens, `V` the
 vocabulary, and images are `[B, H, W, C]`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.struct
@@ -18,6 +18,8 @@ Metrics = dict[str, jax.Array]
 Arrays = dict[str, jax.Array]
 Params = Any
 Variables = Mapping[str, Any]
+# Which entries of a batch a network sees: one, or several in their order.
+Reads = str | Sequence[str]
 # Of one process, before it is on the devices.
 HostBatch = Mapping[str, np.ndarray]
 # What a batch's entries with a teacher's stored outputs begin with.

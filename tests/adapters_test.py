@@ -169,7 +169,7 @@ def test_the_input_and_train_arguments_may_have_other_names():
   x = {'pixels': jnp.ones((2, 3))}
   variables = Net().init(jax.random.key(0), x['pixels'], False)
   forward = adapters.from_linen(
-    Net(), image='pixels', train_argument='is_training'
+    Net(), reads='pixels', train_argument='is_training'
   )
   assert forward(variables, x, train=True).output.shape == (2, 2)
 
@@ -237,7 +237,7 @@ def test_nnx_without_state_has_parameters_only():
 
 
 def test_a_plain_function_passes_its_state_through():
-  forward = adapters.from_apply(lambda p, x: x * p, image='x')
+  forward = adapters.from_apply(lambda p, x: x * p, reads='x')
   variables = {'params': jnp.float32(2), 'memory': {'m': jnp.float32(5)}}
   out = forward(variables, {'x': jnp.ones(3)}, jax.random.key(0), train=True)
   np.testing.assert_array_equal(out.output, 2.0)

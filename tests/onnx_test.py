@@ -229,11 +229,12 @@ def test_layouts_cost_one_transpose_of_the_image(folder):
     lambda x: _forward(model)(variables, {'image': _preprocess(x)}).output,
     jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8),
     folder / 'transpose.onnx',
+    reads='pixels',
   )
   nodes = onnx.load(path).graph.node
   transposes = [n for n in nodes if n.op_type == 'Transpose']
   # Of its bytes, before they become floats.
-  assert [list(n.input) for n in transposes] == [['image']]
+  assert [list(n.input) for n in transposes] == [['pixels']]
 
 
 class Depthwise(nn.Module):

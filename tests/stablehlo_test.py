@@ -158,7 +158,13 @@ def test_loads_in_a_process_without_the_model(original, tmp_path):
 
 def test_manifest_says_what_the_artefact_is(tmp_path):
   metadata = {'dataset': 'digits', 'bits': (8, 8)}
-  path = write(linear, LINEAR, tmp_path / 'a' / 'model', metadata=metadata)
+  path = write(
+    linear,
+    LINEAR,
+    tmp_path / 'a' / 'model',
+    metadata=metadata,
+    reads='pixels',
+  )
   manifest = export.load_stablehlo(path).manifest
   assert manifest['format'] == 2
   assert manifest['versions']['jax'] == jax.__version__
@@ -166,7 +172,7 @@ def test_manifest_says_what_the_artefact_is(tmp_path):
   assert manifest['stablehlo'].count('.') == 2
   assert manifest['platforms'] == ['cpu', 'cuda', 'tpu']
   assert manifest['input'] == {
-    'name': 'inputs',
+    'name': 'pixels',
     'shape': ['batch', 8, 8, 1],
     'dtype': 'uint8',
     'layout': 'NHWC',

@@ -105,6 +105,7 @@ def test_a_cohort_of_token_models_goes_all_the_way(tmp_path, monkeypatch):
   assert parity['integer (StableHLO)'] == parity['integer (ONNX)'] == 1.0
   exported = run.workdir.stage('export') / 'stablehlo' / 'manifest.json'
   manifest = json.loads(exported.read_text())
+  assert manifest['input']['name'] == 'tokens'
   assert manifest['input']['shape'] == ['batch', LENGTH]
   assert manifest['output']['shape'] == ['batch', LENGTH, VOCABULARY]
   history = run.workdir.result('distill')['history']

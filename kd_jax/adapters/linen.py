@@ -23,8 +23,8 @@ from kd_jax.adapters.interceptors import (
   recomputing,
   store_inputs,
 )
-from kd_jax.adapters.plain import entry, untrained
-from kd_jax.types import Batch, Forward, Variables
+from kd_jax.adapters.plain import entries, names_of, untrained
+from kd_jax.types import Batch, Forward, Reads, Variables
 
 # For annotations elsewhere, which do not import linen.
 LinenModule = nn.Module
@@ -41,7 +41,7 @@ def from_linen(
   taps: Sequence[str] = (),
   interceptors: Sequence[Interceptor] = (),
   axis_name: str | None = None,
-  image: str | None = None,
+  reads: Reads | None = None,
   train_argument: str | None = 'train',
   dtype: str | None = None,
   remat: str = '',
@@ -49,8 +49,8 @@ def from_linen(
   """A forward of any linen module, without editing it.
 
   Args:
-    model: a module whose `__call__` takes `batch[image]`, and `train` when
-      `train_argument` names it; it returns the output.
+    model: a module whose `__call__` takes what it `reads` of a batch, and
+      `train` when `train_argument` names it; it returns the output.
     taps: '/'-joined paths of submodules whose outputs `Forward.features`
       shall hold.
     interceptors: functions for `nn.intercept_methods`, such as
@@ -59,8 +59,9 @@ def from_linen(
       its statistics over the whole axis, and Dropout draws the mask that it
       would draw for the global batch, so that the numbers are those of `jit`.
       Modules that call `make_rng` themselves draw alike on every device.
-    image: the key of the model's input in the batch; None for the module's
-      attribute `reads`, or 'image' where it has none.
+    reads: the entry of a batch that is the model's input, or the entries in
+      the order of its arguments, such as `('ids', 'mask')`; None for the
+      module's attribute `reads`, or 'image' where it has none.
     train_argument: name of the boolean argument of `__call__` that turns
       training on, or None if it has none.
     dtype: of the computation, such as 'bfloat16', instead of the modules' own:
@@ -98,7 +99,7 @@ def from_linen(
     taps=frozenset(taps),
     interceptors=tuple(interceptors),
     axis_name=axis_name,
-    image=image or _reads(model),
+    reads=_reads(model) if reads is None else names_of(reads),
     train_argument=train_argument,
     dtype=dtype,
     remat=remat,
@@ -113,7 +114,7 @@ class LinenForward:
   taps: frozenset[str]
   interceptors: tuple[Interceptor, ...]
   axis_name: str | None
-  image: str
+  reads: tuple[str, ...]
   train_argument: str | None
   dtype: str | None
   remat: str
@@ -130,23 +131,27 @@ class LinenForward:
     train: bool = False,
   ) -> Forward:
     """What the module returns for one batch."""
-    x = entry(batch, self.image)
+    inputs = entries(batch, self.reads)
     recomputed: set[str] = set()
     try:
       with intercepting(self._around(train, recomputed)):
-        output, updated = self._run(variables, x, rng, train)
+        output, updated = self._run(variables, inputs, rng, train)
     except errors.ScopeParamShapeError as e:
+      given = ', '.join(
+        f'batch[{name!r}] of shape {x.shape}'
+        for name, x in zip(self.reads, inputs, strict=True)
+      )
       raise ValueError(
-        f'batch[{self.image!r}] of shape {x.shape} does not fit the parameters '
-        f'of {type(self.model).__name__}: {str(e).split(" (https:")[0]}'
+        f'{given} does not fit the parameters of {type(self.model).__name__}: '
+        f'{str(e).split(" (https:")[0]}'
       ) from e
     if train and self._recomputes and not recomputed:
-      near = self._near_misses(self.remat, variables, x, train)
+      near = self._near_misses(self.remat, variables, inputs, train)
       raise ValueError(f'remat={self.remat!r} matches no submodule: {near}')
     features = _features(updated.pop('intermediates', {}))
     if missing := self.taps - set(features):
       name = min(missing)
-      near = self._near_misses(name, variables, x, train)
+      near = self._near_misses(name, variables, inputs, train)
       raise ValueError(f'Unknown tap {name!r}: {near}')
     return Forward(output, features, {**untrained(variables), **updated})
 
@@ -179,11 +184,15 @@ class LinenForward:
     return found
 
   def _options(self, train: bool) -> dict[str, Any]:
-    """Arguments of the module's `__call__` besides its input."""
+    """Arguments of the module's `__call__` besides its inputs."""
     return {} if self.train_argument is None else {self.train_argument: train}
 
   def _run(
-    self, variables: Variables, x: jax.Array, rng: jax.Array | None, train: bool
+    self,
+    variables: Variables,
+    inputs: tuple[jax.Array, ...],
+    rng: jax.Array | None,
+    train: bool,
   ) -> tuple[Any, dict[str, Any]]:
     """The output, and the collections that changed."""
     options = self._options(train)
@@ -193,10 +202,10 @@ class LinenForward:
       mutable.append('intermediates')
       options['capture_intermediates'] = self._is_tapped
 
-    def apply(variables, x, rng):
+    def apply(variables, inputs, rng):
       return self.model.apply(
         variables,
-        x,
+        *inputs,
         rngs=None if rng is None else {'dropout': rng},
         mutable=mutable or False,
         **options,
@@ -205,7 +214,7 @@ class LinenForward:
     if train and self.remat == _DOTS:
       policy = jax.checkpoint_policies.dots_saveable
       apply = jax.checkpoint(apply, policy=policy)
-    out = apply(dict(variables), x, rng)
+    out = apply(dict(variables), inputs, rng)
     if not mutable:
       return out, {}
     output, updated = out
@@ -215,17 +224,23 @@ class LinenForward:
     return method == '__call__' and '/'.join(module.path) in self.taps
 
   def _near_misses(
-    self, name: str, variables: Variables, x: jax.Array, train: bool
+    self,
+    name: str,
+    variables: Variables,
+    inputs: tuple[jax.Array, ...],
+    train: bool,
   ) -> str:
     """The paths of submodules that a wrong one may have meant."""
     options = {**self._options(train), 'capture_intermediates': True}
 
-    def run(variables, x):
+    def run(variables, inputs):
       rngs = {'dropout': jax.random.key(0)}
-      return self.model.apply(variables, x, rngs=rngs, mutable=True, **options)
+      return self.model.apply(
+        variables, *inputs, rngs=rngs, mutable=True, **options
+      )
 
     with intercepting(self._computing()):
-      _, state = jax.eval_shape(run, dict(variables), x)
+      _, state = jax.eval_shape(run, dict(variables), inputs)
     paths = set(_features(state['intermediates'])) - {'__call__'}
     return rules.near_misses(name, sorted(paths))
 
@@ -241,27 +256,26 @@ def init_linen(
   rng: jax.Array,
   batch: Batch,
   *,
-  image: str | None = None,
+  reads: Reads | None = None,
 ) -> dict[str, Any]:
   """The initial variables of a linen module, in evaluation mode, compiled.
 
   Args:
     model: the module.
     rng: typed key.
-    batch: one batch; only the input's shape and dtype matter.
-    image: the key of the model's input in the batch; None for the module's
-      attribute `reads`, or 'image' where it has none.
+    batch: one batch; only the inputs' shapes and dtypes matter.
+    reads: see `from_linen`.
   """
-  given = batch[image or _reads(model)]
-  x = jax.numpy.zeros(given.shape, given.dtype)
+  given = entries(batch, _reads(model) if reads is None else reads)
+  inputs = [jax.numpy.zeros(x.shape, x.dtype) for x in given]
   # A part of another program is compiled with it.
-  options = _QUICKLY if _is_concrete(x) else None
+  options = _QUICKLY if all(map(_is_concrete, inputs)) else None
   init = jax.jit(model.init, compiler_options=options)
-  return dict(init({'params': rng, 'dropout': rng}, x))
+  return dict(init({'params': rng, 'dropout': rng}, *inputs))
 
 
-def _reads(model: nn.Module) -> str:
-  return getattr(model, 'reads', 'image')
+def _reads(model: nn.Module) -> tuple[str, ...]:
+  return names_of(getattr(model, 'reads', 'image'))
 
 
 def _is_concrete(x: Any) -> bool:

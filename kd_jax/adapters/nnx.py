@@ -9,19 +9,20 @@ from typing import Any
 import jax
 from flax import nnx
 
-from kd_jax.adapters.plain import entry, untrained
-from kd_jax.types import Forward, StudentFn, Variables
+from kd_jax.adapters.plain import entries, untrained
+from kd_jax.types import Forward, Reads, StudentFn, Variables
 
 
 def from_nnx(
-  model: nnx.Module, *, image: str = 'image'
+  model: nnx.Module, *, reads: Reads = 'image'
 ) -> tuple[StudentFn, Variables]:
   """A forward of an nnx module, and its variables.
 
   Args:
-    model: the module; `model(batch[image])` returns the output. `train()` and
-      `eval()` are called on a copy as the step asks.
-    image: the key of the model's input in the batch.
+    model: the module; called with what it reads, it returns the output.
+      `train()` and `eval()` are called on a copy as the step asks.
+    reads: the entry of a batch that is the model's input, or the entries in
+      the order of its arguments.
 
   Returns:
     `(forward, variables)`: variables are nested dicts, `params` (every
@@ -49,7 +50,7 @@ def from_nnx(
       _filled(params_like, variables['params']),
       _filled(rest_like, variables.get('model_state', {})),
     )
-    output = module(entry(batch, image))
+    output = module(*entries(batch, reads))
     state = untrained(variables)
     if train and state:
       _, _, rest = _split(module)

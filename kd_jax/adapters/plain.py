@@ -8,18 +8,18 @@ from typing import Any
 
 import jax
 
-from kd_jax.types import Batch, Forward, StudentFn, Variables
+from kd_jax.types import Batch, Forward, Reads, StudentFn, Variables
 
 
 def from_apply(
-  apply: Callable[[Any, Any], jax.Array], *, image: str = 'image'
+  apply: Callable[..., jax.Array], *, reads: Reads = 'image'
 ) -> StudentFn:
-  """A forward of a plain function of parameters and input.
+  """A forward of a plain function of parameters and inputs.
 
   Args:
-    apply: `(params, x) -> output`; no state, no randomness. For more, write
-      the forward itself: it is only a function.
-    image: the key of the input in the batch.
+    apply: `(params, *inputs) -> output`; no state, no randomness. For more,
+      write the forward itself: it is only a function.
+    reads: the entry of a batch that is the input, or the entries in order.
 
   Example:
     >>> forward = from_apply(lambda params, x: x @ params)
@@ -29,19 +29,30 @@ def from_apply(
   """
 
   def forward(variables, batch, rng=None, *, train=False):
-    output = apply(variables['params'], entry(batch, image))
+    output = apply(variables['params'], *entries(batch, reads))
     return Forward(output, {}, untrained(variables))
 
   return forward
 
 
-def entry(batch: Batch, key: str) -> jax.Array:
-  """An entry of the batch, or a ValueError that names those there are."""
-  if key not in batch:
-    raise ValueError(
-      f'The batch has no {key!r}; it has {", ".join(map(repr, batch))}.'
-    )
-  return batch[key]
+def names_of(reads: Reads) -> tuple[str, ...]:
+  """The names in `reads`, one or several."""
+  return (reads,) if isinstance(reads, str) else tuple(reads)
+
+
+def entries(batch: Batch, reads: Reads) -> tuple[jax.Array, ...]:
+  """Entries of the batch, or a ValueError that names those there are.
+
+  Example:
+    >>> entries({'ids': 1, 'mask': 2}, ('mask', 'ids'))
+    (2, 1)
+  """
+  for name in names_of(reads):
+    if name not in batch:
+      raise ValueError(
+        f'The batch has no {name!r}; it has {", ".join(map(repr, batch))}.'
+      )
+  return tuple(batch[name] for name in names_of(reads))
 
 
 def untrained(variables: Variables) -> dict[str, Any]:

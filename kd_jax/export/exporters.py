@@ -38,6 +38,7 @@ class Model(NamedTuple):
     golden: `[N, ...]`, a few real inputs.
     class_names: one per output; may be empty.
     metadata: what a file may say of where it comes from.
+    reads: what the network calls its input.
   """
 
   integer: Callable[[Variables, jax.Array], jax.Array]
@@ -47,6 +48,7 @@ class Model(NamedTuple):
   golden: np.ndarray
   class_names: Sequence[str]
   metadata: Mapping[str, str]
+  reads: str = 'image'
 
 
 def _file_size(path: Path) -> int:
@@ -86,6 +88,7 @@ def _write_stablehlo(model: Model, path: Path) -> None:
     model.variables,
     model.input,
     path,
+    reads=model.reads,
     class_names=model.class_names,
     golden=model.golden,
     metadata=model.metadata,
@@ -104,6 +107,7 @@ def _write_onnx(model: Model, path: Path) -> None:
     functools.partial(model.simulated, model.variables),
     model.input,
     path,
+    reads=model.reads,
     class_names=model.class_names,
     metadata=model.metadata,
   )

@@ -20,6 +20,7 @@ import numpy as np
 from jax import export
 
 import kd_jax
+from kd_jax.export.inputs import check_one_input
 from kd_jax.storage import files
 
 # The operators that hold a layer's arithmetic, integer and float; reported by
@@ -30,9 +31,10 @@ _FLOAT_LAYERS = ('Conv', 'FusedConv', 'Gemm', 'FusedGemm', 'MatMul', 'Add')
 
 def export_onnx(
   fn: Callable[[jax.Array], jax.Array],
-  image: jax.ShapeDtypeStruct,
+  input: jax.ShapeDtypeStruct,
   path: str | os.PathLike[str],
   *,
+  reads: str = 'image',
   class_names: Sequence[str] = (),
   metadata: Mapping[str, str] | None = None,
 ) -> pathlib.Path:
@@ -44,11 +46,12 @@ def export_onnx(
   executes on integers; `integer_kernels` tells whether it does.
 
   Args:
-    fn: `image -> output`, with the weights closed over: preprocessing and the
+    fn: `input -> output`, with the weights closed over: preprocessing and the
       model in evaluation mode.
-    image: `[B, ...]`, such as `[B, H, W, C]` uint8 or float32. B is any
+    input: `[B, ...]`, such as `[B, H, W, C]` uint8 or float32. B is any
       number: the graph's first axis is symbolic and named `batch`.
     path: the file to write; it replaces an older one only when complete.
+    reads: what the network calls its input, and so does the graph.
     class_names: one name per output channel, stored as JSON in the metadata.
     metadata: further entries of the model's metadata.
 
@@ -58,13 +61,14 @@ def export_onnx(
   Raises:
     ImportError: if the `onnx` package is missing.
     ValueError: if the function uses a primitive that has no ONNX form here,
-      returns anything but one array, or the class names do not fit it.
+      takes or returns anything but one array, or the class names do not fit it.
   """
+  check_one_input('export_onnx', input)
   _require('onnx')
   trace = importlib.import_module('kd_jax.export.onnx_trace')
   (batch,) = export.symbolic_shape('batch')
   traced = jax.make_jaxpr(fn)(
-    jax.ShapeDtypeStruct((batch, *image.shape[1:]), image.dtype)
+    jax.ShapeDtypeStruct((batch, *input.shape[1:]), input.dtype)
   )
   if len(traced.out_avals) != 1:
     raise ValueError(
@@ -79,7 +83,7 @@ def export_onnx(
   properties = dict(metadata or {})
   if class_names:
     properties['class_names'] = json.dumps(list(class_names))
-  model = trace.to_model(traced, properties, kd_jax.__version__)
+  model = trace.to_model(traced, reads, properties, kd_jax.__version__)
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   files.write(path, model.SerializeToString())
@@ -95,7 +99,7 @@ def load_onnx(
     path: a file with one input and one output, all its weights inside.
 
   Returns:
-    `image -> output`, both `[B, ...]` numpy arrays; B is any number.
+    `input -> output`, both `[B, ...]` numpy arrays; B is any number.
 
   Raises:
     ImportError: if the `onnx` or `onnxruntime` package is missing.
@@ -111,8 +115,8 @@ def load_onnx(
     )
   names = [outputs[0].name]
 
-  def run(image: np.ndarray) -> np.ndarray:
-    return session.run(names, {inputs[0].name: np.asarray(image)})[0]
+  def run(x: np.ndarray) -> np.ndarray:
+    return session.run(names, {inputs[0].name: np.asarray(x)})[0]
 
   return run
 

@@ -134,26 +134,27 @@ def _image_layout(jaxpr: Any, rank: int) -> tuple[int, ...]:
 
 
 def to_model(
-  traced: Any, metadata: Mapping[str, str], version: str
+  traced: Any, reads: str, metadata: Mapping[str, str], version: str
 ) -> onnx.ModelProto:
   """An ONNX model of a traced function of one array.
 
   Args:
     traced: a ClosedJaxpr with one input `[batch, ...]` and one output.
+    reads: name of the input.
     metadata: the model's metadata_props.
     version: of the producer, kd_jax.
 
   Returns:
-    The checked model; its input is `image`, its output `output`.
+    The checked model; its output is named `output`.
 
   Raises:
     ValueError: for a primitive that has no ONNX form here.
   """
   jaxpr, consts = _inner(traced)
-  (image,), (output,) = traced.in_avals, traced.out_avals
-  graph = Graph('image', image.shape[0] if image.shape else None)
-  rank = len(image.shape)
-  x = Tensor('image', image.shape, identity(rank))
+  (input,), (output,) = traced.in_avals, traced.out_avals
+  graph = Graph(reads, input.shape[0] if input.shape else None)
+  rank = len(input.shape)
+  x = Tensor(reads, input.shape, identity(rank))
   x = graph.align(x, _image_layout(jaxpr, rank))
   (y,) = interpret(graph, jaxpr, consts, [x])
   y = graph.full(graph.real(y), output.shape)
@@ -165,7 +166,7 @@ def to_model(
     helper.make_graph(
       nodes,
       'kd_jax',
-      [_value_info('image', image)],
+      [_value_info(reads, input)],
       [_value_info('output', output)],
       [t for name, t in graph.initializers.items() if name in read],
     ),

@@ -29,6 +29,7 @@ from jax import export
 from kd_jax import rules
 from kd_jax.export import manifest as manifest_lib
 from kd_jax.export.artefact import DTYPES, as_text
+from kd_jax.export.inputs import check_one_input
 from kd_jax.storage.files import as_json, version
 
 _PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -44,6 +45,7 @@ def export_stablehlo(
   input: jax.ShapeDtypeStruct,
   directory: str | os.PathLike[str],
   *,
+  reads: str = 'image',
   class_names: Sequence[str],
   golden: jax.typing.ArrayLike,
   metadata: Mapping[str, Any] | None = None,
@@ -62,6 +64,7 @@ def export_stablehlo(
     variables: a tree of arrays of any dtype that safetensors has.
     input: `[1, ...]`, such as uint8 `[1, H, W, C]`; the 1 stands for any batch.
     directory: where to write; a local path, whose parents are made.
+    reads: what the network calls its input, and so does the manifest.
     class_names: one name per entry of the last axis of outputs; may be empty.
     golden: `[N, ...]`, N > 0, a few real inputs. They are stored with the
       outputs that the compiled function gives for them here, and every
@@ -75,9 +78,9 @@ def export_stablehlo(
   Raises:
     ArtefactError: if the directory exists (without `overwrite`), or holds
       other files.
-    ValueError: if a leaf cannot be stored, the function does not return one
-      array `[batch, ..., C]`, or class names, golden inputs or metadata do not
-      fit.
+    ValueError: if a leaf cannot be stored, there is more than one input, the
+      function does not return one array `[batch, ..., C]`, or class names,
+      golden inputs or metadata do not fit.
 
   Example:
     >>> import tempfile
@@ -98,6 +101,7 @@ def export_stablehlo(
     >>> model.predict(images).tolist()
     [[0.0, 1.0]]
   """
+  check_one_input('export_stablehlo', input)
   directory = pathlib.Path(directory)
   manifest_lib.check_target(directory, overwrite=overwrite)
   names, weights, restore = _named_leaves(variables)
@@ -118,7 +122,7 @@ def export_stablehlo(
     )
   about = {
     **_about(symbolic),
-    'input': _input_spec(input),
+    'input': _input_spec(reads, input),
     'output': {
       'name': 'outputs',
       'shape': ['batch', *outputs.shape[1:]],
@@ -257,14 +261,14 @@ def _check_output(
     )
 
 
-def _input_spec(input: jax.ShapeDtypeStruct) -> dict[str, Any]:
+def _input_spec(reads: str, input: jax.ShapeDtypeStruct) -> dict[str, Any]:
   dtype = np.dtype(input.dtype)
   bounds = None
   if np.issubdtype(dtype, np.integer):
     info = np.iinfo(dtype)
     bounds = [int(info.min), int(info.max)]
   return {
-    'name': 'inputs',
+    'name': reads,
     'shape': ['batch', *input.shape[1:]],
     'dtype': dtype.name,
     'layout': 'NHWC' if len(input.shape) == 4 else None,

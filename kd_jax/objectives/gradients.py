@@ -16,23 +16,23 @@ from kd_jax.objectives import base
 from kd_jax.objectives.base import Inputs, Objective
 from kd_jax.objectives.scopes import draw_global
 
-# image -> logits
+# input -> logits
 Network = Callable[[jax.Array], jax.Array]
 
 
 def input_gradients(
-  *, normalize: bool = False, image: str = 'image'
+  *, normalize: bool = False, reads: str = 'image'
 ) -> Objective:
-  """Gradients of the cross-entropy with respect to the image are matched.
+  """Gradients of the cross-entropy with respect to the input are matched.
 
   Args:
     normalize: whether each gradient is scaled to unit length (saliency).
-    image: the key of the networks' input in the batch.
+    reads: the entry of a batch that both networks see.
   """
 
   def loss_fn(inputs):
     label = base.entry(inputs, 'label')
-    student, teacher, x = _functions(inputs, image)
+    student, teacher, x = _functions(inputs, reads)
     return losses.gradient_matching(
       losses.input_gradient(student, x, label),
       losses.input_gradient(teacher, x, label),
@@ -42,12 +42,12 @@ def input_gradients(
   return base.term(loss_fn)
 
 
-def sobolev(*, projections: int = 1, image: str = 'image') -> Objective:
+def sobolev(*, projections: int = 1, reads: str = 'image') -> Objective:
   """Jacobians of the logits, matched along random directions.
 
   Args:
     projections: random unit directions of the logits per example and step.
-    image: the key of the networks' input in the batch.
+    reads: the entry of a batch that both networks see.
 
   References:
     Czarnecki et al., "Sobolev Training for Neural Networks", 2017,
@@ -55,7 +55,7 @@ def sobolev(*, projections: int = 1, image: str = 'image') -> Objective:
   """
 
   def loss_fn(inputs):
-    student, teacher, x = _functions(inputs, image)
+    student, teacher, x = _functions(inputs, reads)
     shape = inputs.student.output.shape
     total: jax.Array | float = 0.0
     for i in range(projections):
@@ -70,11 +70,11 @@ def sobolev(*, projections: int = 1, image: str = 'image') -> Objective:
   return base.term(loss_fn)
 
 
-def jacobians(*, image: str = 'image') -> Objective:
+def jacobians(*, reads: str = 'image') -> Objective:
   """The Jacobian row of the teacher's most likely class is matched.
 
   Args:
-    image: the key of the networks' input in the batch.
+    reads: the entry of a batch that both networks see.
 
   References:
     Srinivas, Fleuret, "Knowledge Transfer with Jacobian Matching", 2018,
@@ -82,7 +82,7 @@ def jacobians(*, image: str = 'image') -> Objective:
   """
 
   def loss_fn(inputs):
-    student, teacher, x = _functions(inputs, image)
+    student, teacher, x = _functions(inputs, reads)
     logits = base.teacher_of(inputs, 'jacobians').output
     row = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
     return losses.jacobian_matching(
@@ -94,23 +94,23 @@ def jacobians(*, image: str = 'image') -> Objective:
 
 
 def _functions(
-  inputs: Inputs, image: str
+  inputs: Inputs, reads: str
 ) -> tuple[Network, Network, jax.Array]:
-  """`image -> logits` of both networks, and the image."""
+  """`input -> logits` of both networks, and the input."""
   what = 'A term on input gradients'
   student_fn = base.student_fn_of(inputs, what)
   teacher_fn = base.teacher_fn_of(inputs, what)
 
   def student(x):
-    batch = {**inputs.batch, image: x}
+    batch = {**inputs.batch, reads: x}
     variables = inputs.student_variables
     return student_fn(variables, batch, None, train=False).output
 
   def teacher(x):
-    batch = {**inputs.batch, image: x}
+    batch = {**inputs.batch, reads: x}
     return teacher_fn(inputs.teacher_variables or {}, batch).output
 
-  return student, teacher, base.entry(inputs, image)
+  return student, teacher, base.entry(inputs, reads)
 
 
 def _unit_vectors(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

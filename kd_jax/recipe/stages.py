@@ -121,6 +121,7 @@ def export_files(
     input=jax.ShapeDtypeStruct((1, *test.input.shape), test.input.dtype),
     golden=evaluation.raw(run, 'test', min(8, len(test))),
     class_names=test.class_names,
+    reads=run.task.reads,
     metadata={
       'config': run.workdir.fingerprint,
       'dataset': run.config.data.name,
