@@ -274,7 +274,8 @@ def search(*, tiny: bool = False) -> ml_collections.ConfigDict:
   Beside its own they are those of `kd-jax run`. It trains by `compress` alone,
   whose teacher is the uncompressed network, and does not read how a `teacher`,
   the student `alone` and `distill` train, nor `aims`. With a work directory as
-  `--model`, `data`, `student` and `seed` are those of that directory.
+  `--model`, `data`, `student`, `seed`, `teacher.model` and
+  `distill.scheme.reuse_head` are those of that directory.
 
   Args:
     tiny: see `get_config`; also few candidates.

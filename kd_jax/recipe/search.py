@@ -28,6 +28,7 @@ from kd_jax.storage.workdir import Workdir
 _STAGES = dict.fromkeys(('distill', 'alone'))
 # What a work directory brings with its network.
 _STORED = ('data', 'student', 'seed')
+_REPLACED = (*_STORED, 'teacher.model', 'distill.scheme.reuse_head')
 
 
 def open_run(
@@ -61,10 +62,10 @@ def open_run(
   if place.is_dir():
     stored = Workdir(path)
     for key in changed:
-      if key.split('.')[0] in _STORED:
+      if any(f'{key}.'.startswith(f'{whole}.') for whole in _REPLACED):
         raise ValueError(
-          f'--recipe.{key} cannot be changed: data, student and seed are those '
-          f'of the work directory --model={path}.'
+          f'--recipe.{key} cannot be changed: it is that of the work directory '
+          f'--model={path}.'
         )
     rules_lib.choose('stage', stage, _STAGES)
     stored.weights(stage)
