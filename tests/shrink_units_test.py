@@ -112,9 +112,9 @@ def test_scores_of_zeros_and_of_low_precision():
 
 
 def test_bad_words_and_shapes_are_named():
-  with pytest.raises(ValueError, match="pool of scores 'max'.*mean"):
+  with pytest.raises(ValueError, match="Unknown pool 'max'.*mean"):
     prune.unit_scores(PLAN, {}, pool='max')
-  with pytest.raises(ValueError, match="norm of scores 'l2'"):
+  with pytest.raises(ValueError, match="Unknown norm 'l2'"):
     prune.unit_scores(PLAN, {}, norm='l2')
   with pytest.raises(ValueError, match="'conv/bias' have shape"):
     prune.unit_scores(PLAN, {'conv/bias': np.ones(5)})
