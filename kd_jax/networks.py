@@ -38,7 +38,8 @@ def combine(
     `objectives.each_teacher`, `each_student` and `mutual` read.
 
   Raises:
-    ValueError: for an unknown space, or weights of other names.
+    ValueError: without networks, for an unknown space, or weights of other
+      names.
 
   Example:
     >>> double = lambda v, b, rng=None, *, train=False: Forward(2 * b['x'])
@@ -74,6 +75,8 @@ def combine(
 def _shares(
   networks: Mapping[str, Any], weights: Mapping[str, float] | None
 ) -> list[float]:
+  if not networks:
+    raise ValueError('There are no networks to combine.')
   if weights is None:
     weights = dict.fromkeys(networks, 1.0)
   check_weights(networks, weights)

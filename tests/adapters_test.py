@@ -252,6 +252,10 @@ def test_a_batch_that_does_not_fit_gets_one_sentence():
     forward(variables, {'x': jnp.ones((1, 4))})
   with pytest.raises(ValueError, match=r'of shape \(1, 5\) does not fit'):
     forward(variables, {'image': jnp.ones((1, 5))})
+  with pytest.raises(ValueError, match="a mapping, such as {'image': inputs}"):
+    adapters.init_linen(model, jax.random.key(0), jnp.ones((1, 4)))
+  with pytest.raises(ValueError, match=r'not the class: Dense\(\.\.\.\)'):
+    adapters.from_linen(nn.Dense)
 
 
 def test_inputs_of_convolutions_are_stored_on_cpus_alone():

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+import kd_jax
 from kd_jax import cli, launch
 from kd_jax.cli import flags
 
@@ -135,6 +136,39 @@ def test_a_bad_word_of_a_late_stage_is_refused_before_any_training(
   assert not (place / 'teacher').exists()
 
 
+CONFIGURATIONS = {
+  'compare': (
+    f'compare --config={TINY}',
+    "has no field 'methods': kd-jax compare needs a configuration such as "
+    'configs/compare_digits.py',
+  ),
+  'compress': (
+    f'compress --recipe={TINY} --model=m --budget=1KB',
+    "has no field 'search': kd-jax compress needs a configuration such as",
+  ),
+  'no function': ('run --config=empty.py', 'it has no get_config()'),
+  'no variant': ('run --config=plain.py:tiny', "no variants, such as 'tiny'"),
+}
+
+
+@pytest.mark.parametrize('case', CONFIGURATIONS)
+def test_a_file_that_is_no_such_configuration_is_named(
+  case, capsys, monkeypatch, tmp_path
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'empty.py').write_text('')
+  (tmp_path / 'plain.py').write_text('get_config = lambda: {}')
+  words, expected = CONFIGURATIONS[case]
+  assert cli.main([*words.split(), '--workdir=new']) == 2
+  assert expected in capsys.readouterr().err
+  assert not (tmp_path / 'new').exists()
+
+
+def test_the_version_is_that_of_the_package(capsys):
+  assert cli.main(['--version']) == 0
+  assert capsys.readouterr().out == f'kd-jax {kd_jax.__version__}\n'
+
+
 def test_help_names_every_command(capsys):
   assert cli.main(['--help']) == 0
   printed = capsys.readouterr().out
@@ -151,7 +185,7 @@ def test_help_names_every_flag(capsys):
   names = {flag.name for flag in known}
   names |= {command.config for command in flags.COMMANDS.values()}
   # The place is no flag to those who type.
-  assert told == names - {'', 'place'}
+  assert told == names - {'', 'place'} | {'version'}
   assert tuple(flags.PLACES) == launch.PLACES
 
 

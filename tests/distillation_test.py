@@ -101,6 +101,8 @@ def test_mistakes_in_ensembles_are_named():
     networks.combine(NETWORKS, space='mean')
   with pytest.raises(ValueError, match='weights for a, but the networks'):
     networks.combine(NETWORKS, weights={'a': 1.0})
+  with pytest.raises(ValueError, match='no networks to combine'):
+    networks.combine({})
   with pytest.raises(ValueError, match='positive sum'):
     networks.combine(NETWORKS, weights={'a': 0.0, 'b': 0.0})
   with pytest.raises(ValueError, match="There is no network 'c'"):

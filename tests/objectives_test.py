@@ -115,6 +115,12 @@ def test_a_missing_teacher_is_named(objective):
     _apply(objective, _inputs(teacher=None))
 
 
+def test_labels_that_are_no_integers_are_refused():
+  batch = {'label': LABEL.astype('float32')}
+  with pytest.raises(ValueError, match='Labels are integers, not float32'):
+    _apply(objectives.hard_labels(), _inputs(batch=batch))
+
+
 def test_a_missing_label_names_what_the_batch_has():
   inputs = _inputs(batch={'image': LOGITS, 'labels': LABEL})
   with pytest.raises(ValueError, match=r"batch\['label'\].*'image', 'labels'"):

@@ -79,8 +79,8 @@ def from_linen(
     the same forward with more interceptors before the others.
 
   Raises:
-    ValueError: when called, for a tap that is no submodule's path, or a `remat`
-      that matches none.
+    ValueError: for a class in place of a module; when called, for a tap that is
+      no submodule's path, or a `remat` that matches none.
 
   References:
     Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
@@ -94,6 +94,10 @@ def from_linen(
     >>> out.output.shape, out.features['layers_0'].shape
     ((2, 3), (2, 4))
   """
+  if isinstance(model, type):
+    raise ValueError(
+      f'from_linen takes a module, not the class: {model.__name__}(...).'
+    )
   return LinenForward(
     model=model,
     taps=frozenset(taps),

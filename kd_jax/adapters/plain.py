@@ -3,7 +3,7 @@
 Owns what needs neither linen nor nnx.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,6 +47,11 @@ def entries(batch: Batch, reads: Reads) -> tuple[jax.Array, ...]:
     >>> entries({'ids': 1, 'mask': 2}, ('mask', 'ids'))
     (2, 1)
   """
+  if not isinstance(batch, Mapping):
+    raise ValueError(
+      f'A batch is a mapping, such as {{{names_of(reads)[0]!r}: inputs}}, not '
+      f'{type(batch).__name__}.'
+    )
   for name in names_of(reads):
     if name not in batch:
       raise ValueError(

@@ -6,6 +6,7 @@ codes. What a command does is in `commands`.
 
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 from kd_jax.cli import parsing
 from kd_jax.cli.flags import COMMANDS as COMMANDS
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   if not words or words[0] in ('help', '--help', '-h') or '--help' in words:
     print(USAGE, end='')
     return 0 if words else 2
+  if words == ['--version']:
+    print(f'kd-jax {metadata.version("kd_jax")}')
+    return 0
   try:
     with stoppable():
       return _run(*words)

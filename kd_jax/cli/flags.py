@@ -30,6 +30,7 @@ class Command(NamedTuple):
     flags: its own.
     config: the flag that names a configuration file; '' without one.
     example: such a file.
+    field: what such a file has and others have not; '' if any will do.
     several: whether it may run as several processes.
     registers: whether it may be given a configuration file, to be executed for
       what that registers; the fields are those of the work directory.
@@ -38,6 +39,7 @@ class Command(NamedTuple):
   flags: tuple[Flag, ...]
   config: str = ''
   example: str = ''
+  field: str = ''
   several: bool = False
   registers: bool = False
 
@@ -68,6 +70,7 @@ COMMANDS = {
     (_WORKDIR,),
     config='config',
     example='configs/compare_digits.py',
+    field='methods',
     several=True,
   ),
   'compress': Command(
@@ -79,6 +82,7 @@ COMMANDS = {
     ),
     config='recipe',
     example='configs/compress.py',
+    field='search',
     several=True,
   ),
   'evaluate': Command(

@@ -5,6 +5,7 @@ flags there are is in `flags`.
 """
 
 import contextlib
+import inspect
 import os
 import re
 import runpy
@@ -97,8 +98,9 @@ def _define_config(
   command: str, words: list[str], values: absl_flags.FlagValues
 ) -> list[str]:
   """Defines --config.KEY by the file that --config names; the other words."""
-  flag, example = COMMANDS[command].config, COMMANDS[command].example
-  if COMMANDS[command].registers:
+  kind = COMMANDS[command]
+  flag, example = kind.config, kind.example
+  if kind.registers:
     path, words = _taken('config', words)
     if path is not None:
       _executed(path)
@@ -112,6 +114,11 @@ def _define_config(
       f'kd-jax {command} needs --{flag}=FILE, such as {example}.'
     )
   config = _stored(path) if path.endswith('.json') else _executed(path)
+  if kind.field and kind.field not in config:
+    raise ValueError(
+      f'{path} has no field {kind.field!r}: kd-jax {command} needs a '
+      f'configuration such as {example}.'
+    )
   _check_overrides(flag, config, others)
   with _arguments(command, others):
     config_flags.DEFINE_config_dict(flag, config, flag_values=values)
@@ -150,7 +157,12 @@ def _executed(path: str) -> Any:
   file, *variant = path.split(':', 1)
   if not os.path.isfile(file):
     raise ValueError(f'There is no configuration file {file!r}.')
-  return runpy.run_path(file)['get_config'](*variant)
+  made = runpy.run_path(file).get('get_config')
+  if made is None:
+    raise ValueError(f'{file} is no configuration: it has no get_config().')
+  if variant and not inspect.signature(made).parameters:
+    raise ValueError(f'{file} has no variants, such as {variant[0]!r}.')
+  return made(*variant)
 
 
 def _check_overrides(flag: str, config: Any, words: list[str]) -> None:

@@ -140,4 +140,6 @@ plan:
 
 all:
   --debug                 shows the traceback of an error
+
+kd-jax --version prints the version of kd_jax.
 """

@@ -102,13 +102,15 @@ def label_of(logits: jax.Array, label: ArrayLike) -> jax.Array:
     label: `[...]` integers.
 
   Raises:
-    ValueError: if there is not one label per prediction.
+    ValueError: if there is not one integer per prediction.
 
   Example:
     >>> label_of(jnp.zeros((2, 3)), [0, 2]).tolist()
     [0, 2]
   """
   label = jnp.asarray(label)
+  if not jnp.issubdtype(label.dtype, jnp.integer):
+    raise ValueError(f'Labels are integers, not {label.dtype}.')
   check_same_shape(
     'labels are one integer per prediction',
     label=label,
