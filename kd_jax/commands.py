@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_jax import launch as launch_lib
-from kd_jax import metrics
+from kd_jax import metrics, models, tasks
 from kd_jax import plan as plan_lib
 from kd_jax import report as report_lib
 from kd_jax.recipe import assess, distillation, origin, search, shrunk, stages
@@ -215,6 +215,16 @@ def plan(values: Any) -> int:
 def _stored(path: str, **options: Any) -> Run:
   workdir = Workdir(path)
   config = ml_collections.ConfigDict(frozen(workdir.config))
+  for name, known in (
+    (config.data.task, tasks.TASKS),
+    (config.teacher.model.name, models.MODELS),
+    (config.student.model.name, models.MODELS),
+  ):
+    if name not in known:
+      raise ValueError(
+        f'{path} is of a configuration file that registers {name!r}: give that '
+        'file too, --config=FILE.'
+      )
   return Run(config, workdir, **options)
 
 

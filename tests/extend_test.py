@@ -117,6 +117,6 @@ def test_a_run_of_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
   # In a process of its own, the directory alone knows no such task.
   del tasks.TASKS['diabetes']
   assert cli.main(['evaluate', arguments[1]]) == 2
-  assert "Unknown data.task 'diabetes'" in capsys.readouterr().err
+  assert "registers 'diabetes': give that file" in capsys.readouterr().err
   assert cli.main(['evaluate', *arguments]) == 0
   assert f'{rows["distilled"]["mse"]:.4f}' in capsys.readouterr().out
