@@ -79,6 +79,8 @@ def compiled_once(session_dir):
   for name, value in options.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
+  # What is small stays in memory here; to write it takes longer.
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
 @pytest.fixture(scope='session')
