@@ -95,7 +95,7 @@ def test_config_makes_every_step(name, fake_dir):
     step = steps.rehearse(rehearsal.Rehearsal(config), stage)
     state, metrics = jax.eval_shape(step.step, step.state, step.batch, step.rng)
     assert jax.tree.structure(state) == jax.tree.structure(step.state)
-    assert step.total_steps == 4
+    assert step.total_steps == (3 if 'vit' in name else 4)
     losses = {name for name in metrics if name.startswith('loss/')}
     taught = stage in ('distill', 'compress')
     assert (losses > {'loss/ce', 'loss/total'}) == taught
