@@ -338,7 +338,7 @@ def _mean_over(tree: Any, axis_name: str | None) -> Any:
   if axis_name is None:
     return tree
 
-  def mean(x):
+  def mean_over(x):
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
       return x
     if jnp.issubdtype(x.dtype, jnp.inexact):
@@ -346,7 +346,7 @@ def _mean_over(tree: Any, axis_name: str | None) -> Any:
     # Counters and flags, equal on every device; a mean would make floats.
     return jax.lax.pmax(x, axis_name)
 
-  return jax.tree.map(mean, tree)
+  return jax.tree.map(mean_over, tree)
 
 
 def _apply(tx: Any, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:

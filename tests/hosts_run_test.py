@@ -110,18 +110,6 @@ def made(configs, tmp_path_factory):
   return two, one, said
 
 
-def _json(path):
-  return json.loads(path.read_text())
-
-
-def _histories(one, two, directory, stages):
-  for stage in stages:
-    a, b = (_json(p / directory / stage / 'result.json') for p in (two, one))
-    assert a['steps'] == b['steps']
-    for row, wanted in zip(a['history'], b['history'], strict=True):
-      assert row == pytest.approx(wanted, rel=1e-5, abs=1e-5)
-
-
 def test_all_commands_end_and_one_process_speaks(made):
   two, _, said = made
   names = ('run', 'cache-teacher', 'run', 'compare', 'compress')

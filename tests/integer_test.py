@@ -34,16 +34,6 @@ class _One(nn.Module):
     return self.layer(*args, **kwargs)
 
 
-class _Call(nn.Module):
-  """One layer called in a way of its own."""
-
-  layer: nn.Module
-  call: object
-
-  def __call__(self, x):
-    return self.call(self.layer, x)
-
-
 def _forward(model, *interceptors):
   return adapters.from_linen(
     model, interceptors=interceptors, train_argument=None

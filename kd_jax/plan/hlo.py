@@ -20,7 +20,6 @@ KINDS = (
   'collective-permute',
   'collective-broadcast',
 )
-OWNERS = ('gradients', 'parameters', 'statistics', 'teacher', 'metrics')
 
 _SHAPE = re.compile(r'\b(pred|bf16|f8\w*|[suf]\d+|c64|c128)\[([\d,]*)\]')
 _LINE = re.compile(

@@ -14,19 +14,6 @@ from kd_jax import prune
 from kd_jax.plan.steps import Step
 from kd_jax.sharding import layout
 
-# What a device holds, in the order of the page.
-OWNERS = (
-  'student',
-  'teacher',
-  'optimizer',
-  'masks',
-  'objective',
-  'batch',
-  'padding',
-  'temporaries',
-  'program',
-)
-
 
 def held(step: Step, compiler: str = 'jit') -> dict[str, int]:
   """Bytes that a device holds between steps, by owner, without padding.

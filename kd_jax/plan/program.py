@@ -31,7 +31,8 @@ class Program:
   Attributes:
     how: 'compiled', 'estimated', or 'impossible'.
     why: what an estimate assumes, or what is in the way; '' if compiled.
-    memory: owner of `memory.OWNERS` -> bytes; empty if it does not fit.
+    memory: owner, in the order of the page, -> bytes; empty if it does not
+      fit.
     bytes: their sum, or what the compiler asked for.
     fits: whether that is what a device has; None if that is not known.
     flops: floating-point operations of a step, as the compiler counts.
