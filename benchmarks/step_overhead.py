@@ -34,8 +34,9 @@ WEIGHTS = deploy.WEIGHT_RULES
 ACTIVATIONS = deploy.ACTIVATION_RULES
 # A range for each image, which Qwix has too.
 DYNAMIC = (('.*', quantize.QuantSpec(axis=0, dynamic=True)),)
-# Without the products inside of attention, as other toolkits quantize.
-LAYERS = (('.*/(scores|context)', None), *ACTIVATIONS)
+# Without products inside of attention and residual sums, as other toolkits
+# quantize.
+LAYERS = (('.*/(scores|context|add.*)', None), *ACTIVATIONS)
 PER_TENSOR = ((WEIGHTS[0][0], quantize.QuantSpec()),)
 SPARSITY = 0.8
 CLASSES = 10
@@ -91,10 +92,11 @@ def forms(
     'pruning, masks renewed': Form(plain, variables, pruned(renewed)),
     'QAT int8 and pruning': Form(observed, with_stats, pruned(held), rounded),
   }
-  if any('/scores/' in name for name in kd_jax.rules.leaf_names(stats)):
+  names = kd_jax.rules.leaf_names(stats)
+  if any('/scores/' in name or '/add' in name for name in names):
     layers = plain.intercepted(quantize.quantize_activations(LAYERS))
     stats = quantize.init_quant_stats(layers, variables, batch, LAYERS)
-    found["QAT int8, attention's products in float"] = Form(
+    found['QAT int8, Conv and Dense only'] = Form(
       layers, {**variables, 'quant_stats': stats}, tx, rounded
     )
   norms = quantize.foldable_batch_norms(
@@ -192,9 +194,10 @@ def notes(args: argparse.Namespace) -> list[str]:
     f'Network: {words}; batch {args.batch} of {args.size}x{args.size}x3 '
     'random images; AdamW, cross-entropy, no teacher.',
     'QAT int8: weights per output channel, the inputs of every layer by '
-    'an exponential average of their extremes. LSQ: the steps of weights '
-    'and inputs are learned. Simulated folding: weights per tensor; it needs '
-    'a BatchNorm behind a layer.',
+    'an exponential average of their extremes. Conv and Dense only: sums of '
+    "branches and attention's products stay in float. LSQ: the steps of "
+    'weights and inputs are learned. Simulated folding: weights per tensor; it '
+    'needs a BatchNorm behind a layer.',
     f'Pruning: global magnitude to {SPARSITY:.0%} along a cubic. Masks are '
     'renewed at some steps only, in practice every tenth or hundredth.',
     f'{args.runs} rounds after three that warm up; one round makes one '
