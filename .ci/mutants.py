@@ -28,7 +28,7 @@ from _pytest.runner import runtestprotocol
 from mutmut.mutation.file_mutation import mutate_file_contents
 
 OPTIONS = ['-p', 'no:cacheprovider', '-p', 'no:xdist', '-p', 'no:terminal']
-OPTIONS += ['-o', 'addopts=', '-m', 'not slow']
+OPTIONS += ['-o', 'addopts=']
 
 
 class Mutant(NamedTuple):
@@ -204,6 +204,7 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('files', nargs='+', help='FILE=TESTS[,TESTS]')
   parser.add_argument('-k', default='', help='as of pytest')
+  parser.add_argument('-m', default='not slow', help='as of pytest')
   parser.add_argument('--sample', type=int, default=60, help='of each file')
   parser.add_argument('--only', default='', help='a pattern of mutants')
   parser.add_argument('--timeout', type=int, default=300, help='in seconds')
@@ -221,7 +222,7 @@ def main():
   sys.meta_path.insert(0, Mutated)
   plugins = [Session(mutants, args)]
   tests = dict.fromkeys(test for mutant in mutants for test in mutant.tests)
-  pytest.main([*OPTIONS, '-k', args.k, *tests], plugins=plugins)
+  pytest.main([*OPTIONS, '-k', args.k, '-m', args.m, *tests], plugins=plugins)
 
 
 if __name__ == '__main__':
