@@ -30,15 +30,16 @@ def fake_quant(
 ) -> jax.Array:
   """Rounds to the grid of a quantizer; the gradient passes straight through.
 
-  Forward: scale * (clip(round(x / scale) + zero_point, qmin, qmax) -
-  zero_point). Backward: the gradient where the rounded code lies inside
+  Forward: scale * (clip(round(x * (1 / scale)) + zero_point, qmin, qmax) -
+  zero_point), with a product as in PyTorch: XLA fuses it where it would keep
+  the quotients. Backward: the gradient where the rounded code lies inside
   [qmin, qmax], 0 where it saturates, and 0 to scale and zero point. The mask
   includes both end codes: `jnp.clip` would halve the gradient of the very
   elements that set an absolute-maximum scale.
 
   Args:
     x: float array.
-    scale: float32, broadcastable to `x`.
+    scale: float32 with a finite reciprocal, broadcastable to `x`.
     zero_point: float32 integral, broadcastable to `x`.
     qmin: smallest code.
     qmax: largest code.
@@ -63,21 +64,16 @@ def fake_quant(
 
 
 def _code(x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-  return jnp.round(x.astype(jnp.float32) / scale) + zero_point
+  return jnp.round(x.astype(jnp.float32) * (1 / scale)) + zero_point
 
 
 def _fake_quant_fwd(
   x: jax.Array, scale: jax.Array, zero_point: jax.Array, qmin: int, qmax: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   code = _code(x, scale, zero_point)
-  # The barrier makes XLA keep the mask, a byte a value. Left alone it moves the
-  # comparison into the backward pass and keeps the codes, four bytes a value.
-  inside = jax.lax.optimization_barrier((code >= qmin) & (code <= qmax))
-  return fake_quant(x, scale, zero_point, qmin, qmax), (
-    inside,
-    scale,
-    zero_point,
-  )
+  inside = (code >= qmin) & (code <= qmax)
+  rounded = fake_quant(x, scale, zero_point, qmin, qmax)
+  return rounded, (inside, scale, zero_point)
 
 
 def _fake_quant_bwd(

@@ -69,7 +69,7 @@ def _lsq_fwd(
   x: jax.Array, step: jax.Array, first: int, last: int, gradient_factor: float
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   size = jnp.maximum(step, LEAST)
-  code = jnp.round(x.astype(jnp.float32) / size)
+  code = jnp.round(x.astype(jnp.float32) * (1 / size))
   y = (jnp.clip(code, first, last) * size).astype(x.dtype)
   return y, (x, step)
 
@@ -82,7 +82,7 @@ def _lsq_bwd(
   g: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   x, step = residuals
-  t = x.astype(jnp.float32) / jnp.maximum(step, LEAST)
+  t = x.astype(jnp.float32) * (1 / jnp.maximum(step, LEAST))
   code = jnp.round(t)
   inside = (code >= first) & (code <= last)
   slope = jnp.where(inside, code - t, jnp.clip(code, first, last))

@@ -100,7 +100,8 @@ def scale_and_zero_point(
   symmetric: scale = max(-low, high) / qmax, zero_point = 0.
   affine: scale = (high - low) / (qmax - qmin) after widening the range to
   contain 0, zero_point = clip(round(qmin - low / scale), qmin, qmax).
-  An empty range gets scale 1: zeros stay zeros.
+  An empty range gets scale 1, so that zeros stay zeros; and so does one whose
+  scale is subnormal and has no finite reciprocal.
 
   Args:
     low: smallest value, any shape.
@@ -125,7 +126,7 @@ def scale_and_zero_point(
     scale = jnp.maximum(-low, high) / spec.qmax
   else:
     scale = (high - low) / (spec.qmax - spec.qmin)
-  scale = jnp.where(scale > 0, scale, 1.0)
+  scale = jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
   if spec.symmetric:
     return scale, jnp.zeros_like(scale)
   zero_point = jnp.round(spec.qmin - low / scale)
