@@ -111,9 +111,10 @@ def test_a_recipe_trains_in_one_step_and_becomes_integers(name):
   converted = made.convert(variables)
   forward = made.integer_forward(converted.overrides)
   got = _run(forward, converted.variables, batch)
-  # Half a step of the bias, and codes on an edge.
-  scale = np.ptp(want)
-  assert np.abs(got - want).max() <= 0.03 * scale
+  # Half a step of the bias; and of few outputs, codes on an edge.
+  scale, errors = np.ptp(want), np.abs(got - want)
+  assert np.quantile(errors, 0.8) <= 0.01 * scale
+  assert errors.max() <= 0.06 * scale
   codes = [w.dtype for w in jax.tree.leaves(converted.variables.get('int8'))]
   kind = {'int4': 'uint8', 'float': None}.get(name, 'int8')
   assert (jnp.dtype(kind) in codes) if kind else not codes

@@ -48,12 +48,12 @@ def _parts(name):
     'image': rng.normal(size=(16, 8, 8, 1)).astype('f'),
     'label': np.arange(16) % 4,
   }
-  forward = adapters.from_linen(
-    student,
-    interceptors=[
-      quantize.quantize_activations([('.*', quantize.INT8_ACTIVATIONS)])
-    ],
+  # Inputs are rounded from the second step on: a sum in another order may move
+  # a code over an edge.
+  rounded = quantize.quantize_activations(
+    [('.*', quantize.INT8_ACTIVATIONS)], begin=1
   )
+  forward = adapters.from_linen(student, interceptors=[rounded])
   variables, taught = (
     adapters.init_linen(m, jax.random.key(i), batch)
     for i, m in enumerate((student, teacher))
@@ -126,7 +126,6 @@ def test_every_mesh_has_the_numbers_of_one_device(name, kind):
     jax.tree.leaves(first), jax.tree.leaves(first_alone), strict=True
   ):
     np.testing.assert_allclose(p, q, rtol=1e-5, atol=1e-5)
-  # Sums in another order move a code over an edge sooner or later.
   np.testing.assert_allclose(losses, expected, rtol=5e-3)
   masks, alone = (prune.masks_of(s.opt_state) for s in (state, want))
   for path, mask in alone.items():
