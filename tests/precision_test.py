@@ -74,12 +74,12 @@ def _equations(jaxpr):
         yield from _equations(getattr(inner, 'jaxpr', inner))
 
 
-def _products(fn, *args):
-  """Input dtypes of all convolutions and matrix products of a function."""
+def _products(jaxpr):
+  """Input dtypes of all convolutions and matrix products."""
   names = ('dot_general', 'conv_general_dilated')
   return [
     tuple(str(x.aval.dtype) for x in equation.invars)
-    for equation in _equations(jax.make_jaxpr(fn)(*args).jaxpr)
+    for equation in _equations(jaxpr)
     if equation.primitive.name in names
   ]
 
@@ -108,9 +108,10 @@ def test_products_are_in_bfloat16_and_what_is_kept_in_float32(name, by):
   gradients = jax.grad(loss, has_aux=True)
   params, rest = variables['params'], {**variables}
   rest.pop('params')
-  found = _products(gradients, params, rest)
+  traced = jax.make_jaxpr(gradients, return_shape=True)
+  jaxpr, (grads, out) = traced(params, rest)
+  found = _products(jaxpr.jaxpr)
   assert len(found) > 4 and set(found) == {('bfloat16', 'bfloat16')}
-  grads, out = jax.eval_shape(gradients, params, rest)
   assert out.output.dtype == jnp.bfloat16
   assert _dtypes((variables, grads, out.model_state)) == {'float32'}
 
