@@ -22,10 +22,10 @@ NAMES = sorted(
   for pattern in ('cifar100_*.py', 'imagenet_*.py')
   for path in CONFIGS.glob(pattern)
 )
-# The steps of all are made and not compiled. One of each protocol trains for its
-# row of the table, which is what is published, and one runs every stage: many
-# layers compile for a minute and more, and small networks of all families are
-# tested elsewhere.
+# The steps of all are made and not compiled. One of each protocol trains for
+# its row of the table, which is what is published, and one runs every stage:
+# many layers compile for a minute and more, and small networks of all families
+# are tested elsewhere.
 WHOLE = ('cifar100_vgg13_vgg8',)
 ROWS = ('cifar100_resnet56_resnet20', 'imagenet_resnet34_resnet18')
 TRAINED = ('teacher', 'alone', 'distill', 'compress')
