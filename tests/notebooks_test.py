@@ -12,7 +12,7 @@ NOTEBOOKS = pathlib.Path(__file__).parent.parent / 'notebooks'
 
 
 @pytest.fixture
-def execute(tmp_path, data_dir, monkeypatch, full_optimization):
+def execute(tmp_path, data_dir, monkeypatch):
   """`(name, epochs) -> notebook` after it has run."""
   monkeypatch.setenv('TFDS_DATA_DIR', str(data_dir))
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
@@ -60,7 +60,7 @@ def test_quickstart(execute):
 
 @pytest.mark.once
 @pytest.mark.slow
-def test_compare_methods(execute):
+def test_compare_methods(full_optimization, execute):
   notebook = execute('compare_methods', epochs=40)
   lines = re.findall(
     r'^(\S.*?) +([\d.]+)% +([\d.]+)% +([\d.]+)$', _printed(notebook), re.M
@@ -97,7 +97,7 @@ def test_compare_methods(execute):
 
 @pytest.mark.once
 @pytest.mark.slow
-def test_compress(execute):
+def test_compress(full_optimization, execute):
   notebook = execute('compress', epochs=6)
   lines = re.findall(
     r'^(\S.*?) +([\d.]+)% +([\d.]+) +([\d,]+) +(\d+)% +[\d.]+$',

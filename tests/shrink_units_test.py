@@ -182,6 +182,14 @@ def test_choosing_once_is_choosing_in_the_step():
       assert found == _kept_units(masks)
 
 
+def test_of_equal_units_the_first_stay():
+  member = Member('params/w', 0, 64, tuple((i,) for i in range(64)))
+  plan = Plan((Group('w', 64, 1, (member,)),), {}, {'params/w': (64,)})
+  scores = {'w': np.repeat(np.float32([1, 2]), 32)}
+  kept = prune.choose_units(plan, scores, 0.25)['w']
+  assert kept.tolist() == [*range(16), *range(32, 64)]
+
+
 def test_multiples_are_of_channels_and_never_beyond_the_group():
   ranked = _numpy_scores(_scores(), 'sum', 'mean')['channels']
   kept = prune.choose_units(PLAN, _scores(), 0.75, scope='layer', multiple_of=2)
@@ -408,10 +416,17 @@ def test_attention_multiplies_activations():
   assert rows['block1/mlp/dense1/kernel'].macs == 5 * 12 * 48
 
 
-def test_kernels_count_for_themselves_however_they_are_prepared():
+def _own_jvp(f):
+  f = jax.custom_jvp(f)
+  f.defjvp(lambda primals, tangents: (f(*primals), f(*tangents)))
+  return f
+
+
+@pytest.mark.parametrize('wrap', [jax.checkpoint, _own_jvp])
+def test_kernels_count_for_themselves_however_they_are_prepared(wrap):
   def apply(params, x):
     scaled = jnp.round(params['w'] / 0.1) * 0.1 * params['g'][None]
-    return jax.checkpoint(lambda x: jax.nn.relu(x @ scaled))(x)
+    return wrap(lambda x, w: jax.nn.relu(x @ w))(x, scaled)
 
   forward = adapters.from_apply(apply)
   variables = {'params': {'w': np.ones((5, 8), 'f'), 'g': np.ones(8, 'f')}}
