@@ -329,6 +329,14 @@ def test_everything_that_mirrors_the_parameters_shrinks():
   )
 
 
+def test_a_momentum_mirrors_the_parameter_and_not_state_of_its_name():
+  shapes = PLAN.shapes | {'seen/conv/kernel': (2,)}
+  plan = Plan(PLAN.groups, {}, shapes)
+  state = {'mu': {'conv': {'kernel': np.zeros((3, 4))}}}
+  small = prune.shrink(plan, state, {'channels': np.array([1, 3])})
+  assert small['mu']['conv']['kernel'].shape == (3, 2)
+
+
 def test_shrinking_keeps_shardings_that_still_fit_and_can_be_traced():
   mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))
   split = NamedSharding(mesh, PartitionSpec(None, 'data'))
