@@ -488,6 +488,18 @@ def test_a_static_range_per_channel_is_learned_for_each():
   np.testing.assert_array_equal(rounded[..., 2], 0.0)
 
 
+def test_a_range_is_chosen_for_the_bits_that_it_will_have():
+  x = jnp.asarray(_rng().standard_t(3, size=4096), jnp.float32)
+  largest = {}
+  for bits in (4, 8):
+    rounded, _ = quantize.activation(
+      None, x, QuantSpec(bits=bits), quantize.mse()
+    )
+    largest[bits] = float(rounded.max())
+  # Fewer levels are spread over less.
+  assert 1 < largest[4] < 0.8 * largest[8]
+
+
 def test_bfloat16_activations_stay_bfloat16():
   x = jnp.asarray(_rng().normal(size=(6, 3)), jnp.bfloat16)
   for spec in (quantize.INT8_ACTIVATIONS, DYNAMIC):
