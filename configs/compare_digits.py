@@ -4,9 +4,9 @@
 
 Data: scikit-learn's digits as in `digits.py`, but teacher and students see 256
 of the training images: with all of them every student is as good as its
-teacher, and there is nothing to compare. Weights are those of the papers or of
-their authors' code for CIFAR-100, times 1, 0.1 or 0.01 as the validation split
-of the first seed prefers. Cost and result:
+teacher, and there is nothing to compare. Weights are those of the papers, of
+their authors' code for CIFAR-100, or ours, times 1, 0.1 or 0.01 as the
+validation split of the first seed prefers. Cost and result:
 `benchmarks/results/compare_digits.md`.
 FSP is missing, which needs equal widths of teacher and student.
 `configs/compare_digits.py:tiny` takes seconds and three methods.

@@ -1,8 +1,8 @@
 """Published methods by name: their terms, as words of a configuration.
 
 `METHODS` are those that people compare, each as words for `terms` with the
-weights of its paper or its authors' code. Owns no formula, and none of the
-training around a method: optimizer, schedule and data are in `published`.
+weights of its paper, its authors' code, or ours. Owns no formula, and none of
+the training around a method: optimizer, schedule and data are in `published`.
 """
 
 from typing import Any, NamedTuple

@@ -242,6 +242,10 @@ def test_phases_follow_one_another():
   assert _compression(
     quantize__weights=FLOAT, quantize__activations=FLOAT, prune__end='100%'
   )[0].phases() == [Phase('prune', 0, 8)]
+  sparse, _ = _compression(
+    prune__method='sparse', prune__schedule='once', quantize__begin='50%'
+  )
+  assert sparse.phases()[0] == Phase('prune', 0, 4)
 
 
 def test_learned_ranges_are_signed_where_inputs_are():
@@ -265,6 +269,14 @@ def test_learned_ranges_are_signed_where_inputs_are():
       "prune.begin='3 weeks' is no point.*12 epochs",
     ),
     ({'prune__begin': '100%'}, "prune.begin='100%' is not before"),
+    (
+      {'prune__method': 'straight_through', 'prune__begin': '100%'},
+      "prune.begin='100%' is not before",
+    ),
+    (
+      {'prune__method': 'sparse', 'prune__begin': '10%'},
+      "sparse from the first step: prune.begin must be '0%', not '10%'",
+    ),
     ({'quantize__ranges': 'lsqq'}, "quantize.ranges 'lsqq'"),
     ({'quantize__observer': 'emma'}, "quantize.observer 'emma'.*ema"),
     ({'quantize__weight_observer': 'ema'}, "quantize.weight_observer 'ema'"),

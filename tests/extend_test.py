@@ -8,6 +8,7 @@ import re
 import pytest
 
 from kd_jax import cli, models, tasks, terms
+from kd_jax.cli import registries
 from kd_jax.export import exporters
 from kd_jax.recipe import words
 from kd_jax.report import measure, read_report
@@ -54,6 +55,18 @@ def test_there_is_a_file_for_each_kind():
   assert sorted(FILES) == sorted(f'my_{kind}.py' for kind in kinds)
 
 
+def test_what_a_file_registers_is_not_launched(tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(models.MODELS, 'shallow', None)
+  config = tmp_path / 'my_model.py'
+  config.write_text(FILES['my_model.py'])
+  flags = ['--name=a', '--zone=z', '--accelerator=v5litepod-4', '--dry_run']
+  flags += [f'--config={config}', '--workdir=gs://bucket/run']
+  assert cli.main(['launch', 'tpu-vm', *flags]) == 2
+  said = capsys.readouterr()
+  assert "my_model.py registers model 'shallow', which" in said.err
+  assert not said.out
+
+
 @pytest.mark.slow
 @pytest.mark.once
 def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
@@ -66,12 +79,21 @@ def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
   monkeypatch.setitem(words.SCORES, 'brain_damage', None)
   monkeypatch.setitem(words.OBSERVERS, 'three_sigma', None)
   monkeypatch.setitem(exporters.EXPORTERS, 'one program', None)
+  before = registries.entries()
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
   latencies = functools.partial(measure.latencies, runs=2)
   monkeypatch.setattr(measure, 'latencies', latencies)
   workdir = tmp_path / 'run'
   arguments = [f'--config={tmp_path / "together.py"}', f'--workdir={workdir}']
   assert cli.main(['run', *arguments]) == 0
+  after = registries.entries()
+  assert [name for name in after if after[name] is not before[name]] == [
+    "model 'shallow'",
+    "term 'cosine'",
+    "score 'brain_damage'",
+    "observer 'three_sigma'",
+    "exporter 'one program'",
+  ]
 
   config = read_json(workdir / 'config.json')
   assert config['student']['model'] == {'name': 'shallow', 'width': 32}

@@ -22,8 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the words after the program's name; those of the process when None.
 
   Returns:
-    The exit code: 0, 2 for bad input, 75 when stopped by a signal after what
-    could be saved was saved (run the same command again).
+    The exit code: 0; 2 after an error, which is said in one sentence; 75 when
+    stopped by a signal after what could be saved was saved (run the same
+    command again); of `launch` also that of the run, and 130 when interrupted.
   """
   words = list(sys.argv[1:] if argv is None else argv)
   if not words or words[0] in ('help', '--help', '-h') or '--help' in words:

@@ -34,6 +34,7 @@ class Command(NamedTuple):
     several: whether it may run as several processes.
     registers: whether it may be given a configuration file, to be executed for
       what that registers; the fields are those of the work directory.
+    sent: whether the fields go to other machines, without the file.
   """
 
   flags: tuple[Flag, ...]
@@ -42,6 +43,7 @@ class Command(NamedTuple):
   field: str = ''
   several: bool = False
   registers: bool = False
+  sent: bool = False
 
 
 DEBUG = Flag('debug', bool, False)
@@ -127,6 +129,7 @@ COMMANDS = {
     ),
     config='config',
     example='configs/digits.py',
+    sent=True,
   ),
   'plan': Command(
     (

@@ -113,7 +113,10 @@ def _define_config(
     raise ValueError(
       f'kd-jax {command} needs --{flag}=FILE, such as {example}.'
     )
-  config = _stored(path) if path.endswith('.json') else _executed(path)
+  if path.endswith('.json'):
+    config = _stored(path)
+  else:
+    config = (_alone if kind.sent else _executed)(path)
   if kind.field and kind.field not in config:
     raise ValueError(
       f'{path} has no field {kind.field!r}: kd-jax {command} needs a '
@@ -163,6 +166,27 @@ def _executed(path: str) -> Any:
   if variant and not inspect.signature(made).parameters:
     raise ValueError(f'{file} has no variants, such as {variant[0]!r}.')
   return made(*variant)
+
+
+def _alone(path: str) -> Any:
+  """A configuration that says all by its fields, and registers nothing."""
+  # Imported late, since other commands need it later or never.
+  from kd_jax.cli import registries  # noqa: PLC0415
+
+  before = registries.entries()
+  config = _executed(path)
+  added = [
+    name
+    for name, entry in registries.entries().items()
+    if before.get(name) is not entry
+  ]
+  if added:
+    raise ValueError(
+      f'{path} registers {", ".join(added)}, which the machines that are '
+      'launched would not know, as they get the fields alone: move that into '
+      'a clone of kd_jax, and have them install the clone (--package, --image).'
+    )
+  return config
 
 
 def _check_overrides(flag: str, config: Any, words: list[str]) -> None:

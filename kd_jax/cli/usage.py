@@ -29,9 +29,10 @@ kd-jax: a large model into a small fast one, in JAX.
                   print what it holds, does, sends and how long that takes
 
 run, compare, cache-teacher and launch:
-  --config FILE[:tiny]    a configuration such as configs/digits.py; ':tiny'
-                          runs every stage in seconds and learns little; or
-                          one stored as JSON, which is read and not executed
+  --config FILE[:VARIANT] a configuration such as configs/digits.py; ':tiny'
+                          is small and learns little, the file says what other
+                          variants it has; or one stored as JSON, which is
+                          read and not executed
   --config.KEY=VALUE      changes one field, such as --config.seed=1
 
 --workdir DIR, also gs://BUCKET/DIR, is
@@ -45,8 +46,8 @@ run, compare, cache-teacher and launch:
   of launch:              that of the run, in a bucket
 
 run, compare, compress and cache-teacher, also with several processes, of which
-the cluster tells on Cloud TPU and under SLURM and Open MPI; all need to share
-the --workdir:
+the cluster tells on Cloud TPU and under SLURM and Open MPI (5: with mpi4py);
+all need to share the --workdir:
   --coordinator HOST:PORT where process 0 listens; :PORT is 127.0.0.1
   --num_processes N       how many there are
   --process_id I          which one this is, from 0
@@ -86,8 +87,8 @@ compress:
   --stage STAGE           of a work directory: distill (default) or alone
 
 evaluate, shrink and report:
-  --config FILE           that of the run, where it registers a model, a task or
-                          a data set of your own; its fields are not read again
+  --config FILE           that of the run, where it registers something of your
+                          own, such as a model; its fields are not read again
 
 evaluate:
   --split SPLIT           train, validation or test (default)
@@ -142,4 +143,8 @@ all:
   --debug                 shows the traceback of an error
 
 kd-jax --version prints the version of kd_jax.
+
+The exit code is 0; 2 after an error, which is said in one sentence; 75 when a
+signal stopped it and the same command goes on; of launch also that of the run,
+and 130 when it was interrupted.
 """

@@ -1,4 +1,11 @@
-"""Images in memory or streamed, resumable batches, and keyed augmentation."""
+"""Images in memory or streamed, resumable batches, and keyed augmentation.
+
+Owns the way from files to batches. `sources` and `builders` find and read data
+sets, `pipeline` says which examples a step sees, of arrays (`examples`,
+`resident`) or of files (`streamed`, `workers`); `augment` and `crops` change
+them by keys; `cache_writer` and `teacher_cache` keep what a teacher says of
+them. Which data a configuration means is `tasks`'.
+"""
 
 from kd_jax.data.augment import make_preprocess as make_preprocess
 from kd_jax.data.augment import renormalize as renormalize

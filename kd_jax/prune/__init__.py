@@ -1,4 +1,11 @@
-"""Pruning: scores, structures, schedules, and wrappers that keep zeros zero."""
+"""Pruning: scores, structures, schedules, and wrappers that keep zeros zero.
+
+Owns which weights become zero (`scores`, `scopes`, `structures`, `schedules`),
+how they stay so in training (`transform`, `sparse_training`, `forward_masks`),
+what can leave a model whole, found in its jaxpr (`groups`, `residual`), and
+the smaller arrays (`selection`, `shrink`, `resize`). How a run prunes is
+`recipe`'s.
+"""
 
 from kd_jax.prune.costs import LayerCost as LayerCost
 from kd_jax.prune.costs import layer_costs as layer_costs

@@ -1,4 +1,11 @@
-"""Quantization: fake-quant in training, integers in execution."""
+"""Quantization: fake-quant in training, integers in execution.
+
+Owns formats (`specs`), ranges (`observers`, `learned`), rounding in training
+(`fake_quant`, `activations`, `delays`) and after it (`calibration`,
+`rounding`, `equalization`), the bits of each layer (`allocation`), and the way
+to integers (`fold`, `conversion`, `execution`). What comes after training in
+one call is `deploy`'s, files are `export`'s.
+"""
 
 from kd_jax.quantize.activations import activation as activation
 from kd_jax.quantize.activations import init_quant_stats as init_quant_stats

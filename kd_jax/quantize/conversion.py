@@ -1,11 +1,11 @@
 """Conversion of trained variables to integers.
 
-The integer contract, that of ONNX and LiteRT: weights int8 symmetric in
-[-127, 127] per output channel (or 4 bits in [-7, 7], two to a byte);
-activations int8 affine in [-128, 127] per tensor; bias int32 with scale
+Owns what is stored; `execution` runs it, and which networks are converted is
+`deploy`'s. The integer contract, that of ONNX and LiteRT: weights int8
+symmetric in [-127, 127] per output channel (or 4 bits in [-7, 7], two to a
+byte); activations int8 affine in [-128, 127] per tensor; bias int32 with scale
 input_scale * kernel_scale; accumulation int32. The converted layers live in the
-collection `int8`, whose arrays are all that a deployed model needs; `execution`
-runs them.
+collection `int8`, whose arrays are all that a deployed model needs.
 """
 
 import functools

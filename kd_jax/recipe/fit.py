@@ -1,7 +1,8 @@
 """Trains one network of a run: optimizer, step, loop, and its saved weights.
 
-Every stage that trains calls `fit`; which networks and objectives they are is
-said in `recipe` and `distillation`.
+Owns the optimizer, the step and the loop of one training and what is saved of
+it. Every stage that trains calls `fit`; which networks and objectives they are
+is said in `stages`, `distillation` and `search`.
 """
 
 import dataclasses

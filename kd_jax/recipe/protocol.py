@@ -36,9 +36,9 @@ def sentences(run: Run) -> list[str]:
     f'{names.DISTILLED}: {distilled}{_scheme(c.distill.scheme)}.',
     f'{names.COMPRESSED}: {compressed}; from the distilled student.',
     'Every term is a mean over the batch; soft targets are KL(teacher || '
-    'student), summed over classes, times T squared.',
-    f'{names.ALONE} and {names.DISTILLED} start from the same weights and see '
-    'the same batches, equally augmented, for the same number of steps.',
+    'student), summed over classes, times T squared, but where a convention is '
+    'named.',
+    *compared(c),
     'FLOPs: 2 x multiply-accumulates of convolutions and matrix products for '
     'one example; zeros are counted.',
     'Latency: median (quartiles) of 30 calls, all models in turns, from raw '
@@ -48,6 +48,38 @@ def sentences(run: Run) -> list[str]:
     'Training time: wall time of the training loop, compilation and '
     'evaluation included.',
   ]
+
+
+def compared(config: ml_collections.ConfigDict) -> list[str]:
+  """What the student alone and the distilled one have in common.
+
+  Args:
+    config: the fields of `kd_jax.defaults`.
+
+  Returns:
+    One sentence, or none if they are different models.
+
+  Example:
+    >>> from kd_jax import defaults
+    >>> config = defaults.get_config()
+    >>> print(*compared(config))  # doctest: +NORMALIZE_WHITESPACE
+    student alone and distilled start from the same weights and see the same
+    batches, equally augmented, for as many epochs.
+    >>> config.distill.train.update({'epochs': 90, 'batch_size': 32})
+    >>> print(*compared(config))  # doctest: +NORMALIZE_WHITESPACE
+    student alone and distilled start from the same weights, for 60 and 90
+    epochs.
+  """
+  if config.distill.scheme.reuse_head:
+    return []
+  both = config.alone.train, config.distill.train
+  said = f'{names.ALONE} and {names.DISTILLED} start from the same weights'
+  if len({train.batch_size for train in both}) == 1:
+    said += ' and see the same batches, equally augmented'
+  epochs = [train.epochs for train in both]
+  if epochs[0] == epochs[1]:
+    return [f'{said}, for as many epochs.']
+  return [f'{said}, for {epochs[0]} and {epochs[1]} epochs.']
 
 
 def compression(recipe: ml_collections.ConfigDict) -> str:

@@ -71,9 +71,15 @@ class Pruning:
     if recipe.structure not in _NAMED:
       _by_numbers(recipe.structure)
     late = self.begin >= training.steps
-    if recipe.sparsity and recipe.method == 'gradual' and late:
+    waits = recipe.method in ('gradual', 'straight_through')
+    if recipe.sparsity and waits and late:
       raise ValueError(
         f'prune.begin={recipe.begin!r} is not before the last step.'
+      )
+    if recipe.sparsity and recipe.method == 'sparse' and self.begin:
+      raise ValueError(
+        f"prune.method='sparse' is sparse from the first step: prune.begin "
+        f"must be '0%', not {recipe.begin!r}."
       )
     if (
       recipe.method in ('sparse', 'preserve') and recipe.structure != 'weights'
@@ -139,7 +145,7 @@ class Pruning:
       return 0, 0
     if not self.recipe.sparsity:
       return None
-    once = self.recipe.schedule == 'once'
+    once = self.recipe.schedule == 'once' and self.recipe.method != 'sparse'
     return self.begin, self.begin + 1 if once else self.end
 
   def masked(self, params: Any, step: Any) -> Any:

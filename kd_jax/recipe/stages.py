@@ -1,9 +1,10 @@
-"""The main job as stages: teacher -> student -> compress -> export -> report.
+"""The main job as stages, from teacher to report.
 
-A stage reads the results of the stages before it from the work directory and
-writes its own; a finished stage is skipped, a killed one continues. What a
-stage does is calls of library functions: read this file to learn how they fit
-together.
+Owns their order (teacher, alone, distill, compress, convert, export, report)
+and what each reads and writes; the parts are other modules'. A stage reads the
+results of the stages before it from the work directory and writes its own; a
+finished stage is skipped, a killed one continues. What a stage does is calls of
+library functions: read this file to learn how they fit together.
 """
 
 import functools
