@@ -14,7 +14,7 @@ from kd_jax import cli
 from kd_jax.recipe import evaluation, load_artefact, search
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
-from kd_jax.report import tradeoff
+from kd_jax.report import measure, tradeoff
 from kd_jax.storage import workdir
 from kd_jax.storage.weights import load_weights
 
@@ -180,10 +180,21 @@ def test_a_student_with_the_head_of_its_teacher_is_searched(data_dir, tmp_path):
   [('9 KFLOP', 'flops', {'int8-50'}), ('9999 ms', 'ms', {'int8-0', 'int8-50'})],
 )
 def test_a_budget_in_operations_or_milliseconds(
-  trained, tmp_path, capsys, budget, cost, fitting
+  trained, tmp_path, capsys, monkeypatch, budget, cost, fitting
 ):
-  words = "--recipe.search.weights=('int8', 'mixed')"
-  assert cli.main(_words(trained, tmp_path, words, budget=budget)) == 0
+  timed, latencies = [], measure.latencies
+
+  def of(applies, images, **options):
+    timed.append(len(images))
+    return latencies(applies, images, **options)
+
+  monkeypatch.setattr(measure, 'latencies', of)
+  words = [
+    "--recipe.search.weights=('int8', 'mixed')",
+    '--recipe.search.latency_batch=3',
+  ]
+  assert cli.main(_words(trained, tmp_path, *words, budget=budget)) == 0
+  assert set(timed) == {3}
   result = _result(tmp_path)
   rows = {row['name']: row for row in result['candidates']}
   # To mix bits is a choice under a budget of bytes alone.

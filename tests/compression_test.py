@@ -248,6 +248,17 @@ def test_phases_follow_one_another():
   assert sparse.phases()[0] == Phase('prune', 0, 4)
 
 
+@pytest.mark.parametrize('decay', [0.25, 0.9])
+def test_the_average_of_ranges_decays_as_it_is_told(decay):
+  made, _ = _compression(quantize__observer_decay=decay)
+  observer = made.quantization.observer()
+  seen = observer.init()
+  for largest in (1.0, 3.0):
+    seen = observer.update(seen, jnp.array([0.0, largest]), None)
+  _, high = observer.range(seen)
+  np.testing.assert_allclose(high, decay * 1 + (1 - decay) * 3, rtol=1e-5)
+
+
 def test_learned_ranges_are_signed_where_inputs_are():
   lsq, _ = _compression(quantize__ranges='lsq')
   rules = dict(lsq.quantization.rules('activations'))

@@ -320,12 +320,16 @@ def test_a_cohort_is_trained_in_one_step_and_the_first_is_kept(
   tmp_path, data_dir
 ):
   def change(config):
-    config.distill.scheme.cohort = 3
+    config.distill.scheme.update(
+      {'cohort': 3, 'mutual_weight': 0.5, 'mutual_temperature': 2.0}
+    )
     config.distill.terms.at = {'name': 'attention_transfer', 'weight': 1.0}
 
   run = _run(tmp_path, data_dir, change)
   rows = run.workdir.result('distill')['history']
   assert rows[0]['loss/mutual'] > 0
+  total = 3 * rows[0]['loss/own'] + 1.5 * rows[0]['loss/mutual']
+  np.testing.assert_allclose(rows[0]['loss/total'], total, rtol=1e-5)
   own = [rows[0][f'accuracy/student{i}'] for i in range(3)]
   np.testing.assert_allclose(rows[0]['accuracy'], np.mean(own), rtol=1e-6)
   assert all(_changed(run).values())

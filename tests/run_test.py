@@ -94,6 +94,27 @@ def test_exports_agree_with_the_integer_model(finished):
 
 
 @pytest.mark.slow
+@pytest.mark.once
+def test_a_profile_says_where_the_time_of_a_training_goes(
+  data_dir, tmp_path, capsys
+):
+  words = [
+    'run',
+    f'--config={TINY}',
+    f'--workdir={tmp_path}',
+    f'--config.data.data_dir={data_dir}',
+    '--config.teacher.train.epochs=12',
+    '--stages=teacher',
+    '--profile',
+  ]
+  assert cli.main(words) == 0
+  stage = tmp_path / 'teacher'
+  profile = json.loads((stage / 'result.json').read_text())['profile']
+  assert profile['steps_per_second'] > 0
+  assert list((stage / 'profile').rglob('*.xplane.pb'))
+
+
+@pytest.mark.slow
 def test_a_second_run_says_that_all_is_done(finished, data_dir, capsys):
   workdir, _ = finished
   before = (workdir / 'report' / 'report.json').read_text()
