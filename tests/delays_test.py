@@ -137,7 +137,7 @@ class Norms(nn.Module):
     x = nn.BatchNorm(not train, name='full')(x)
     x = nn.BatchNorm(not train, use_scale=False, epsilon=0.1, name='bias')(x)
     x = nn.BatchNorm(not train, use_bias=False, axis=1, name='axis')(x)
-    return nn.BatchNorm(name='call')(x, use_running_average=not train)
+    return nn.BatchNorm(name='call')(x=x, use_running_average=not train)
 
 
 def _norms(after, model=None):

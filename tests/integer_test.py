@@ -337,6 +337,11 @@ def test_what_has_no_integer_execution_is_named():
   for spec in (affine, QuantSpec(axis=0)):
     with pytest.raises(ValueError, match='layer/kernel.*symmetric weights'):
       quantize.convert(variables, [('.*/kernel', spec)], INPUTS)
+  ends = {'low': -jnp.ones(3), 'high': jnp.ones(3), 'count': jnp.ones(3)}
+  stack = _dense_variables(jnp.ones((3, 4, 2)), jnp.zeros((3, 2)), **ends)
+  with pytest.raises(ValueError, match='layer/kernel.*symmetric weights'):
+    rules = [('.*/kernel', QuantSpec(axis=(0, 1)))]
+    quantize.convert(stack, rules, INPUTS)
   for spec in (
     QuantSpec(bits=4, **wide),
     QuantSpec(axis=-1, **wide),
@@ -350,6 +355,16 @@ def test_what_has_no_integer_execution_is_named():
       quantize.convert(unseen, WEIGHTS, INPUTS)
   with pytest.raises(ValueError, match='no layer has quantized inputs'):
     quantize.convert({'params': variables['params']}, WEIGHTS, INPUTS)
+
+
+def test_what_is_no_kernel_stays_float_on_its_grid():
+  variables = _dense_variables(jnp.ones((4, 3)), jnp.array([0.1, -2.0, 0.7]))
+  rules = [('.*/kernel', quantize.INT8_WEIGHTS), ('.*/bias', QuantSpec(bits=4))]
+  converted = quantize.convert(variables, rules, [])
+  bias = converted['params']['layer']['bias']
+  want = quantize.fake_quant_params(variables['params'], rules=rules)
+  np.testing.assert_allclose(bias, want['layer']['bias'], rtol=1e-6)
+  assert np.abs(bias - variables['params']['layer']['bias']).max() > 0.01
 
 
 @pytest.mark.parametrize('inputs', [INPUTS, []])
