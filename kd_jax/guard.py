@@ -16,7 +16,7 @@ from kd_jax.types import TrainStep
 
 DROPPED = 'dropped'
 SPIKES = 'spikes'
-_WATCHED = ('loss/total', 'grad_norm')
+_WATCHED = ('loss/total', 'grad_norm', 'grad_norm/objective')
 
 
 def drop_nonfinite(train_step: TrainStep) -> TrainStep:
@@ -52,7 +52,7 @@ def drop_nonfinite(train_step: TrainStep) -> TrainStep:
     new, metrics = train_step(state, batch, rng)
     finite = jnp.bool_(True)
     for name in _WATCHED:
-      finite &= jnp.isfinite(metrics[name])
+      finite &= jnp.isfinite(metrics.get(name, 0.0))
     # The teacher is the same in both.
     old, made = state.replace(teacher=None), new.replace(teacher=None)
     kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), made, old)

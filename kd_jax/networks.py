@@ -86,6 +86,25 @@ def _shares(
   return [weights[name] / total for name in networks]
 
 
+def exact(params: Any) -> Any:
+  """Parameters as their average keeps them: in float32 at least.
+
+  In bfloat16 a thousandth of a difference would be rounded away, and the
+  average would never move.
+
+  Example:
+    >>> exact({'w': jnp.ones(2, jnp.bfloat16)})['w'].dtype.name
+    'float32'
+  """
+
+  def wide(p):
+    if not jnp.issubdtype(p.dtype, jnp.floating):
+      return p
+    return p.astype(jnp.promote_types(p.dtype, jnp.float32))
+
+  return jax.tree.map(wide, params)
+
+
 def check_weights(names: Iterable[str], weights: Mapping[str, Any]) -> None:
   """Raises ValueError unless each network of `combine` has a weight.
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kd_jax import rules
+from kd_jax import networks, rules
 
 Schedule = Callable[[Any], Any]
 
@@ -294,7 +294,8 @@ def average_params(
     raise ValueError(f'The decay of an average is in (0, 1), not {decay}.')
 
   def init(params):
-    return AverageState(jax.tree.map(jnp.array, params), tx.init(params))
+    average = jax.tree.map(jnp.array, networks.exact(params))
+    return AverageState(average, tx.init(params))
 
   def update(grads, state, params, **extra):
     updates, inner = optax.with_extra_args_support(tx).update(

@@ -17,6 +17,7 @@ import optax
 from kd_jax import loops
 from kd_jax.objectives import Inputs, Objective, mean
 from kd_jax.types import (
+  ATTENTION_MASK,
   CACHED,
   Batch,
   Forward,
@@ -77,7 +78,9 @@ def make_train_step(
   Returns:
     `train_step(state, batch, rng) -> (state, metrics)`. `rng` is the run's
     key: the step folds `state.step` into it. Metrics are scalars, means over
-    the global batch: those of the objective, and `grad_norm`.
+    the global batch: those of the objective, where integers and flags have to
+    be equal on all devices; and the norms of the gradients, `grad_norm` and, of
+    what the objective owns, `grad_norm/objective`.
 
   Example:
     >>> from kd_jax.objectives import term
@@ -102,6 +105,7 @@ def make_train_step(
     rng = jax.random.fold_in(rng, state.step)
     trainable = (state.params, state.objective.params)
     zeros = jax.tree.map(jnp.zeros_like, trainable)
+    tokens = batch.get(ATTENTION_MASK)
     trainable, zeros = _varying((trainable, zeros), axis_name)
 
     def gradients(carried, batch, rng, part):
@@ -128,6 +132,7 @@ def make_train_step(
           axis_name=axis_name,
           num_shards=num_shards,
           part=part,
+          tokens=tokens,
         )
         loss, new_state, metrics = objective.apply(
           objective_params, objective_state, inputs
@@ -162,8 +167,10 @@ def make_train_step(
         objective_params, objective_state, objective_opt_state
       ),
     )
-    metrics = {'loss/total': loss} | metrics
-    return new_state, metrics | {'grad_norm': optax.tree.norm(grads[0])}
+    norms = {'grad_norm': _norm(grads[0])}
+    if jax.tree.leaves(grads[1]):
+      norms['grad_norm/objective'] = _norm(grads[1])
+    return new_state, {'loss/total': loss} | metrics | norms
 
   return train_step
 
@@ -347,6 +354,11 @@ def _mean_over(tree: Any, axis_name: str | None) -> Any:
     return jax.lax.pmax(x, axis_name)
 
   return jax.tree.map(mean_over, tree)
+
+
+def _norm(grads: Any) -> jax.Array:
+  """In float32: a sum of squares overflows float16 at a norm of 256."""
+  return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
 
 def _apply(tx: Any, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:

@@ -96,7 +96,32 @@ def test_an_ensemble_of_losses_is_the_mean_of_the_losses():
   np.testing.assert_allclose(loss, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize('step', [0, 5])
+def test_a_mean_whose_weights_all_begin_at_zero_is_finite(step):
+  rising = objectives.schedule(end=1.0, until=10)
+  each = objectives.each_teacher(
+    dict.fromkeys('ab', objectives.soft_targets()),
+    weights=dict.fromkeys('ab', rising),
+  )
+  teacher = networks.combine(NETWORKS)(VARIABLES, {'image': X})
+  inputs = objectives.Inputs(
+    Forward(0.1 * X),
+    teacher,
+    {},
+    jnp.int32(step),
+    jax.random.key(0),
+    teacher_variables=VARIABLES,
+  )
+  loss, _, _ = each.apply(*each.init(inputs), inputs)
+  assert (loss > 0) if step else (loss == 0)
+
+
 def test_mistakes_in_ensembles_are_named():
+  kd = objectives.soft_targets()
+  for weights_ in ({'a': 0.0, 'b': 0.0}, {'a': 1.0, 'b': -1.0}):
+    with pytest.raises(ValueError, match='positive sum'):
+      objectives.each_teacher({'a': kd, 'b': kd}, weights=weights_)
+
   with pytest.raises(ValueError, match="space='mean' is not one of logits"):
     networks.combine(NETWORKS, space='mean')
   with pytest.raises(ValueError, match='weights for a, but the networks'):

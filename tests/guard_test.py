@@ -90,6 +90,46 @@ def _row(loss, dropped=0, **more):
   return {'loss/total': loss, 'dropped': dropped, **more}
 
 
+def test_gradients_of_what_an_objective_owns_may_be_at_fault():
+  def apply(params, state, inputs):
+    return jnp.sqrt(params) + jnp.sum(inputs.student.output), state, {}
+
+  objective = objectives.Objective(lambda inputs: (jnp.float32(0), {}), apply)
+  tx = optax.sgd(0.1)
+
+  def student(variables, batch, rng=None, *, train=False):
+    return Forward(variables['params'] * batch['x'])
+
+  batch, options = {'x': jnp.ones(2)}, {'objective_tx': tx}
+  step = make_train_step(student, objective, tx, **options)
+  state = init_state(
+    student, objective, tx, {'params': jnp.float32(1)}, batch, **options
+  )
+  new, metrics = jax.jit(guard.drop_nonfinite(step))(
+    state, batch, jax.random.key(0)
+  )
+  assert metrics['dropped'] == 1 and np.isinf(metrics['grad_norm/objective'])
+  assert new.objective.params == 0 and new.params == 1
+
+
+def test_the_norm_of_gradients_in_float16_does_not_overflow():
+  objective, tx = objectives.regression(), optax.sgd(1e-3)
+
+  def student(variables, batch, rng=None, *, train=False):
+    return Forward(variables['params'] * batch['x'])
+
+  batch = {'x': jnp.full((1, 2), 30.0, jnp.float16)}
+  batch['target'] = jnp.full((1, 2), -30.0)
+  params = {'params': jnp.ones((1, 2), jnp.float16)}
+  step = make_train_step(student, objective, tx)
+  state = init_state(student, objective, tx, params, batch)
+  _, metrics = jax.jit(guard.drop_nonfinite(step))(
+    state, batch, jax.random.key(0)
+  )
+  assert metrics['dropped'] == 0
+  np.testing.assert_allclose(metrics['grad_norm'], 1800 * 2**0.5, rtol=1e-2)
+
+
 def test_failures_in_a_row_stop_and_name_the_terms():
   failures = guard.Failures(limit=3)
   bad = _row(np.nan, 1, **{'loss/kd': np.nan, 'loss/ce': 1.0, 'grad_norm': 2.0})

@@ -436,6 +436,57 @@ def test_equal_logits_are_standardized_to_zero_without_a_gradient():
   assert np.all(np.isfinite(gradient)) and np.any(gradient[1] != 0)
 
 
+@pytest.mark.parametrize(
+  'value, classes', [(0.1, 7), (0.7, 10), (3.3, 100), (1000.1, 7)]
+)
+def test_equal_logits_whose_mean_rounds_are_standardized_to_zero(
+  value, classes
+):
+  logits = jnp.full((1, classes), value)
+  z, gradient = jax.jit(
+    jax.value_and_grad(lambda x: losses.standardize_logits(x)[0, 0])
+  )(logits)
+  assert z == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize('scale', [1e-12, 1e-5, 1e5, 1e12])
+@pytest.mark.parametrize('p', [2, 4])
+def test_attention_ignores_the_size_of_maps(p, scale):
+  maps = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 3)), 'f')
+  loss, gradient = jax.jit(
+    jax.value_and_grad(
+      lambda x: losses.attention_transfer(x, maps, p=p).sum()
+    )
+  )(scale * maps)
+  np.testing.assert_allclose(loss, 0, atol=1e-10)
+  assert jnp.isfinite(gradient).all()
+
+
+def test_scores_that_are_masked_add_no_error():
+  rng = np.random.default_rng(0)
+  student, teacher = (rng.normal(size=(1, 2, 4, 4)).astype('f') for _ in 'ab')
+  seen = np.tril(np.ones((4, 4), bool))
+  squares = np.where(seen, np.square(student - teacher), 0)
+  want = squares.mean()
+  for low in (-np.inf, np.finfo('f').min, -1e9):
+    hidden = [
+      np.where(seen, student, -1e4).astype('f'),
+      np.where(seen, teacher, low).astype('f'),
+    ]
+    loss, gradient = jax.value_and_grad(
+      lambda s, t=hidden[1]: losses.attention_squared_error(s, t).sum()
+    )(hidden[0])
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    assert np.isfinite(gradient).all() and not gradient[..., ~seen].any()
+
+
+def test_opposite_examples_transfer_probabilities_with_a_small_epsilon():
+  x = np.random.default_rng(0).normal(size=(64, 8)).astype('f')
+  x = np.concatenate([x, -x])
+  loss = losses.probabilistic_transfer(x, x[::-1], eps=1e-10)
+  assert np.isfinite(loss)
+
+
 def test_decoupled_kd_with_the_teachers_own_weights_is_kl_divergence():
   inputs = _inputs('decoupled_kd')
   p = np.exp(outputs.log_softmax(inputs['teacher'] / 4.0))

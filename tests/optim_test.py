@@ -192,6 +192,18 @@ def test_average_is_exponential_from_the_initial_parameters():
   _close(optim.averaged_params(state), average, rtol=1e-5, atol=1e-6)
 
 
+def test_an_average_of_bfloat16_moves():
+  tx = optim.average_params(optax.sgd(1.0), decay=0.999)
+  params = jnp.ones(2, jnp.bfloat16)
+  state = tx.init(params)
+  params = jnp.full(2, 2.0, jnp.bfloat16)
+  update = jax.jit(lambda s: tx.update(jnp.zeros_like(params), s, params)[1])
+  for _ in range(100):
+    state = update(state)
+  want = 2 - 0.999**100
+  np.testing.assert_allclose(optim.averaged_params(state), want, rtol=1e-4)
+
+
 def test_average_is_found_in_any_chain_and_absent_without_one():
   tx = optax.chain(
     optax.clip(1.0), optim.average_params(optax.adam(0.1), decay=0.5)

@@ -46,7 +46,7 @@ def _params(seed):
   return rng.normal(size=(WIDTH, VOCABULARY)).astype('f')
 
 
-def _stepped(batch, devices=1, compiler='jit'):
+def _stepped(batch, devices=1, compiler='jit', accumulate=1):
   """Metrics of one step, and the parameters after it."""
   tx, rng = optax.sgd(1.0), jax.random.key(0)
   variables, teacher = ({'params': jnp.asarray(_params(i))} for i in (0, 1))
@@ -65,6 +65,7 @@ def _stepped(batch, devices=1, compiler='jit'):
     tx,
     teacher_fn=_network,
     axis_name=sharding.axis_name(compiler),
+    accumulate=accumulate,
   )
   mesh = sharding.make_mesh(jax.devices()[:devices])
   train_step = sharding.compile_step(pure, mesh, compiler)
@@ -88,6 +89,24 @@ def test_a_step_learns_from_the_tokens_that_count(devices, compiler):
       got,
       want,
     )
+
+
+@pytest.mark.parametrize(
+  'devices, compiler', [(1, 'jit'), (4, 'jit'), (4, 'shard_map')]
+)
+def test_parts_of_a_batch_with_other_numbers_of_tokens_are_the_whole(
+  devices, compiler
+):
+  batch = _batch()
+  # Every fourth sequence is one token, and these are a part.
+  batch['attention_mask'][::4, 1:] = 0
+  want = _stepped(batch)
+  got = _stepped(batch, devices, compiler, accumulate=4)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, rtol=2e-5, atol=1e-6),
+    got,
+    want,
+  )
 
 
 def test_a_batch_of_padding_alone_changes_nothing():

@@ -171,6 +171,18 @@ def _tied():
   return prune.units(pool, expand)
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_units_of_low_precision_are_those_of_its_values_in_float32(dtype):
+  rng = np.random.default_rng(0)
+  scores = jnp.asarray(np.abs(rng.normal(size=(512, 64))), dtype)
+  for structure in (prune.channels(), prune.block(8, 8, pool='l2')):
+    got, want = (
+      structure({'w': x}, 0.5, 'layer')['w']
+      for x in (scores, scores.astype(jnp.float32))
+    )
+    np.testing.assert_array_equal(got, want)
+
+
 def test_units_may_span_parameters():
   rng = np.random.default_rng(0)
   scores = {

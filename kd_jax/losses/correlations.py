@@ -30,18 +30,10 @@ def _softmaxes(
 
 
 def _direction(x: jax.Array, axis: int) -> jax.Array:
-  """`x` less its mean, of norm 1; 0 with gradient 0 where `x` is constant.
-
-  Constant is a spread within float32's rounding of the values: the direction
-  of rounding errors means nothing and has enormous gradients.
-  """
+  """`x` less its mean, of norm 1; 0 with gradient 0 where `x` is constant."""
   centred = x - jnp.mean(x, axis=axis, keepdims=True)
-  spread = jnp.max(jnp.abs(centred), axis=axis, keepdims=True)
-  size = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-  varies = spread > jnp.maximum(1e-6 * size, 1e-30)
-  # The direction ignores the scale, which as it is might underflow in a square.
-  scale = jax.lax.stop_gradient(jnp.where(varies, spread, 1.0))
-  return numerics.unit(jnp.where(varies, centred / scale, 0.0), axis)
+  varies = numerics.varies(x, centred, axis)
+  return numerics.unit(jnp.where(varies, centred, 0.0), axis)
 
 
 def _pearson(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

@@ -260,9 +260,11 @@ def standardize_logits(logits: ArrayLike, *, eps: float = 1e-7) -> jax.Array:
   if classes < 2:
     raise ValueError('standardize_logits: one class has no deviation.')
   centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
+  varies = numerics.varies(logits, centred)
+  centred = jnp.where(varies, centred, 0.0)
   deviation = numerics.norm(centred, keepdims=True) / math.sqrt(classes - 1)
   # 1 / eps is no gradient to train with.
-  return jnp.where(deviation > 0, centred / (eps + deviation), 0.0)
+  return jnp.where(varies, centred / (eps + deviation), 0.0)
 
 
 def standardized_kl_divergence(

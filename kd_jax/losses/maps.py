@@ -100,6 +100,7 @@ def _same_resolution(
 
 def _attention(maps: jax.Array, p: ArrayLike) -> jax.Array:
   """`[B, H, W, D] -> [B, H * W]` of norm 1."""
+  maps = maps / numerics.largest(maps, (1, 2, 3))
   energy = jnp.mean(jnp.abs(maps) ** p, axis=-1)
   return numerics.unit(energy.reshape(len(maps), -1))
 

@@ -133,14 +133,49 @@ def norm(
 
 
 def unit(x: jax.Array, axis: int | Sequence[int] = -1) -> jax.Array:
-  """`x` over its norm, or over 1e-12; zeros stay zero, with gradient 0.
+  """`x` over its norm, whatever that is; zeros stay zero, with gradient 0.
 
   Example:
     >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
     [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
   """
+  x = x / largest(x, axis)
   length = norm(x, axis, keepdims=True)
-  return jnp.where(length > 0, x / jnp.maximum(length, 1e-12), 0.0)
+  return jnp.where(length > 0, x / jnp.where(length > 0, length, 1.0), 0.0)
+
+
+def largest(x: jax.Array, axis: int | Sequence[int] = -1) -> jax.Array:
+  """The largest `|x|`, a constant; 1 where all are 0.
+
+  What ignores its scale is divided by this first, as squares and other powers
+  of the values as they are may underflow or overflow.
+
+  Example:
+    >>> largest(jnp.array([[3.0, -4.0], [0.0, 0.0]])).tolist()
+    [[4.0], [1.0]]
+  """
+  size = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+  return jax.lax.stop_gradient(jnp.where(size > 0, size, 1.0))
+
+
+def varies(x: jax.Array, centred: jax.Array, axis: int = -1) -> jax.Array:
+  """Whether values differ by more than float32's rounding of them.
+
+  The direction of rounding errors means nothing and has enormous gradients.
+
+  Args:
+    x: the values.
+    centred: less their mean.
+    axis: of the values; kept, with size 1.
+
+  Example:
+    >>> x = jnp.full(7, 0.1)
+    >>> varies(x, x - x.mean()).tolist(), varies(x, x - x[0] + 1).tolist()
+    ([False], [True])
+  """
+  spread = jnp.max(jnp.abs(centred), axis=axis, keepdims=True)
+  size = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+  return spread > jnp.maximum(1e-6 * size, 1e-30)
 
 
 def kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:

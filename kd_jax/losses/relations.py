@@ -18,7 +18,8 @@ from kd_jax.losses import numerics
 from kd_jax.losses.values import huber
 from kd_jax.types import check_same_shape
 
-# The differences [examples, B, D] held at a time, in floats.
+# The differences [examples, B, D], and what [B, B] is made of them, held at a
+# time, in floats.
 _CHUNK = 2**24
 
 
@@ -43,7 +44,7 @@ def _from_each(f: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
   def from_one(one):
     return f(*(x - x_i[None] for x, x_i in zip(rows, one, strict=True)))
 
-  at_a_time = min(count, max(1, _CHUNK // (count * width)))
+  at_a_time = min(count, max(1, _CHUNK // (count * max(count, width))))
   return jax.lax.map(from_one, rows, batch_size=at_a_time)
 
 
@@ -195,7 +196,8 @@ def probabilistic_transfer(
   student, teacher = _rows('probabilistic_transfer', student, teacher)
 
   def probabilities(rows):
-    positive = (_cosines(rows) + 1) / 2
+    # Rounded cosines go a little below -1.
+    positive = jnp.maximum(_cosines(rows) + 1, 0) / 2
     return positive / jnp.sum(positive, axis=1, keepdims=True)
 
   k_student, k_teacher = probabilities(student), probabilities(teacher)

@@ -37,6 +37,7 @@ def _pair(
 
 
 _WIDTH = 'to which the connector of a term adapts them'
+_MASKED = -100.0
 _HEADS = 'so choose layers with as many heads, or minilm_relation'
 
 
@@ -154,7 +155,8 @@ def attention_squared_error(
   """The mean squared error of attention scores, as in TinyBERT.
 
   The mean is over heads and over all pairs of a query and a key that are both
-  tokens.
+  tokens. Scores of -100 and less, -inf too, are taken for masked, such as those
+  of later keys: as in the authors' code they add nothing.
 
   Args:
     student: `[B, N, L, L]` scores before the softmax, any float dtype.
@@ -181,6 +183,7 @@ def attention_squared_error(
   student, teacher = _pair('attention_squared_error', _HEADS, student, teacher)
   valid = _valid(mask, student.shape[0], student.shape[-1])
   pairs = valid[:, None, :, None] & valid[:, None, None, :]
+  pairs &= jnp.minimum(student, teacher) > _MASKED
   difference = jnp.where(pairs, student - teacher, 0.0)
   error = jnp.sum(jnp.mean(jnp.square(difference), axis=1), axis=(1, 2))
   return _per_count(error, jnp.sum(valid, 1) ** 2, mean_count)

@@ -48,6 +48,8 @@ class Inputs(NamedTuple):
       `scope='local'` divides the batch.
     part: which part of the step's batch this is, from 0; what moves once a
       step moves with part 0.
+    tokens: the `attention_mask` of the step's whole batch, if it has one; None
+      where that is `batch`.
   """
 
   student: Forward
@@ -62,6 +64,7 @@ class Inputs(NamedTuple):
   axis_name: str | None = None
   num_shards: int = 1
   part: jax.Array | int = 0
+  tokens: jax.Array | None = None
 
 
 class TapNames(NamedTuple):
@@ -156,10 +159,22 @@ def mean(values: Any, inputs: Inputs) -> jax.Array:
     attention_mask=mask,
   )
   valid = mask != 0
-  share = over_devices(jnp.mean(valid, dtype=jnp.float32), inputs)
-  # where, not a product: what pads may be NaN.
+  whole = token_mask(inputs) != 0
+  share = over_devices(jnp.mean(whole, dtype=jnp.float32), inputs)
+  # where, not a product: the loss of what pads may be NaN.
   kept = jnp.mean(jnp.where(valid, values, 0.0))
   return kept / jnp.where(share > 0, share, 1.0)
+
+
+def token_mask(inputs: Inputs) -> Any:
+  """`batch['attention_mask']` of the whole step, or None without one.
+
+  With `accumulate` an objective sees one part of the batch at a time, and parts
+  have different numbers of tokens.
+  """
+  if inputs.tokens is not None:
+    return inputs.tokens
+  return inputs.batch.get(ATTENTION_MASK)
 
 
 def over_devices(value: jax.Array, inputs: Inputs) -> jax.Array:

@@ -99,6 +99,10 @@ def _mean_over(
 ) -> Objective:
   weights = dict.fromkeys(objectives, 1.0) if weights is None else weights
   networks.check_weights(objectives, weights)
+  constant = [w for w in weights.values() if not callable(w)]
+  none = len(constant) == len(weights) and sum(constant) <= 0
+  if min(constant, default=0) < 0 or none:
+    raise ValueError(f'Weights are >= 0 with a positive sum, not {weights}.')
 
   def keyed(inputs: Inputs, i: int, name: str) -> Inputs:
     rng = jax.random.fold_in(inputs.rng, i)
@@ -133,7 +137,7 @@ def _mean_over(
     # Under its own name too, by which a run shows it.
     if hits:
       metrics['accuracy'] = jnp.mean(jnp.stack(hits))
-    return total / share, new, metrics
+    return total / jnp.where(share > 0, share, 1.0), new, metrics
 
   union = TapNames()
   for some in taps:
@@ -195,7 +199,12 @@ def ema_teacher(objective: Objective, *, decay: Scalar = 0.999) -> Objective:
     raise ValueError(f'ema_teacher: decay={decay} is not in [0, 1).')
 
   def taught(average, inputs):
-    variables = {**inputs.student.model_state, 'params': average}
+    params = jax.tree.map(
+      lambda a, p: a.astype(p.dtype),
+      average,
+      inputs.student_variables['params'],
+    )
+    variables = {**inputs.student.model_state, 'params': params}
     variables = jax.lax.stop_gradient(variables)
     student_fn = base.student_fn_of(inputs, 'ema_teacher')
 
@@ -211,7 +220,7 @@ def ema_teacher(objective: Objective, *, decay: Scalar = 0.999) -> Objective:
     )
 
   def init(inputs):
-    average = inputs.student_variables['params']
+    average = networks.exact(inputs.student_variables['params'])
     params, state = objective.init(taught(average, inputs))
     return params, {'average': average, 'inner': state}
 

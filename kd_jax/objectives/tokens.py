@@ -51,17 +51,16 @@ def on_tokens(
 
   def compare(params, inputs, s, t, i):
     mask = inputs.batch.get(ATTENTION_MASK)
-    count = _mean_count(mask, s, inputs, power)
+    count = _mean_count(s, inputs, power)
     at = base.values_at(options, inputs.step)
     return loss(connect.apply(params, s), t, mask, mean_count=count, **at)
 
   return over_pairs(student, teacher, connect.init, compare)
 
 
-def _mean_count(
-  mask: jax.Array | None, x: jax.Array, inputs: Inputs, power: int
-) -> jax.Array:
+def _mean_count(x: jax.Array, inputs: Inputs, power: int) -> jax.Array:
   """Valid tokens of an example, to a power, averaged over the global batch."""
+  mask = base.token_mask(inputs)
   if mask is None:
     return jnp.float32(x.shape[-2] ** power)
   counts = jnp.sum(numerics.float32(mask != 0), axis=-1)

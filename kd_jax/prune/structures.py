@@ -180,7 +180,8 @@ def _slices(kind: str, count: int | None, axis: int, pool: str) -> Structure:
         f'{kind}: axis {axis} of {name!r} with shape {x.shape} does not '
         f'divide into {number} parts.'
       )
-    total = jnp.sum(pooling.each(x), [i for i in range(x.ndim) if i != at])
+    each = pooling.each(x.astype(jnp.float32))
+    total = jnp.sum(each, [i for i in range(x.ndim) if i != at])
     total = jnp.sum(_split(total, 0, number), 1)
     return pooling.total(total, x.size // number)
 
@@ -223,7 +224,8 @@ def block(rows: int, columns: int, *, pool: str = 'mean') -> Structure:
 
   def score(name, x):
     _axis('block', name, x, -2)
-    total = jnp.sum(_blocks(pooling.each(x), rows, columns), (-3, -1))
+    each = pooling.each(x.astype(jnp.float32))
+    total = jnp.sum(_blocks(each, rows, columns), (-3, -1))
     count = np.outer(
       _lengths(x.shape[-2], rows), _lengths(x.shape[-1], columns)
     )

@@ -336,7 +336,9 @@ def _pruned_layers(
 
 def _averaged(state: TrainState) -> dict[str, Any]:
   """The variables to evaluate with: averaged if asked for, and masked."""
-  params = optim.averaged_params(state.opt_state)
-  params = state.params if params is None else params
+  average = optim.averaged_params(state.opt_state)
+  params = state.params
+  if average is not None:
+    params = jax.tree.map(lambda a, p: a.astype(p.dtype), average, params)
   params = prune.apply_masks(params, prune.masks_of(state.opt_state))
   return {'params': params, **state.model_state}
