@@ -207,9 +207,9 @@ def test_bytes_of_a_parameter():
   w = jnp.zeros((3, 3, 5, 7), jnp.bfloat16)
   assert quantize.weight_bytes(w, None) == 630
   assert quantize.weight_bytes(w, QuantSpec(bits=8)) == 315 + 4
-  assert quantize.weight_bytes(w, QuantSpec(bits=4, axis=-1)) == 158 + 28
+  assert quantize.weight_bytes(w, QuantSpec(bits=4, axis=-1)) == 180 + 28
   affine = QuantSpec(bits=4, axis=-1, symmetric=False)
-  assert quantize.weight_bytes(w, affine) == 158 + 28 + 7
+  assert quantize.weight_bytes(w, affine) == 180 + 28 + 7
 
 
 @pytest.mark.usefixtures('full_optimization')

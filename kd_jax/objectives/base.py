@@ -199,7 +199,8 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
 
   Args:
     terms: name -> `(weight, term)`; a weight is a float or a schedule
-      `step -> weight`.
+      `step -> weight`. One that is 0 at a step does not hide a term that is
+      infinite there.
 
   Returns:
     An objective whose loss is a scalar, and whose metrics hold the unweighted

@@ -137,20 +137,24 @@ def weight_bytes(w: jax.Array, spec: QuantSpec | None) -> int:
   Args:
     w: the parameter; only shape and dtype matter.
     spec: the quantizer; None for the parameter in its own dtype. 4-bit codes
-      are counted as packed two to a byte.
+      are packed two to a byte along the last axis. Where all of a kernel has
+      one scale, `convert` stores it once for each output channel, which is not
+      counted.
 
   Example:
     >>> import jax.numpy as jnp
     >>> w = jnp.zeros((3, 5))
     >>> specs = None, QuantSpec(8), QuantSpec(4, axis=-1)
     >>> [weight_bytes(w, spec) for spec in specs]
-    [60, 19, 28]
+    [60, 19, 29]
   """
   if spec is None:
     return w.size * w.dtype.itemsize
   scale, _ = jax.eval_shape(lambda w: weight_scale(w, spec), w)
   zero_points = 0 if spec.symmetric else scale.size
-  return -(-w.size * spec.bits // 8) + 4 * scale.size + zero_points
+  row = w.shape[-1] if w.ndim else 1
+  codes = w.size // max(row, 1) * -(-row * spec.bits // 8)
+  return codes + 4 * scale.size + zero_points
 
 
 def size_costs(
