@@ -454,9 +454,7 @@ def test_equal_logits_whose_mean_rounds_are_standardized_to_zero(
 def test_attention_ignores_the_size_of_maps(p, scale):
   maps = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 3)), 'f')
   loss, gradient = jax.jit(
-    jax.value_and_grad(
-      lambda x: losses.attention_transfer(x, maps, p=p).sum()
-    )
+    jax.value_and_grad(lambda x: losses.attention_transfer(x, maps, p=p).sum())
   )(scale * maps)
   np.testing.assert_allclose(loss, 0, atol=1e-10)
   assert jnp.isfinite(gradient).all()

@@ -511,6 +511,48 @@ def test_a_feature_that_is_not_tapped_is_named():
     )
 
 
+LABELLED = (
+  'hard_labels',
+  'teacher_free',
+  'decoupled_kd',
+  'normalized_kd',
+  'norm_direction',
+  'self_distillation',
+  'input_gradients',
+)
+
+
+@pytest.mark.parametrize('name', LABELLED)
+def test_labels_of_mixed_images_count_by_their_shares(name):
+  term, other = _term(name), (np.arange(BATCH) // 4 + 1).astype('i4')
+
+  def loss(**labels):
+    batch = _batch() | labels
+    forward = [_network(v, batch) for v in (STUDENT, _teacher(name))]
+    inputs = objectives.Inputs(
+      *forward,
+      batch,
+      jnp.int32(0),
+      jax.random.key(0),
+      student_fn=_network,
+      student_variables=STUDENT,
+      teacher_fn=_network,
+      teacher_variables=_teacher(name),
+    )
+    return np.mean(term.apply(*term.init(inputs), inputs)[0])
+
+  first, second = loss(), loss(label=other)
+  assert abs(first - second) > 2e-4 * abs(first)
+  mixed = {
+    share: loss(mix_label=other, mix_weight=np.full(BATCH, share, 'f'))
+    for share in (1.0, 0.5, 0.0)
+  }
+  close = functools.partial(np.testing.assert_allclose, rtol=2e-5)
+  close([mixed[1.0], mixed[0.0]], [first, second])
+  if name not in ('norm_direction', 'input_gradients'):  # linear in the share
+    close(mixed[0.5], (first + second) / 2)
+
+
 def test_every_loss_of_outputs_is_the_mean_that_a_term_reports():
   forward = [_network(v, _batch()) for v in (STUDENT, TEACHER)]
   s, t = (f.output for f in forward)

@@ -184,6 +184,29 @@ def over_devices(value: jax.Array, inputs: Inputs) -> jax.Array:
   return jax.lax.pmean(value, inputs.axis_name)
 
 
+def of_labels(loss: Callable[[jax.Array], jax.Array], inputs: Inputs) -> Any:
+  """A loss of `batch['label']`, and of both labels where mixup mixed images.
+
+  Args:
+    loss: `label -> [B, ...]` or a scalar.
+    inputs: those of the step; `data.make_preprocess(mixup=...)` adds the second
+      label and the share of the first to the batch.
+
+  Example:
+    >>> batch = {'label': jnp.array([1]), 'mix_label': jnp.array([3])}
+    >>> batch['mix_weight'] = jnp.array([0.75])
+    >>> inputs = Inputs(None, None, batch, None, None)
+    >>> of_labels(lambda label: label * 1.0, inputs).tolist()
+    [1.5]
+  """
+  first = loss(entry(inputs, 'label'))
+  if 'mix_label' not in inputs.batch:
+    return first
+  share, ndim = inputs.batch['mix_weight'], jnp.ndim(first)
+  share = share.reshape(-1, *(1 for _ in range(ndim - 1)))
+  return share * first + (1 - share) * loss(inputs.batch['mix_label'])
+
+
 def value_at(scalar: Scalar, step: jax.Array) -> jax.Array | float:
   """The value of a constant or of a schedule at a step."""
   return scalar(step) if callable(scalar) else scalar

@@ -4,6 +4,7 @@ Owns the terms for which the weights of a linear head, or one more head, are
 needed. As in `features`, the taps are named, and connectors adapt what differs.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -122,8 +123,9 @@ def norm_direction(
   def apply(params, state, inputs):
     s = connect.apply(params, base.student_feature(inputs, student))
     t = numerics.constant(base.teacher_feature(inputs, teacher))
-    label = base.entry(inputs, 'label')
-    member = jax.nn.one_hot(label, num_classes)
+    member = base.of_labels(
+      lambda label: jax.nn.one_hot(label, num_classes), inputs
+    )
     seen = {
       'sum': jnp.einsum('bc,bd->cd', member, t, precision=numerics.HIGHEST),
       'count': jnp.sum(member, axis=0),
@@ -132,7 +134,10 @@ def norm_direction(
       seen = jax.lax.psum(seen, inputs.axis_name)
     state = jax.tree.map(jnp.add, state, seen)
     means = state['sum'] / jnp.maximum(state['count'], 1.0)[:, None]
-    return losses.norm_direction(s, t, means, label), state, {}
+    loss = base.of_labels(
+      lambda label: losses.norm_direction(s, t, means, label), inputs
+    )
+    return loss, state, {}
 
   return Objective(init, apply, base.read_taps(student, teacher))
 
@@ -182,7 +187,6 @@ def self_distillation(
 
   def apply(params, state, inputs):
     target = base.student_feature(inputs, deepest)
-    label = base.entry(inputs, 'label')
     total: jax.Array | float = 0.0
     for i, name in enumerate(taps):
       p = params[str(i)]
@@ -195,7 +199,10 @@ def self_distillation(
       soft = losses.kl_divergence(
         logits, inputs.student.output, temperature=temperature
       )
-      total += label_weight * losses.cross_entropy(logits, label)
+      labels = base.of_labels(
+        functools.partial(losses.cross_entropy, logits), inputs
+      )
+      total += label_weight * labels
       total += soft_weight * soft + hint_weight * losses.hint(x, target)
     return total, state, {}
 

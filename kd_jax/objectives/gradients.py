@@ -6,6 +6,7 @@ not interact, and differentiate the student twice: a step costs about three
 times as much.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -31,13 +32,14 @@ def input_gradients(
   """
 
   def loss_fn(inputs):
-    label = base.entry(inputs, 'label')
     student, teacher, x = _functions(inputs, reads)
-    return losses.gradient_matching(
-      losses.input_gradient(student, x, label),
-      losses.input_gradient(teacher, x, label),
-      normalize=normalize,
+    gradients = (
+      base.of_labels(
+        functools.partial(losses.input_gradient, network, x), inputs
+      )
+      for network in (student, teacher)
     )
+    return losses.gradient_matching(*gradients, normalize=normalize)
 
   return base.term(loss_fn)
 

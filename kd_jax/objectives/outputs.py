@@ -34,9 +34,10 @@ def on_outputs(
   def loss_fn(inputs):
     teacher = base.teacher_of(inputs, f'The loss {loss.__name__}')
     arrays = [inputs.student.output, teacher.output]
-    if with_label:
-      arrays.append(base.entry(inputs, 'label'))
-    return loss(*arrays, **base.values_at(options, inputs.step))
+    at = base.values_at(options, inputs.step)
+    if not with_label:
+      return loss(*arrays, **at)
+    return base.of_labels(lambda label: loss(*arrays, label, **at), inputs)
 
   return base.term(loss_fn)
 
@@ -90,15 +91,13 @@ def hard_labels(
 
   def loss_fn(inputs):
     logits = base.student_feature(inputs, student)
-    label = base.entry(inputs, 'label')
-    loss = losses.cross_entropy(logits, label, label_smoothing=label_smoothing)
-    if 'mix_label' in inputs.batch:
-      other = losses.cross_entropy(
-        logits, inputs.batch['mix_label'], label_smoothing=label_smoothing
-      )
-      share = inputs.batch['mix_weight']
-      loss = share * loss + (1 - share) * other
-    hits = jnp.argmax(logits, axis=-1) == label
+    loss = base.of_labels(
+      lambda label: losses.cross_entropy(
+        logits, label, label_smoothing=label_smoothing
+      ),
+      inputs,
+    )
+    hits = jnp.argmax(logits, axis=-1) == base.entry(inputs, 'label')
     return loss, {'accuracy': base.mean(hits, inputs)}
 
   return base.term(loss_fn, taps=base.read_taps(student, ()))
@@ -140,11 +139,14 @@ def teacher_free(
   """
 
   def loss_fn(inputs):
-    return losses.teacher_free_kd(
-      inputs.student.output,
-      base.entry(inputs, 'label'),
-      correct_probability=correct_probability,
-      temperature=base.value_at(temperature, inputs.step),
+    return base.of_labels(
+      lambda label: losses.teacher_free_kd(
+        inputs.student.output,
+        label,
+        correct_probability=correct_probability,
+        temperature=base.value_at(temperature, inputs.step),
+      ),
+      inputs,
     )
 
   return base.term(loss_fn)
