@@ -58,9 +58,13 @@ def kl_divergence(
       built for other classes, or the convention is unknown.
 
   Example:
-    >>> logits = jnp.array([[2.0, -1.0, 0.5]])
-    >>> kl_divergence(logits, logits).tolist()
-    [0.0]
+    The teacher's (2/3, 1/3) and the student's (1/4, 3/4) at T = 2 give
+    4 (2/3 log(8/3) + 1/3 log(4/9)):
+    >>> student = 2 * jnp.log(jnp.array([[1.0, 3.0]]))
+    >>> teacher = 2 * jnp.log(jnp.array([[2.0, 1.0]]))
+    >>> loss = kl_divergence(student, teacher, temperature=2.0)
+    >>> round(loss.item(), 4)
+    1.5343
 
   References:
     Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network",
@@ -108,9 +112,13 @@ def reverse_kl_divergence(
     ValueError: if the shapes differ.
 
   Example:
-    >>> logits = jnp.array([[2.0, -1.0, 0.5]])
-    >>> reverse_kl_divergence(logits, logits).tolist()
-    [0.0]
+    The teacher's (2/3, 1/3) and the student's (1/4, 3/4) at T = 2 give
+    4 (1/4 log(3/8) + 3/4 log(9/4)):
+    >>> student = 2 * jnp.log(jnp.array([[1.0, 3.0]]))
+    >>> teacher = 2 * jnp.log(jnp.array([[2.0, 1.0]]))
+    >>> loss = reverse_kl_divergence(student, teacher, temperature=2.0)
+    >>> round(loss.item(), 4)
+    1.452
 
   References:
     Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models",
@@ -152,9 +160,12 @@ def jensen_shannon(
     ValueError: if the shapes differ or `beta` is outside [0, 1].
 
   Example:
-    >>> logits = jnp.array([[2.0, -1.0, 0.5]])
-    >>> abs(round(float(jensen_shannon(logits, logits)[0]), 6))
-    0.0
+    The mixture of 1/5 (2/3, 1/3) and 4/5 (1/4, 3/4) is m = (1/3, 2/3):
+    >>> student = 2 * jnp.log(jnp.array([[1.0, 3.0]]))
+    >>> teacher = 2 * jnp.log(jnp.array([[2.0, 1.0]]))
+    >>> loss = jensen_shannon(student, teacher, beta=0.2, temperature=2.0)
+    >>> round(loss.item(), 4)
+    0.0593
 
   References:
     Agarwal et al., "On-Policy Distillation of Language Models: Learning from
@@ -202,9 +213,12 @@ def skew_kl_divergence(
     ValueError: if the shapes differ or `alpha` is outside [0, 1).
 
   Example:
-    >>> logits = jnp.array([[2.0, -1.0, 0.5]])
-    >>> abs(round(float(skew_kl_divergence(logits, logits)[0]), 6))
-    0.0
+    KL((2/3, 1/3) || (1/3, 2/3)) = log(2) / 3, the student being (1/4, 3/4):
+    >>> student = 2 * jnp.log(jnp.array([[1.0, 3.0]]))
+    >>> teacher = 2 * jnp.log(jnp.array([[2.0, 1.0]]))
+    >>> loss = skew_kl_divergence(student, teacher, alpha=0.2, temperature=2.0)
+    >>> round(loss.item(), 3)
+    0.231
 
   References:
     Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language
@@ -295,9 +309,12 @@ def standardized_kl_divergence(
       is unknown.
 
   Example:
-    >>> logits = jnp.array([[2.0, -1.0, 0.5]])
-    >>> standardized_kl_divergence(logits, logits).tolist()
-    [0.0]
+    As `kl_divergence` of (1, -1, 0) and (-1, 0, 1), whatever the scale:
+    >>> student = jnp.array([[30.0, 10.0, 20.0]])
+    >>> teacher = jnp.array([[1.0, 2.0, 3.0]])
+    >>> loss = standardized_kl_divergence(student, teacher, temperature=2.0)
+    >>> round(loss.item(), 3)
+    0.882
 
   References:
     Sun et al., "Logit Standardization in Knowledge Distillation", 2024,
