@@ -66,9 +66,12 @@ def inter_class_relation(
     ValueError: if the shapes differ or are not `[B, C]`.
 
   Example:
-    >>> logits = jnp.array([[2.0, -1.0, 0.5]])
-    >>> abs(round(float(inter_class_relation(logits, logits)[0]), 6))
-    0.0
+    (2, 1, 3) / 6 and (1, 2, 3) / 6 have correlation 1/2, and tau**2 is 4:
+    >>> student = 2 * jnp.log(jnp.array([[2.0, 1.0, 3.0]]))
+    >>> teacher = 2 * jnp.log(jnp.array([[1.0, 2.0, 3.0]]))
+    >>> loss = inter_class_relation(student, teacher, temperature=2.0)
+    >>> round(loss.item(), 4)
+    2.0
 
   References:
     Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022,
@@ -103,9 +106,13 @@ def intra_class_relation(
     ValueError: if the shapes differ or are not `[B, C]`.
 
   Example:
-    >>> logits = jnp.array([[2.0, -1.0], [0.0, 0.0]])
-    >>> abs(round(float(intra_class_relation(logits, logits)), 6))
-    0.0
+    (1, 2, 3) / 4 and (2, 1, 3) / 4 of class 0 have correlation 1/2, as have
+    those of class 1, and tau**2 is 4:
+    >>> student = 2 * jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0], [3.0, 1.0]]))
+    >>> teacher = 2 * jnp.log(jnp.array([[1.0, 1.0], [1.0, 3.0], [3.0, 1.0]]))
+    >>> loss = intra_class_relation(student, teacher, temperature=2.0)
+    >>> round(loss.item(), 4)
+    2.0
 
   References:
     Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022,
@@ -142,9 +149,13 @@ def dist(
     ValueError: if the shapes differ or are not `[B, C]`.
 
   Example:
-    >>> logits = jnp.array([[2.0, -1.0], [0.0, 0.5]])
-    >>> abs(round(float(dist(logits, logits)), 6))
-    0.0
+    The correlations are 1/2 in both examples and 1, -1, 1 in the classes, so
+    this is 4 (2 * 1/2 + 3 * 2/3):
+    >>> student = 2 * jnp.log(jnp.array([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]]))
+    >>> teacher = 2 * jnp.log(jnp.array([[2.0, 1.0, 3.0], [3.0, 2.0, 1.0]]))
+    >>> loss = dist(student, teacher, beta=2.0, gamma=3.0, temperature=2.0)
+    >>> round(loss.item(), 4)
+    12.0
 
   References:
     Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022,
@@ -179,9 +190,12 @@ def batch_relation(
     ValueError: if the shapes differ or are not `[B, C]`.
 
   Example:
-    >>> logits = jnp.array([[2.0, -1.0], [0.0, 0.5]])
-    >>> batch_relation(logits, logits).item()
-    0.0
+    The products of two examples are 0.17 and 0.66, those of one are equal, so
+    this is 2 * 0.49**2 / 2:
+    >>> student = 2 * jnp.log(jnp.array([[8.0, 1.0, 1.0], [1.0, 1.0, 8.0]]))
+    >>> teacher = 2 * jnp.log(jnp.array([[8.0, 1.0, 1.0], [8.0, 1.0, 1.0]]))
+    >>> round(batch_relation(student, teacher, temperature=2.0).item(), 4)
+    0.2401
 
   References:
     Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023.
@@ -215,9 +229,11 @@ def class_relation(
     ValueError: if the shapes differ or are not `[B, C]`.
 
   Example:
-    >>> logits = jnp.array([[2.0, -1.0], [0.0, 0.5]])
-    >>> class_relation(logits, logits).item()
-    0.0
+    This is (4 * 0.07**2 + 2 * 0.63**2) / 3:
+    >>> student = 2 * jnp.log(jnp.array([[8.0, 1.0, 1.0], [1.0, 1.0, 8.0]]))
+    >>> teacher = 2 * jnp.log(jnp.array([[8.0, 1.0, 1.0], [8.0, 1.0, 1.0]]))
+    >>> round(class_relation(student, teacher, temperature=2.0).item(), 4)
+    0.2711
 
   References:
     Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023.
@@ -262,9 +278,13 @@ def multi_level(
       temperature.
 
   Example:
-    >>> logits = jnp.array([[2.0, -1.0], [0.0, 0.5]])
-    >>> multi_level(logits, logits).item()
-    0.0
+    Twice the sum of 4 * 0.7 log(8) / 2 and the 0.2401 and 0.2711 of the
+    examples of `batch_relation` and `class_relation`:
+    >>> student = 2 * jnp.log(jnp.array([[8.0, 1.0, 1.0], [1.0, 1.0, 8.0]]))
+    >>> teacher = 2 * jnp.log(jnp.array([[8.0, 1.0, 1.0], [8.0, 1.0, 1.0]]))
+    >>> loss = multi_level(student, teacher, temperatures=(2.0, 2.0))
+    >>> round(loss.item(), 4)
+    6.8449
 
   References:
     Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023.
