@@ -37,9 +37,11 @@ def attention_transfer(
     ValueError: if the batches differ.
 
   Example:
-    >>> maps = jnp.arange(8.0).reshape(1, 2, 2, 2)
-    >>> attention_transfer(maps, -3 * maps).round(6).tolist()
-    [0.0]
+    The attention maps (0.6, 0.8) and (1, 0):
+    >>> student = jnp.array([[[[1.0, -1.0, 1.0], [0.0, 0.0, 2.0]]]])
+    >>> teacher = jnp.array([[[[5.0], [0.0]]]])
+    >>> round(attention_transfer(student, teacher).item(), 4)
+    0.4
 
   References:
     Zagoruyko, Komodakis, "Paying More Attention to Attention", 2017,
@@ -78,9 +80,11 @@ def factor_transfer(
     ValueError: if the batches differ.
 
   Example:
-    >>> maps = jnp.arange(8.0).reshape(1, 2, 2, 2)
-    >>> factor_transfer(maps, -3 * maps).round(6).tolist()
-    [0.0]
+    The factors (0.6, 0.8) and (1, 0):
+    >>> student = jnp.array([[[[1.0, -1.0, 1.0], [0.0, 0.0, 2.0]]]])
+    >>> teacher = jnp.array([[[[5.0], [0.0]]]])
+    >>> round(factor_transfer(student, teacher).item(), 4)
+    0.6
 
   References:
     Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via
@@ -125,9 +129,11 @@ def neuron_selectivity(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
     ValueError: if the batches differ.
 
   Example:
-    >>> maps = jnp.arange(8.0).reshape(1, 2, 2, 2)
-    >>> abs(neuron_selectivity(maps, maps[..., ::-1])).round(6).tolist()
-    [0.0]
+    One channel (1, 0) and the two (1, 0) and (0.6, 0.8):
+    >>> student = jnp.array([[[[2.0], [0.0]]]])
+    >>> teacher = jnp.array([[[[1.0, 3.0], [0.0, 4.0]]]])
+    >>> round(neuron_selectivity(student, teacher).item(), 4)
+    0.32
 
   References:
     Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity
@@ -222,9 +228,12 @@ def class_attention(
     ValueError: if the classes differ or a map is smaller than `size`.
 
   Example:
-    >>> maps = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
-    >>> class_attention(maps, 5 * maps).round(6).tolist()
-    [0.0]
+    The maps of one class, (0.6, 0.8, 0, 0) and (0, 1, 0, 0):
+    >>> student = jnp.array([[1.0, 5.0, 4.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
+    >>> teacher = jnp.array([[0.0, 5.0], [0.0, 0.0]])
+    >>> student, teacher = (x[None, ..., None] for x in (student, teacher))
+    >>> round(class_attention(student, teacher).item(), 4)
+    0.1
 
   References:
     Guo et al., "Class Attention Transfer Based Knowledge Distillation", 2023,
