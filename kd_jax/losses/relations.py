@@ -74,9 +74,11 @@ def relational_distance(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
     ValueError: if they are not of one batch.
 
   Example:
-    >>> x = jnp.array([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0]])
-    >>> relational_distance(x, 7 * x).round(6).item()
-    0.0
+    Two of the three relative distances, (0, 1, 1) and (1, 1, 0), differ by 1:
+    >>> student = jnp.array([[0.0], [0.0], [3.0]])
+    >>> teacher = jnp.array([[0.0], [5.0], [5.0]])
+    >>> round(relational_distance(student, teacher).item(), 4)
+    0.2222
 
   References:
     Park et al., "Relational Knowledge Distillation", 2019, arXiv:1904.05068.
@@ -106,9 +108,11 @@ def relational_angle(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
     ValueError: if they are not of one batch.
 
   Example:
-    >>> x = jnp.array([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0]])
-    >>> relational_angle(x, 1 - 7 * x).round(6).item()
-    0.0
+    The cosines (1, -1, 1) of a line and (0, 0.7071, 0.7071) of half a square:
+    >>> student = jnp.array([[0.0], [1.0], [2.0]])
+    >>> teacher = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> round(relational_angle(student, teacher).item(), 4)
+    0.1296
 
   References:
     Park et al., "Relational Knowledge Distillation", 2019, arXiv:1904.05068.
@@ -144,9 +148,10 @@ def similarity_preserving(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
     ValueError: if they are not of one batch.
 
   Example:
-    >>> x = jnp.array([[0.0, 1.0], [3.0, 4.0]])
-    >>> similarity_preserving(x, 2 * x).round(6).item()
-    0.0
+    The matrix is the identity for the student and 0.7071 for the teacher:
+    >>> student, teacher = jnp.eye(2), jnp.array([[3.0], [3.0]])
+    >>> round(similarity_preserving(student, teacher).item(), 4)
+    0.2929
 
   References:
     Tung, Mori, "Similarity-Preserving Knowledge Distillation", 2019,
@@ -185,9 +190,10 @@ def probabilistic_transfer(
     ValueError: if they are not of one batch.
 
   Example:
-    >>> x = jnp.array([[0.0, 1.0], [3.0, 4.0]])
-    >>> abs(probabilistic_transfer(x, 2 * x).round(6).item())
-    0.0
+    The first row is (2/3, 1/3) for the student and (1, 0) for the teacher:
+    >>> student, teacher = jnp.eye(2), jnp.array([[1.0], [-3.0]])
+    >>> round(probabilistic_transfer(student, teacher).item(), 4)
+    0.2027
 
   References:
     Passalis, Tefas, "Learning Deep Representations with Probabilistic
