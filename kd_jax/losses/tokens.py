@@ -219,9 +219,11 @@ def attention_cross_entropy(
     ValueError: if the shapes do not fit.
 
   Example:
-    >>> scores = jnp.zeros((1, 2, 4, 4))
-    >>> round(attention_cross_entropy(scores, scores).item(), 4)
-    1.3863
+    Every query has (1/4, 3/4) of the student and (2/3, 1/3) of the teacher:
+    >>> student = jnp.broadcast_to(jnp.log(jnp.array([1.0, 3.0])), (1, 1, 2, 2))
+    >>> teacher = jnp.broadcast_to(jnp.log(jnp.array([2.0, 1.0])), (1, 1, 2, 2))
+    >>> round(attention_cross_entropy(student, teacher).item(), 4)
+    1.0201
 
   References:
     Yang et al., "TextBrewer: An Open-Source Knowledge Distillation Toolkit
@@ -272,9 +274,9 @@ def minilm_relation(
     ValueError: if the tokens differ or `heads` does not divide a width.
 
   Example:
-    >>> values = jnp.arange(12.0).reshape(1, 3, 4)
-    >>> minilm_relation(values, values, heads=2).tolist()
-    [0.0]
+    >>> student, teacher = jnp.eye(2)[None], 2 * jnp.eye(2, 8)[None]
+    >>> round(minilm_relation(student, teacher, heads=2).item(), 4)
+    0.1288
 
   References:
     Wang et al., "MiniLM: Deep Self-Attention Distillation for Task-Agnostic
