@@ -36,7 +36,7 @@ def contrastive_nce(
     1.3863
 
   References:
-    Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020,
+    Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2019,
     arXiv:1910.10699.
   """
   scores = numerics.float32(scores)

@@ -48,7 +48,7 @@ def hint(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
     [5.0]
 
   References:
-    Romero et al., "FitNets: Hints for Thin Deep Nets", 2015,
+    Romero et al., "FitNets: Hints for Thin Deep Nets", 2014,
     arXiv:1412.6550.
   """
   student, teacher = _pair('hint', student, teacher)
@@ -187,7 +187,7 @@ def activation_boundary(
 
   References:
     Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries
-    Formed by Hidden Neurons", 2019, arXiv:1811.03233.
+    Formed by Hidden Neurons", 2018, arXiv:1811.03233.
   """
   student, teacher = _pair('activation_boundary', student, teacher)
   missing = jnp.where(teacher > 0, margin - student, margin + student)

@@ -49,7 +49,7 @@ def input_gradient(
     [[0.0, 2.0]]
 
   References:
-    Zagoruyko, Komodakis, "Paying More Attention to Attention", 2017,
+    Zagoruyko, Komodakis, "Paying More Attention to Attention", 2016,
     arXiv:1612.03928, section 3.2.
   """
   x, label = numerics.float32(x), jnp.asarray(label)
@@ -126,7 +126,7 @@ def gradient_matching(
     [5.0]
 
   References:
-    Zagoruyko, Komodakis, "Paying More Attention to Attention", 2017,
+    Zagoruyko, Komodakis, "Paying More Attention to Attention", 2016,
     arXiv:1612.03928, section 3.2.
     Czarnecki et al., "Sobolev Training for Neural Networks", 2017,
     arXiv:1706.04859.

@@ -33,7 +33,7 @@ def squared_error(prediction: ArrayLike, target: ArrayLike) -> jax.Array:
     [5.0]
 
   References:
-    Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014,
+    Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2013,
     arXiv:1312.6184.
   """
   prediction, target = numerics.pair(
