@@ -74,13 +74,13 @@ METHODS: dict[str, Method] = {
   ),
   'reverse_kl': Method(
     'reverse KL',
-    'Gu et al. 2024, arXiv:2306.08543',
+    'Gu et al. 2023, arXiv:2306.08543',
     _soft('reverse_kl', temperature=4.0),
     'ours',
   ),
   'jensen_shannon': Method(
     'Jensen-Shannon',
-    'Agarwal et al. 2024, arXiv:2306.13649',
+    'Agarwal et al. 2023, arXiv:2306.13649',
     _soft('jensen_shannon', beta=0.5),
     'ours',
   ),
@@ -92,13 +92,13 @@ METHODS: dict[str, Method] = {
   ),
   'hard': Method(
     'hard teacher labels',
-    'Touvron et al. 2021, arXiv:2012.12877',
+    'Touvron et al. 2020, arXiv:2012.12877',
     _ce(0.5) | {'hard': {'name': 'hard_distillation', 'weight': 0.5}},
     'paper',
   ),
   'top_k': Method(
     'top-k targets',
-    'Shen, Xing 2022, arXiv:2112.01528',
+    'Shen, Xing 2021, arXiv:2112.01528',
     _soft('top_k', k=5, temperature=4.0, tail='uniform'),
     'ours',
   ),
