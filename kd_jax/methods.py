@@ -49,20 +49,20 @@ METHODS: dict[str, Method] = {
   'alone': Method('student alone', 'no teacher', _ce(), 'paper'),
   'label_smoothing': Method(
     'label smoothing',
-    'Szegedy et al. 2016, arXiv:1512.00567',
+    'Szegedy et al. 2015, arXiv:1512.00567',
     _ce(label_smoothing=0.1),
     'paper',
   ),
   'teacher_free': Method(
     'Tf-KD',
-    'Yuan et al. 2020, arXiv:1909.11723',
+    'Yuan et al. 2019, arXiv:1909.11723',
     _with_ce('teacher_free', 0.1),
     'ours',
   ),
   'kd': Method('KD', 'Hinton et al. 2015, arXiv:1503.02531', _KD),
   'logit_mse': Method(
     'logit MSE',
-    'Ba, Caruana 2014, arXiv:1312.6184',
+    'Ba, Caruana 2013, arXiv:1312.6184',
     _soft('logit_matching'),
     'ours',
   ),
@@ -144,12 +144,12 @@ METHODS: dict[str, Method] = {
   ),
   'fitnet': Method(
     'FitNet',
-    'Romero et al. 2015, arXiv:1412.6550',
+    'Romero et al. 2014, arXiv:1412.6550',
     _with_ce('hints', 100.0),
   ),
   'at': Method(
     'AT',
-    'Zagoruyko, Komodakis 2017, arXiv:1612.03928',
+    'Zagoruyko, Komodakis 2016, arXiv:1612.03928',
     _with_ce('attention_transfer', 1000.0),
   ),
   'fsp': Method('FSP', 'Yim et al. 2017, CVPR', _with_ce('flow', 50.0)),
@@ -165,7 +165,7 @@ METHODS: dict[str, Method] = {
   ),
   'ab': Method(
     'AB',
-    'Heo et al. 2019, arXiv:1811.03233',
+    'Heo et al. 2018, arXiv:1811.03233',
     {
       'ce': {
         'name': 'hard_labels',
@@ -240,18 +240,18 @@ METHODS: dict[str, Method] = {
   ),
   'crd': Method(
     'CRD',
-    'Tian et al. 2020, arXiv:1910.10699',
+    'Tian et al. 2019, arXiv:1910.10699',
     _with_ce('contrastive', 0.8),
   ),
   'crd_kd': Method(
     'CRD + KD',
-    'Tian et al. 2020, arXiv:1910.10699',
+    'Tian et al. 2019, arXiv:1910.10699',
     _with_ce('contrastive', 0.8)
     | {'kd': {'name': 'soft_targets', 'weight': 1.0, 'temperature': 4.0}},
   ),
   'saliency': Method(
     'input gradients',
-    'Zagoruyko, Komodakis 2017, arXiv:1612.03928',
+    'Zagoruyko, Komodakis 2016, arXiv:1612.03928',
     _KD
     | {
       'gradients': {'name': 'input_gradients', 'weight': 1.0, 'normalize': True}
@@ -292,7 +292,7 @@ METHODS: dict[str, Method] = {
   ),
   'dml': Method(
     'DML',
-    'Zhang et al. 2018, arXiv:1706.00384',
+    'Zhang et al. 2017, arXiv:1706.00384',
     _ce(),
     'paper',
     {'cohort': 2},
@@ -306,7 +306,7 @@ METHODS: dict[str, Method] = {
   ),
   'label_free': Method(
     'KD without labels',
-    'Beyer et al. 2022, arXiv:2106.05237',
+    'Beyer et al. 2021, arXiv:2106.05237',
     {'kd': {'name': 'soft_targets', 'weight': 1.0, 'temperature': 1.0}},
     'paper',
   ),

@@ -6,7 +6,7 @@ Owns `PROTOCOLS`, which fix optimizer, schedule, augmentation and convention
 are in `methods`, the fields of a configuration in `defaults`.
 
 A pair is two networks of the benchmark of Tian et al., "Contrastive
-Representation Distillation", 2020, arXiv:1910.10699. Teacher, student alone and
+Representation Distillation", 2019, arXiv:1910.10699. Teacher, student alone and
 distilled student follow one protocol, `crd2020`: 240 epochs of SGD in batches
 of 64, a rate of 0.05 (0.01 for MobileNet and ShuffleNet students) that falls to
 a tenth after 150, 180 and 210, momentum 0.9, L2 5e-4 on every parameter, shifts
@@ -121,7 +121,7 @@ _IMAGENET_TRAIN = {
 PROTOCOLS: dict[str, Protocol] = {
   'crd2020': Protocol(
     'the CIFAR-100 benchmark of CRD: KD with weights 0.1 and 0.9 at T = 4',
-    'Tian et al. 2020, arXiv:1910.10699, and its public benchmark; the rate is '
+    'Tian et al. 2019, arXiv:1910.10699, and its public benchmark; the rate is '
     '0.01 for MobileNet and ShuffleNet students',
     _CIFAR_TRAIN,
     _CIFAR_DATA,
@@ -147,7 +147,7 @@ PROTOCOLS: dict[str, Protocol] = {
   'funmatch': Protocol(
     'consistent and patient teaching: one crop and one mixup for both '
     'networks, KL at T = 1, no labels, a very long schedule',
-    'Beyer et al. 2022, arXiv:2106.05237',
+    'Beyer et al. 2021, arXiv:2106.05237',
     {
       'epochs': 1200,
       'batch_size': 512,

@@ -44,7 +44,7 @@ def attention_transfer(
     0.4
 
   References:
-    Zagoruyko, Komodakis, "Paying More Attention to Attention", 2017,
+    Zagoruyko, Komodakis, "Paying More Attention to Attention", 2016,
     arXiv:1612.03928.
   """
   student, teacher = _same_resolution('attention_transfer', student, teacher)

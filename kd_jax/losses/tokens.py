@@ -94,7 +94,7 @@ def hidden_squared_error(
 
   References:
     Jiao et al., "TinyBERT: Distilling BERT for Natural Language
-    Understanding", 2020, arXiv:1909.10351.
+    Understanding", 2019, arXiv:1909.10351.
   """
   student, teacher = _pair('hidden_squared_error', _WIDTH, student, teacher)
   valid = _valid(mask, *student.shape[:2])
@@ -178,7 +178,7 @@ def attention_squared_error(
 
   References:
     Jiao et al., "TinyBERT: Distilling BERT for Natural Language
-    Understanding", 2020, arXiv:1909.10351.
+    Understanding", 2019, arXiv:1909.10351.
   """
   student, teacher = _pair('attention_squared_error', _HEADS, student, teacher)
   valid = _valid(mask, student.shape[0], student.shape[-1])
@@ -282,7 +282,7 @@ def minilm_relation(
     Wang et al., "MiniLM: Deep Self-Attention Distillation for Task-Agnostic
     Compression of Pre-Trained Transformers", 2020, arXiv:2002.10957.
     Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation
-    for Compressing Pretrained Transformers", 2021, arXiv:2012.15828.
+    for Compressing Pretrained Transformers", 2020, arXiv:2012.15828.
   """
   student, teacher = numerics.float32(student), numerics.constant(teacher)
   check_same_shape(

@@ -2,7 +2,7 @@
 
 Owns the names and the options they stand for; the networks are in the other
 files. Names are those of the tables of Tian et al., "Contrastive
-Representation Distillation", 2020, arXiv:1910.10699, where the widths,
+Representation Distillation", 2019, arXiv:1910.10699, where the widths,
 strides and poolings come from as well.
 """
 

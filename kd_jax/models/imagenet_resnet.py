@@ -47,7 +47,7 @@ class ImageNetResNet(nn.Module):
     ValueError: if a stage has no block.
 
   References:
-    He et al., "Deep Residual Learning for Image Recognition", 2016,
+    He et al., "Deep Residual Learning for Image Recognition", 2015,
     arXiv:1512.03385; Goyal et al., "Accurate, Large Minibatch SGD", 2017,
     arXiv:1706.02677, for the stride of the bottleneck.
 

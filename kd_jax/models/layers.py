@@ -47,7 +47,7 @@ class ChannelShuffle(nn.Module):
 
   References:
     Zhang et al., "ShuffleNet: An Extremely Efficient Convolutional Neural
-    Network for Mobile Devices", 2018, arXiv:1707.01083.
+    Network for Mobile Devices", 2017, arXiv:1707.01083.
 
   Example:
     >>> ChannelShuffle(2).apply({}, jnp.arange(6)).tolist()

@@ -209,7 +209,7 @@ class CifarMobileNetV2(nn.Module):
   References:
     Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks",
     2018, arXiv:1801.04381; and Tian et al., "Contrastive Representation
-    Distillation", 2020, arXiv:1910.10699, for this variant.
+    Distillation", 2019, arXiv:1910.10699, for this variant.
 
   Example:
     >>> CifarMobileNetV2(num_classes=10).taps.stages[:2]

@@ -188,7 +188,7 @@ class CifarResNet(nn.Module):
     ValueError: if the depth is not 6n + 2.
 
   References:
-    He et al., "Deep Residual Learning for Image Recognition", 2016,
+    He et al., "Deep Residual Learning for Image Recognition", 2015,
     arXiv:1512.03385; with projection shortcuts.
 
   Example:
@@ -251,7 +251,7 @@ class CifarBottleneckResNet(nn.Module):
     ValueError: if a stage has no block.
 
   References:
-    He et al., "Deep Residual Learning for Image Recognition", 2016,
+    He et al., "Deep Residual Learning for Image Recognition", 2015,
     arXiv:1512.03385.
 
   Example:

@@ -117,7 +117,7 @@ class ShuffleNetV1(nn.Module):
 
   References:
     Zhang et al., "ShuffleNet: An Extremely Efficient Convolutional Neural
-    Network for Mobile Devices", 2018, arXiv:1707.01083; with a ReLU after the
+    Network for Mobile Devices", 2017, arXiv:1707.01083; with a ReLU after the
     depthwise convolution, which the paper has not and the published CIFAR
     networks have.
 

@@ -85,8 +85,8 @@ class VGG(nn.Module):
 
   References:
     Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale
-    Image Recognition", 2015, arXiv:1409.1556; and Tian et al., "Contrastive
-    Representation Distillation", 2020, arXiv:1910.10699, for this variant.
+    Image Recognition", 2014, arXiv:1409.1556; and Tian et al., "Contrastive
+    Representation Distillation", 2019, arXiv:1910.10699, for this variant.
 
   Example:
     >>> VGG(num_classes=10, depth=13).taps.norms

@@ -151,7 +151,7 @@ def contrastive(
       device examples of one class.
 
   References:
-    Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020,
+    Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2019,
     arXiv:1910.10699.
   """
   if labels is None:

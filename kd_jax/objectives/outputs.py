@@ -202,7 +202,7 @@ def distillation_token(
 
   References:
     Touvron et al., "Training data-efficient image transformers & distillation
-    through attention", 2021, arXiv:2012.12877.
+    through attention", 2020, arXiv:2012.12877.
   """
 
   def loss_fn(inputs):

@@ -158,7 +158,7 @@ def mutual(names: Sequence[str], *, temperature: Scalar = 1.0) -> Objective:
     temperature: T > 0, or a schedule; the paper's is 1.
 
   References:
-    Zhang et al., "Deep Mutual Learning", 2018, arXiv:1706.00384.
+    Zhang et al., "Deep Mutual Learning", 2017, arXiv:1706.00384.
   """
   if len(names) < 2:
     raise ValueError(f'mutual needs two students at least, not {names}.')

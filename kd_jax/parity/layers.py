@@ -111,7 +111,7 @@ def check_parity(
     ValueError: if the model's output is not `[B, C]`.
 
   References:
-    Jacob et al., 2018, arXiv:1712.05877, for the arithmetic that is compared.
+    Jacob et al., 2017, arXiv:1712.05877, for the arithmetic that is compared.
   """
   stored = _by_layer(integers[COLLECTION])
   taps = sorted(layer for layer in stored if layer)

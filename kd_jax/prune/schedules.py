@@ -133,7 +133,7 @@ def steps(
     [0.0, 0.2, 0.36, 0.488, 0.488]
 
   References:
-    Frankle, Carbin, "The Lottery Ticket Hypothesis", 2019, arXiv:1803.03635.
+    Frankle, Carbin, "The Lottery Ticket Hypothesis", 2018, arXiv:1803.03635.
   """
   _check_sparsity(share)
   if every < 1 or times < 1 or begin < 0:

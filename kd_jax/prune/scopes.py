@@ -51,8 +51,8 @@ def erk(*, stacked: str | None = None) -> Erk:
     'blocks/.*'
 
   References:
-    Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134; the densities
-    without kernel sizes are those of Mocanu et al., 2018, arXiv:1707.04780.
+    Evci et al., "Rigging the Lottery", 2019, arXiv:1911.11134; the densities
+    without kernel sizes are those of Mocanu et al., 2017, arXiv:1707.04780.
   """
   return Erk(stacked)
 
@@ -157,7 +157,7 @@ def erk_densities(
     [1.0, 0.192]
 
   References:
-    Evci et al., 2020, arXiv:1911.11134, section 3.
+    Evci et al., 2019, arXiv:1911.11134, section 3.
   """
   if sizes is None:
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}

@@ -190,7 +190,7 @@ def snip() -> Score:
     [3.0, 2.0]
 
   References:
-    Lee, Ajanthan, Torr, 2019, arXiv:1810.02340.
+    Lee, Ajanthan, Torr, 2018, arXiv:1810.02340.
   """
   every = taylor(decay=0)
 
@@ -257,7 +257,7 @@ def lamp() -> Score:
     [0.1111111119389534, 1.0, 0.5]
 
   References:
-    Lee et al., "Layer-adaptive Sparsity for the Magnitude-based Pruning", 2021,
+    Lee et al., "Layer-adaptive Sparsity for the Magnitude-based Pruning", 2020,
     arXiv:2010.07611.
   """
 

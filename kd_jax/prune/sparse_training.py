@@ -81,8 +81,8 @@ def sparse_train(
     (4, 4)
 
   References:
-    Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134 (RigL); Mocanu
-    et al., 2018, arXiv:1707.04780 (SET).
+    Evci et al., "Rigging the Lottery", 2019, arXiv:1911.11134 (RigL); Mocanu
+    et al., 2017, arXiv:1707.04780 (SET).
   """
   tx = optax.with_extra_args_support(tx)
   scope = scopes.resolve(scope)

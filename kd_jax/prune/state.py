@@ -98,8 +98,8 @@ def rewind(trained: Any, initial: Any, masks: Mapping[str, jax.Array]) -> Any:
     [0.0, 0.0, 2.0, 0.0]
 
   References:
-    Frankle, Carbin, "The Lottery Ticket Hypothesis", 2019, arXiv:1803.03635;
-    Frankle et al., 2020, arXiv:1912.05671 (rewinding to a later step).
+    Frankle, Carbin, "The Lottery Ticket Hypothesis", 2018, arXiv:1803.03635;
+    Frankle et al., 2019, arXiv:1912.05671 (rewinding to a later step).
   """
   after = [jax.tree.structure(trained)]
   before = [jax.tree.structure(initial)]

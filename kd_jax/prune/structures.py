@@ -133,7 +133,7 @@ def channels(axis: int = -1, *, pool: str = 'l1') -> Structure:
     [[False, True], [False, True]]
 
   References:
-    Li et al., "Pruning Filters for Efficient ConvNets", 2017, arXiv:1608.08710.
+    Li et al., "Pruning Filters for Efficient ConvNets", 2016, arXiv:1608.08710.
   """
   return _slices('channels', None, axis, pool)
 

@@ -88,7 +88,7 @@ def convert(
     [[127, 127], [64, -127]]
 
   References:
-    Jacob et al., 2018, arXiv:1712.05877, section 2.
+    Jacob et al., 2017, arXiv:1712.05877, section 2.
   """
   observer = observer or observers.ema_min_max()
   raw = dict(variables['params'])

@@ -127,7 +127,7 @@ def fold_batch_norm(
     ValueError: if a kernel to scale has one learned step for all channels.
 
   References:
-    Jacob et al., 2018, arXiv:1712.05877, section 3.2.
+    Jacob et al., 2017, arXiv:1712.05877, section 3.2.
   """
   flat = {
     collection: dict(traverse_util.flatten_dict(tree, sep='/'))
@@ -204,7 +204,7 @@ def simulate_folding(
     ValueError: if a rule matches nothing, or a spec does not fit its kernel.
 
   References:
-    Jacob et al., 2018, arXiv:1712.05877, section 3.2; Krishnamoorthi, 2018,
+    Jacob et al., 2017, arXiv:1712.05877, section 3.2; Krishnamoorthi, 2018,
     arXiv:1806.08342, section 3.2.2.
   """
   params = dict(traverse_util.flatten_dict(variables['params'], sep='/'))

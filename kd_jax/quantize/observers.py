@@ -90,7 +90,7 @@ def ema_min_max(*, decay: float = 0.99) -> Observer:
     [0.0, 3.0]
 
   References:
-    Jacob et al., 2018, arXiv:1712.05877, section 3.1.
+    Jacob et al., 2017, arXiv:1712.05877, section 3.1.
   """
   if not 0 <= decay < 1:
     raise ValueError(f'The decay of an observer is in [0, 1), not {decay}.')

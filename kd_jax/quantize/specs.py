@@ -113,7 +113,7 @@ def scale_and_zero_point(
 
   References:
     Jacob et al., "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference", 2018, arXiv:1712.05877.
+    Integer-Arithmetic-Only Inference", 2017, arXiv:1712.05877.
 
   Example:
     >>> scale, zero_point = scale_and_zero_point(0.0, 2.55, INT8_ACTIVATIONS)

@@ -7,7 +7,7 @@ parameters, and how everything that mirrors them follows. Meshes are made in
 - `data`: every device has a part of the batch.
 - `fsdp`: likewise, and parameters, moments and masks are split too; the
   compiler gathers a layer's parameters where it needs them (Rajbhandari et
-  al., "ZeRO", 2020, arXiv:1910.02054).
+  al., "ZeRO", 2019, arXiv:1910.02054).
 - `tensor`: the layers' own channels and heads are split (Shoeybi et al.,
   "Megatron-LM", 2019, arXiv:1909.08053).
 """
