@@ -34,12 +34,36 @@ def integer_forward(
   """The forward of a linen model whose layers `quantize.convert` replaced.
 
   Args:
-    model: the module that was trained; it is not edited.
-    simulate: see `quantize.execute_integers`, and so are `dynamic` and
-      `convolution`.
-    taps: see `adapters.from_linen`, and so is `axis_name`.
+    model: the module that was trained; it is not edited. Its `__call__` takes
+      `train`.
+    simulate: runs the same values in float32, for runtimes that read
+      quantize -> dequantize -> layer; see `quantize.execute_integers`.
+    dynamic: activation rules, of which the dynamic ones find their ranges in
+      the batch at hand.
+    convolution: how integer convolutions run, see `execute_integers`.
+    taps: '/'-joined paths of submodules, as for `adapters.from_linen`.
+    axis_name: the mapped axis under `shard_map` or `pmap`.
     interceptors: others, which go first, such as `prune.resized(...)` for a
       shrunk model.
+
+  Returns:
+    The forward, see `adapters.from_linen`; its variables are those of
+    `quantize.convert` or `post_training_quantize`.
+
+  Raises:
+    ValueError: for an unknown `convolution`, or a class in place of a module.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from kd_jax import models
+    >>> model = models.make_model('mlp', num_classes=2, hidden=())
+    >>> params = {'head': {
+    ...   'kernel': jnp.array([[3.0, 1.0], [2.0, 1.0]]), 'bias': jnp.zeros(2)}}
+    >>> variables = quantize.convert({'params': params}, WEIGHT_RULES, ())
+    >>> batch = {'image': jnp.array([[0.0, 127.0]])}
+    >>> output = integer_forward(model)(variables, batch).output
+    >>> [round(y, 3) for y in output[0].tolist()]
+    [255.0, 127.0]
   """
   return adapters.from_linen(
     model,
@@ -70,6 +94,18 @@ def evaluation(
   Returns:
     `(*interceptors) -> forward`. Without its train argument the model stays in
     evaluation mode, also when `train=True` tells observers to learn.
+
+  Raises:
+    ValueError: when called, for a class in place of a module.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> forward = evaluation(nn.Sequential([nn.Dense(1)]))()
+    >>> kernel, bias = jnp.array([[2.0], [3.0]]), jnp.ones(1)
+    >>> variables = {'params': {'layers_0': {'kernel': kernel, 'bias': bias}}}
+    >>> forward(variables, {'image': jnp.array([[1.0, 5.0]])}).output.tolist()
+    [[18.0]]
   """
 
   def make_forward(*others: adapters.Interceptor) -> StudentFn:
@@ -105,7 +141,7 @@ def calibrated(
   other settings call the functions of `quantize` with `evaluation(model)`.
 
   Args:
-    model: the module.
+    model: the module; its `__call__` takes `train`.
     variables: its trained variables.
     batches: pre-processed batches to calibrate with; a few are enough.
     weight_rules: `(pattern, QuantSpec or None)` pairs on parameter paths.
@@ -128,6 +164,17 @@ def calibrated(
   Raises:
     ValueError: without any batch, for an unknown rounding, or for 'adaround'
       with a `weight_observer`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from kd_jax import models
+    >>> model = models.make_model('mlp', num_classes=1, hidden=())
+    >>> layer = {'kernel': jnp.ones((2, 1)), 'bias': jnp.zeros(1)}
+    >>> batches = [{'image': jnp.array([[-1.0, 3.0]])}]
+    >>> ready = calibrated(model, {'params': {'head': layer}}, batches)
+    >>> seen = ready['quant_stats']['head']['input0']
+    >>> float(seen['low']), float(seen['high'])
+    (-1.0, 3.0)
   """
   learn = _learns_rounding(rounding, weight_observer)
   example, batches = _first_and_all(batches)
@@ -229,6 +276,17 @@ def post_training_quantize(
 
   Raises:
     ValueError: as `calibrated`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from kd_jax import models
+    >>> model = models.make_model('mlp', num_classes=1, hidden=())
+    >>> layer = {'kernel': jnp.array([[1.27], [0.5]]), 'bias': jnp.zeros(1)}
+    >>> batches = [{'image': jnp.ones((1, 2))}]
+    >>> variables = post_training_quantize(
+    ...   model, {'params': {'head': layer}}, batches, activation_rules=())
+    >>> variables['int8']['head']['kernel'].tolist()
+    [[127], [50]]
   """
   ready = calibrated(
     model,
@@ -259,10 +317,38 @@ def fold(
   """Folds every BatchNorm that directly follows a layer of a linen model.
 
   Args:
-    model: the module.
+    model: the module; its `__call__` takes `train`.
     variables: its variables.
     batch: one batch; only its shapes and dtypes matter.
     interceptors: others, as for `integer_forward`.
+
+  Returns:
+    The variables without these BatchNorms; `evaluation` and `integer_forward`
+    run with them.
+
+  Raises:
+    ValueError: for a class in place of a module, or what
+      `quantize.fold_batch_norm` raises.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> class Net(nn.Module):
+    ...   @nn.compact
+    ...   def __call__(self, x, train=False):
+    ...     x = nn.Dense(1, name='dense')(x)
+    ...     return nn.BatchNorm(not train, epsilon=0, name='norm')(x)
+    >>> variables = {
+    ...   'params': {
+    ...     'dense': {'kernel': jnp.array([[3.0]]), 'bias': jnp.zeros(1)},
+    ...     'norm': {'scale': jnp.ones(1), 'bias': jnp.zeros(1)},
+    ...   },
+    ...   'batch_stats': {'norm': {'mean': jnp.ones(1), 'var': 4 * jnp.ones(1)}},
+    ... }
+    >>> folded = fold(Net(), variables, {'image': jnp.ones((1, 1))})
+    >>> dense = folded['params']['dense']
+    >>> float(dense['kernel'][0, 0]), float(dense['bias'][0])
+    (1.5, -0.5)
   """
 
   def make_forward(interceptor):
@@ -282,6 +368,18 @@ def from_raw(
     preprocess: `(batch, *, train) -> batch`, see `data.make_preprocess`.
     reads: the entry of a batch that is the input, such as uint8 images, or the
       entries in the order of the inputs.
+
+  Returns:
+    The function, which takes one array for each entry of `reads`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from kd_jax.types import Forward
+    >>> forward = lambda variables, batch: Forward(variables['w'] * batch['x'])
+    >>> half = lambda batch, *, train: {'x': batch['x'] / 2}
+    >>> fn = from_raw(forward, half, reads='x')
+    >>> fn({'w': jnp.array(3.0)}, jnp.array([2.0, 4.0])).tolist()
+    [3.0, 6.0]
   """
 
   names = names_of(reads)
