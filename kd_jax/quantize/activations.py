@@ -143,6 +143,19 @@ def quantize_activations(
 
   Returns:
     An interceptor for `flax.linen.intercept_methods`.
+
+  Raises:
+    ValueError: when run, for a spec with groups, or an attention whose function
+      does not let its products be replaced.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> params = {'kernel': jnp.array([[1.0], [10.0]]), 'bias': jnp.zeros(1)}
+    >>> rules = [('.*', QuantSpec(bits=4, dynamic=True))]
+    >>> with nn.intercept_methods(quantize_activations(rules)):
+    ...   y = nn.Dense(1).apply({'params': params}, jnp.array([[0.7, 0.24]]))
+    >>> round(float(y[0, 0]), 3)
+    2.7
   """
 
   def round_input(scope, layer, names, x):
@@ -199,6 +212,19 @@ def init_quant_stats(
   Raises:
     ValueError: if no layer is quantized, a rule matches no layer, with None as
       value too, or a layer lies in a scan that does not carry `quant_stats`.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> from kd_jax import adapters
+    >>> rules = [('.*', specs.INT8_ACTIVATIONS)]
+    >>> forward = adapters.from_linen(
+    ...   nn.Sequential([nn.Dense(2)]),
+    ...   interceptors=[quantize_activations(rules)], train_argument=None)
+    >>> layer = {'kernel': jnp.ones((3, 2)), 'bias': jnp.zeros(2)}
+    >>> variables = {'params': {'layers_0': layer}}
+    >>> stats = init_quant_stats(forward, variables, {'image': jnp.ones((1, 3))})
+    >>> [(name, float(v)) for name, v in stats['layers_0']['input0'].items()]
+    [('count', 0.0), ('high', 0.0), ('low', 0.0)]
   """
   variables = {k: v for k, v in variables.items() if k != COLLECTION}
   marked, state = inputs.marked_layers(student_fn, variables, batch)
