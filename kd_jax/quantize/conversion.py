@@ -69,9 +69,10 @@ def convert(
   Returns:
     Variables with an `int8` collection. For a converted kernel `[..., O]`:
     `kernel` int8, or uint8 with two 4-bit codes in a byte along the last axis;
-    `kernel_scale` float32 with the kernel's rank, 1 along axes that share it;
+    `kernel_scale` float32 with the kernel's rank, 1 along axes that share it,
+    but O along the last, also where one scale is for the whole tensor;
     `bias` int32 with the bias's shape where inputs are observed and channels
-    have one scale. The same for an `embedding`. For every observed input
+    have one scale. The same for an `embedding`, whose scale is not widened. For every observed input
     `input<i>` with `scale` float32 and `zero_point` int8. In a scanned stack
     each has the leading axis of the stack.
 
