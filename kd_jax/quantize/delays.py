@@ -100,6 +100,12 @@ def init_batch_norm_steps(variables: Variables) -> dict[str, Any]:
 
   Raises:
     ValueError: if there is no running mean.
+
+  Example:
+    >>> stats = {'norm': {'mean': jnp.zeros((3, 8)), 'var': jnp.ones((3, 8))}}
+    >>> variables = init_batch_norm_steps({'batch_stats': stats})
+    >>> variables['batch_stats']['norm']['steps'].tolist()
+    [0, 0, 0]
   """
   flat = traverse_util.flatten_dict(variables.get(_STATS, {}), sep='/')
   means = {n: v for n, v in flat.items() if n.split('/')[-1] == 'mean'}
@@ -130,6 +136,26 @@ def freeze_batch_norm(after: int) -> Callable[..., Any]:
   Returns:
     An interceptor for `flax.linen.intercept_methods`; it needs variables
     from `init_batch_norm_steps`.
+
+  Raises:
+    ValueError: when run in training, for a BatchNorm without the counter.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> norm = nn.BatchNorm(use_running_average=False, momentum=0.5)
+    >>> variables = {
+    ...   'params': {'scale': jnp.ones(1), 'bias': jnp.zeros(1)},
+    ...   'batch_stats': {'mean': jnp.zeros(1), 'var': jnp.ones(1)},
+    ... }
+    >>> variables, means = init_batch_norm_steps(variables), []
+    >>> with nn.intercept_methods(freeze_batch_norm(after=2)):
+    ...   for _ in range(3):
+    ...     _, new = norm.apply(
+    ...       variables, jnp.full((2, 1), 8.0), mutable=['batch_stats'])
+    ...     variables = variables | new
+    ...     means.append(float(new['batch_stats']['mean'][0]))
+    >>> means
+    [4.0, 6.0, 6.0]
 
   References:
     Krishnamoorthi, "Quantizing deep convolutional networks for efficient
