@@ -64,6 +64,18 @@ def execute_integers(
   Raises:
     ValueError: for an unknown way; when called, for a layer that has no integer
       execution.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> from kd_jax.quantize import INT8_ACTIVATIONS, INT8_WEIGHTS, convert
+    >>> params = {'kernel': jnp.array([[3.0], [2.0]]), 'bias': jnp.zeros(1)}
+    >>> x = jnp.array([[0.0, 127.0]])
+    >>> rules = [('kernel', INT8_WEIGHTS)]
+    >>> variables = convert({'params': params}, rules, [])
+    >>> with nn.intercept_methods(execute_integers()):
+    ...   y = nn.Dense(1).apply(variables, x)
+    >>> round(float(y[0, 0]), 3)
+    255.0
   """
   check_way(convolution)
 
