@@ -103,6 +103,11 @@ def quantize(
 
   Returns:
     int8 with the shape of `x`.
+
+  Example:
+    >>> grid = jnp.float32(0.5), jnp.float32(10)
+    >>> quantize(jnp.array([-4.6, 0.5, 99.0]), *grid, QuantSpec(8)).tolist()
+    [1, 11, 127]
   """
   scale, zero_point = per_group(scale, x), per_group(zero_point, x)
   code = jnp.clip(_code(x, scale, zero_point), spec.qmin, spec.qmax)
