@@ -60,6 +60,20 @@ def foldable_batch_norms(
     norms that are called more than once are left out, and layers whose output
     another module reads too, such as a residual sum. A second reader that is no
     module cannot be told from here: compare the folded model with the original.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> from kd_jax import adapters
+    >>> class Net(nn.Module):
+    ...   @nn.compact
+    ...   def __call__(self, x, train=False):
+    ...     x = nn.Dense(3, name='dense')(x)
+    ...     return nn.BatchNorm(not train, name='norm')(x)
+    >>> x = jnp.ones((1, 2))
+    >>> variables = jax.eval_shape(Net().init, jax.random.key(0), x)
+    >>> make_forward = lambda i: adapters.from_linen(Net(), interceptors=[i])
+    >>> foldable_batch_norms(make_forward, variables, {'image': x})
+    {'dense': FoldableNorm(norm='norm', epsilon=1e-05)}
   """
   producers: dict[int, str] = {}
   calls: dict[str, int] = {}
@@ -125,6 +139,17 @@ def fold_batch_norm(
 
   Raises:
     ValueError: if a kernel to scale has one learned step for all channels.
+
+  Example:
+    >>> variables = {
+    ...   'params': {'dense': {'kernel': jnp.array([[3.0]])}},
+    ...   'batch_stats': {'norm': {'mean': jnp.ones(1), 'var': 4 * jnp.ones(1)}},
+    ... }
+    >>> norms = {'dense': FoldableNorm('norm', epsilon=0.0)}
+    >>> folded = fold_batch_norm(variables, norms)
+    >>> dense = folded['params']['dense']
+    >>> sorted(folded), float(dense['kernel'][0, 0]), float(dense['bias'][0])
+    (['params'], 1.5, -0.5)
 
   References:
     Jacob et al., 2017, arXiv:1712.05877, section 3.2.
@@ -203,6 +228,19 @@ def simulate_folding(
   Raises:
     ValueError: if a rule matches nothing, or a spec does not fit its kernel.
 
+  Example:
+    >>> kernel = jnp.array([[1.4, 0.048]])
+    >>> variables = {
+    ...   'params': {'dense': {'kernel': kernel}},
+    ...   'batch_stats': {
+    ...     'norm': {'mean': jnp.zeros(2), 'var': jnp.array([4.0, 0.04])}},
+    ... }
+    >>> norms = {'dense': FoldableNorm('norm', epsilon=0.0)}
+    >>> rules = [('.*/kernel', QuantSpec(bits=4))]
+    >>> rounded = simulate_folding(variables, norms, rules)
+    >>> [round(w, 3) for w in rounded['params']['dense']['kernel'][0].tolist()]
+    [1.4, 0.04]
+
   References:
     Jacob et al., 2017, arXiv:1712.05877, section 3.2; Krishnamoorthi, 2018,
     arXiv:1806.08342, section 3.2.2.
@@ -238,6 +276,25 @@ def skip_folded_batch_norms(
   """Interceptor: a BatchNorm without running statistics was folded away.
 
   It also adds the bias that folding gave to a layer built without one.
+
+  Args:
+    next_fun: the rest of the call, as `flax.linen.intercept_methods` gives it,
+      and so are the others.
+    args: positional arguments of the module.
+    kwargs: keyword arguments.
+    context: which module, and which of its methods.
+
+  Returns:
+    What the method returns; of a folded BatchNorm its input.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> params = {'kernel': jnp.ones((2, 1)), 'bias': jnp.array([10.0])}
+    >>> with nn.intercept_methods(skip_folded_batch_norms):
+    ...   y = nn.Dense(1, use_bias=False).apply(
+    ...     {'params': params}, jnp.ones((1, 2)))
+    >>> float(y[0, 0])
+    12.0
   """
   module = context.module
   if context.method_name != '__call__':
