@@ -167,6 +167,13 @@ def lsq_gradient_factor(count: int, positive: int) -> float:
     count: of a weight, the number of its values that share the step; of an
       activation, the number of features of one example that do.
     positive: the largest code.
+
+  Example:
+    >>> round(lsq_gradient_factor(100, 7), 4)
+    0.0378
+
+  References:
+    Esser et al., 2019, arXiv:1902.08153, section 2.2.
   """
   return 1 / math.sqrt(count * positive)
 
