@@ -43,6 +43,18 @@ def learned_activations(
 
   Raises:
     ValueError: for another method, or a spec that it is not for.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> rules = [('.*', QuantSpec(symmetric=False, narrow=False))]
+    >>> params = {
+    ...   'kernel': jnp.ones((2, 1)), 'bias': jnp.zeros(1),
+    ...   'input0_step': jnp.float32(0.5),
+    ... }
+    >>> with nn.intercept_methods(learned_activations(rules)):
+    ...   y = nn.Dense(1).apply({'params': params}, jnp.array([[0.9, -3.0]]))
+    >>> float(y[0, 0])
+    1.0
   """
   suffix = rules_lib.choose('method', method, SUFFIXES)
   for pattern, spec in rules:
@@ -126,6 +138,20 @@ def init_learned_activations(
   Raises:
     ValueError: if no layer has a learned range, a rule matches no layer, or a
       layer lies in a scan that does not carry `quant_stats`.
+
+  Example:
+    >>> from flax import linen as nn
+    >>> from kd_jax import adapters
+    >>> rules = [('.*', QuantSpec(symmetric=False, narrow=False))]
+    >>> forward = adapters.from_linen(
+    ...   nn.Sequential([nn.Dense(1)]), train_argument=None,
+    ...   interceptors=[learned_activations(rules, method='pact')])
+    >>> layer = {'kernel': jnp.ones((2, 1)), 'bias': jnp.zeros(1)}
+    >>> variables = {'params': {'layers_0': layer}}
+    >>> batch = {'image': jnp.array([[1.0, 6.0]])}
+    >>> params = init_learned_activations(forward, variables, batch, rules)
+    >>> float(params['layers_0']['input0_alpha'])
+    6.0
   """
   variables = {k: v for k, v in variables.items() if k != COLLECTION}
   marked, _ = inputs.marked_layers(student_fn, variables, batch)
@@ -175,6 +201,13 @@ def learned_ranges(
 
   Raises:
     ValueError: for a range per axis.
+
+  Example:
+    >>> params = {'dense': {'input0_step': jnp.float32(0.5)}}
+    >>> rules = [('.*', QuantSpec(bits=4, symmetric=False, narrow=False))]
+    >>> rest, stats = learned_ranges(params, rules)
+    >>> rest, float(stats['dense']['input0']['high'])
+    ({}, 7.5)
   """
   flat = traverse_util.flatten_dict(params, sep='/')
   stats: dict[str, ArrayLike] = {}
