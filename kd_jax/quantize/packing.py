@@ -48,6 +48,11 @@ def unpack_int4(packed: jax.Array, size: int) -> jax.Array:
 
   Raises:
     ValueError: if `size` is not that of the packed codes.
+
+  Example:
+    >>> packed = jnp.array([0x7A, 0x0F], jnp.uint8)
+    >>> unpack_int4(packed, 3).tolist()
+    [-6, 7, -1]
   """
   if packed.shape[-1] != -(-size // 2):
     raise ValueError(
