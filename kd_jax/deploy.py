@@ -343,7 +343,8 @@ def fold(
     ...     'dense': {'kernel': jnp.array([[3.0]]), 'bias': jnp.zeros(1)},
     ...     'norm': {'scale': jnp.ones(1), 'bias': jnp.zeros(1)},
     ...   },
-    ...   'batch_stats': {'norm': {'mean': jnp.ones(1), 'var': 4 * jnp.ones(1)}},
+    ...   'batch_stats': {
+    ...     'norm': {'mean': jnp.ones(1), 'var': 4 * jnp.ones(1)}},
     ... }
     >>> folded = fold(Net(), variables, {'image': jnp.ones((1, 1))})
     >>> dense = folded['params']['dense']

@@ -222,7 +222,8 @@ def init_quant_stats(
     ...   interceptors=[quantize_activations(rules)], train_argument=None)
     >>> layer = {'kernel': jnp.ones((3, 2)), 'bias': jnp.zeros(2)}
     >>> variables = {'params': {'layers_0': layer}}
-    >>> stats = init_quant_stats(forward, variables, {'image': jnp.ones((1, 3))})
+    >>> batch = {'image': jnp.ones((1, 3))}
+    >>> stats = init_quant_stats(forward, variables, batch)
     >>> [(name, float(v)) for name, v in stats['layers_0']['input0'].items()]
     [('count', 0.0), ('high', 0.0), ('low', 0.0)]
   """

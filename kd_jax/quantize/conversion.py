@@ -72,9 +72,9 @@ def convert(
     `kernel_scale` float32 with the kernel's rank, 1 along axes that share it,
     but O along the last, also where one scale is for the whole tensor;
     `bias` int32 with the bias's shape where inputs are observed and channels
-    have one scale. The same for an `embedding`, whose scale is not widened. For every observed input
-    `input<i>` with `scale` float32 and `zero_point` int8. In a scanned stack
-    each has the leading axis of the stack.
+    have one scale. The same for an `embedding`, whose scale is not widened. For
+    every observed input `input<i>` with `scale` float32 and `zero_point` int8.
+    In a scanned stack each has the leading axis of the stack.
 
   Raises:
     ValueError: for a spec that has no integer execution, for observers that

@@ -143,7 +143,8 @@ def fold_batch_norm(
   Example:
     >>> variables = {
     ...   'params': {'dense': {'kernel': jnp.array([[3.0]])}},
-    ...   'batch_stats': {'norm': {'mean': jnp.ones(1), 'var': 4 * jnp.ones(1)}},
+    ...   'batch_stats': {
+    ...     'norm': {'mean': jnp.ones(1), 'var': 4 * jnp.ones(1)}},
     ... }
     >>> norms = {'dense': FoldableNorm('norm', epsilon=0.0)}
     >>> folded = fold_batch_norm(variables, norms)
