@@ -62,9 +62,9 @@ def make_preprocess(
       or `crop_padding` or `mixup` is negative.
 
   References:
-    Zhang et al., mixup: Beyond Empirical Risk Minimization, arXiv:1710.09412.
-    Beyer et al., Knowledge distillation: A good teacher is patient and
-    consistent, arXiv:2106.05237.
+    Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2017,
+    arXiv:1710.09412; Beyer et al., "Knowledge distillation: A good teacher is
+    patient and consistent", 2021, arXiv:2106.05237.
 
   Example:
     >>> preprocess = make_preprocess(mean=(0.5,), std=(0.25,))

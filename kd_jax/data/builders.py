@@ -23,12 +23,21 @@ def identity(
   """What tells a prepared data set from another; see `prepared.identify`.
 
   Args:
-    name: see `load_images`, as for `data_dir`.
+    name: as for `load_images`.
     data_dir: likewise.
+
+  Returns:
+    file -> SHA-256, and one of the names and sizes of all files.
 
   Raises:
     ValueError: as `load_images`, for an unknown name.
     FileNotFoundError: likewise, if the data set is not prepared.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as data_dir:
+    ...   list(identity('digits', data_dir=data_dir))
+    ['dataset_info.json', 'features.json', 'names and sizes of its files']
   """
   builder = prepared_builder(name, data_dir, labelled=False)
   return identify(builder.data_path)
@@ -54,7 +63,8 @@ def describe(
   """What TFDS says of a labelled data set; prepares and downloads nothing.
 
   Args:
-    name: as for `load_images`, and so is `data_dir`.
+    name: as for `load_images`.
+    data_dir: likewise; where to look for a prepared one.
 
   Raises:
     ValueError: as `load_images`, and so ImportError.

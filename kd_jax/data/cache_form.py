@@ -39,6 +39,11 @@ class Form:
 
   Raises:
     ValueError: for another dtype, or a number out of range.
+
+  Example:
+    >>> stored = pack(Forward(jnp.ones((2, 10))), Form(top_k=3))
+    >>> {name.removeprefix(CACHED): x.shape for name, x in stored.items()}
+    {'top_values': (2, 3), 'top_classes': (2, 3), 'tail': (2,)}
   """
 
   dtype: str = 'float16'

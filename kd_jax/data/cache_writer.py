@@ -63,7 +63,7 @@ def write_cache(
     variables: the teacher's.
     examples: what students are trained on.
     preprocess: from `make_preprocess`, with training's augmentation.
-    fingerprint: from `teacher_cache.make_fingerprint`.
+    fingerprint: from `make_fingerprint`.
     seed: of the order and of the crops of streamed images, that of
       `train_batches`.
     epochs: of the longest training.
@@ -84,6 +84,26 @@ def write_cache(
     CacheError: if the directory holds something else, there is no room, an
       output is not finite in the form's dtype, or another process's files are
       not to be seen.
+
+  Example:
+    >>> import tempfile
+    >>> from kd_jax.data import ArrayData, TeacherCache, make_fingerprint
+    >>> data = ArrayData(
+    ...   {'x': np.array([0.0, 10.0, 20.0])}, id=np.arange(3, dtype=np.int32),
+    ...   reads='x', num_classes=1)
+    >>> from kd_jax.types import Forward
+    >>> teacher = lambda variables, batch: Forward(
+    ...   batch['x'][:, None] * variables['w'])
+    >>> variables = {'w': jnp.array([1.0, -1.0])}
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   manifest = write_cache(
+    ...     directory, teacher, variables, data, lambda batch, *, train: batch,
+    ...     fingerprint=make_fingerprint(
+    ...       variables, data, network={}, augmentation={}),
+    ...     seed=0, epochs=2, say=lambda line: None)
+    ...   cache = TeacherCache(directory)
+    ...   cache.read(1, np.array([2]))['teacher/output'].tolist()
+    [[20.0, -20.0]]
   """
   directory = mirror.resolve(directory)
   if epochs < 1:

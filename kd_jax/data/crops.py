@@ -42,7 +42,7 @@ def random_crop_box(
     stream NumPy keeps, and depend on (seed, example, epoch) alone.
 
   References:
-    Szegedy et al., Going Deeper with Convolutions, arXiv:1409.4842.
+    Szegedy et al., "Going Deeper with Convolutions", 2014, arXiv:1409.4842.
 
   Example:
     >>> random_crop_box(500, 375, seed=0, example=7, epoch=0)

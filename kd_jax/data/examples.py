@@ -67,7 +67,15 @@ class Split(Examples, Protocol):
 
 @runtime_checkable
 class InMemory(Split, Protocol):
-  """The examples of one split, all of them in memory."""
+  """The examples of one split, all of them in memory.
+
+  Example:
+    >>> data = ArrayData(
+    ...   {'x': np.ones((5, 3))}, id=np.arange(5, dtype=np.int32), reads='x',
+    ...   num_classes=1)
+    >>> isinstance(data, InMemory), data.arrays[data.reads].shape
+    (True, (5, 3))
+  """
 
   @property
   def arrays(self) -> Mapping[str, np.ndarray]:

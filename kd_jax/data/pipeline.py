@@ -32,6 +32,14 @@ def batches_per_epoch(data: Examples, batch_size: int) -> int:
 
   Raises:
     ValueError: if `batch_size` is not positive or larger than the set.
+
+  Example:
+    >>> from kd_jax.data import ArrayData
+    >>> data = ArrayData(
+    ...   {'x': np.array([0.0, 10.0, 20.0])}, id=np.arange(3, dtype=np.int32),
+    ...   reads='x', num_classes=1)
+    >>> batches_per_epoch(data, 2)
+    1
   """
   if not 1 <= batch_size <= len(data):
     raise ValueError(
@@ -211,7 +219,8 @@ def eval_batches(
   Args:
     data: the examples.
     batch_size: examples in a global batch; may exceed the set.
-    part: as for `train_batches`, and so is `parts`.
+    part: which slice of each global batch to read, see `sharding.readers`.
+    parts: how many slices there are.
 
   Returns:
     An iterator of the batches of `train_batches`, of epoch 0, with `mask`
@@ -221,7 +230,17 @@ def eval_batches(
 
   Raises:
     ValueError: if `batch_size` is not positive or `parts` does not
-      divide it.
+      divide it, or `part` is out of range.
+
+  Example:
+    >>> from kd_jax.data import ArrayData
+    >>> data = ArrayData(
+    ...   {'x': np.array([0.0, 10.0, 20.0])}, id=np.arange(3, dtype=np.int32),
+    ...   reads='x', num_classes=1)
+    >>> for batch in eval_batches(data, batch_size=2):
+    ...   print(*(batch[name].tolist() for name in ('x', 'id', 'mask')))
+    [0.0, 10.0] [0, 1] [1.0, 1.0]
+    [20.0, 0.0] [2, -1] [1.0, 0.0]
   """
   if batch_size < 1:
     raise ValueError(f'batch_size is {batch_size}; it must be positive.')

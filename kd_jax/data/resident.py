@@ -46,9 +46,23 @@ def make_input(examples: Split, mesh: Mesh, where: str = 'auto') -> Input:
       take up to `SHARE` of the memory of each device, and 'host' for others
       and on CPUs, whose memory is the host's.
 
+  Returns:
+    What to make batches of, and how to place them.
+
   Raises:
     ValueError: for another word, or 'device' with examples that are not in
       memory, such as streamed images.
+
+  Example:
+    >>> from kd_jax.data import ArrayData
+    >>> data = ArrayData(
+    ...   {'x': np.array([0.0, 10.0, 20.0])}, id=np.arange(3, dtype=np.int32),
+    ...   reads='x', num_classes=1)
+    >>> mesh = sharding.make_mesh(jax.devices()[:1])
+    >>> made = make_input(data, mesh, 'device')
+    >>> batch = made.examples.read([2, 0])
+    >>> batch['row'].tolist(), made.put(batch)['x'].tolist()
+    ([2, 0], [20.0, 0.0])
   """
   rules.choose('data.placement', where, dict.fromkeys(WHERE))
   if where == 'auto':

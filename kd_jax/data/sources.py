@@ -67,6 +67,13 @@ def load_images(
     ImportError: for the few data sets that TFDS reads with TensorFlow only.
     FileNotFoundError: if the data set is not prepared in `data_dir` and
       TensorFlow, with which TFDS prepares public sets, is not installed.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as data_dir:
+    ...   images = load_images('digits', 'test', data_dir=data_dir)
+    >>> images.image.shape, images.num_classes
+    ((359, 8, 8, 1), 10)
   """
   if split not in SPLITS:
     raise ValueError(f'Unknown split {split!r}: {near_misses(split, SPLITS)}')

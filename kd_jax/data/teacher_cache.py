@@ -60,6 +60,24 @@ class TeacherCache(cache_form.Entries):
 
   Raises:
     CacheError: if it is missing, not finished, damaged or of another format.
+
+  Example:
+    >>> import tempfile
+    >>> from kd_jax.data import ArrayData, make_fingerprint, write_cache
+    >>> from kd_jax.types import Forward
+    >>> data = ArrayData(
+    ...   {'x': np.array([0.0, 10.0, 20.0])}, id=np.arange(3, dtype=np.int32),
+    ...   reads='x', num_classes=1)
+    >>> teacher = lambda variables, batch: Forward(batch['x'][:, None] + 0.5)
+    >>> made = make_fingerprint({}, data, network={}, augmentation={})
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   _ = write_cache(
+    ...     directory, teacher, {}, data, lambda batch, *, train: batch,
+    ...     fingerprint=made, seed=0, epochs=1, say=lambda line: None)
+    ...   cache = TeacherCache(directory)
+    ...   cache.check(made)
+    ...   cache.read(0, np.array([2, 0]))['teacher/output'].tolist()
+    [[20.5], [0.5]]
   """
 
   def __init__(self, directory: str | Path):

@@ -57,6 +57,9 @@ def layer_costs(
     any. The sum of `macs` is that of `report.measure.multiply_accumulates` for
     one example.
 
+  Raises:
+    ValueError: if the arrays of the batch differ in their number of examples.
+
   Example:
     >>> from kd_jax import adapters
     >>> forward = adapters.from_apply(lambda params, x: x @ params['w'])

@@ -109,11 +109,32 @@ def check_shrunk(
 
   Args:
     plan: from `find_groups`.
-    kept: what shall stay.
-    forward: of the whole model, and so are `variables` and `batch`.
+    kept: group name -> indices of the units that shall stay.
+    forward: of the whole model, as for `find_groups`.
+    variables: those of the whole model, or their shapes.
+    batch: one batch, or its shapes.
 
   Raises:
     ValueError: if the smaller model does not run, or computes something else.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from kd_jax import adapters
+    >>> def net(params, x):
+    ...   h = jax.nn.relu(x @ params['w'])
+    ...   return (h + x if h.shape == x.shape else h) @ params['v']
+    >>> model = (
+    ...   adapters.from_apply(net),
+    ...   {'params': {'w': jnp.ones((2, 4)), 'v': jnp.ones((4, 1))}},
+    ...   {'image': jnp.ones((3, 2))},
+    ... )
+    >>> plan = find_groups(*model)
+    >>> check_shrunk(plan, {'w': [0, 1, 2]}, *model)
+    >>> try:
+    ...   check_shrunk(plan, {'w': [0, 1]}, *model)
+    ... except ValueError as e:
+    ...   print(str(e).partition(':')[0])
+    The shrunk model computes something else
   """
   reason = failure(Analysis(forward, variables, batch), plan, kept)
   if reason:

@@ -84,6 +84,15 @@ class Plan(NamedTuple):
       'params/' and the name of a group that was refused where other units of
       the same axes can leave.
     shapes: path -> shape of every parameter and state of the model.
+
+  Example:
+    >>> units = ((0,), (1,), (2,))
+    >>> members = (Member('params/conv/kernel', 3, 3, units),)
+    >>> attributes = (Attribute('conv', 'features', 3, units),)
+    >>> group = Group('conv', 3, 1, members, attributes)
+    >>> plan = Plan((group,), {}, {'params/conv/kernel': (3, 3, 1, 3)})
+    >>> plan.overrides({'conv': [0, 2]})
+    {'conv': {'features': 2}}
   """
 
   groups: tuple[Group, ...]

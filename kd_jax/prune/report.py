@@ -20,6 +20,10 @@ class LayerSparsity(NamedTuple):
     size: number of weights.
     nonzero: number of weights that are not zero.
     target: share of the weights that the masks set to zero; None without masks.
+
+  Example:
+    >>> LayerSparsity('w', size=8, nonzero=2).sparsity
+    0.75
   """
 
   path: str
@@ -81,6 +85,9 @@ def total(rows: Sequence[LayerSparsity]) -> LayerSparsity:
   """The sum of rows, named 'total'.
 
   Its target counts a row without one as dense, and is None if no row has one.
+
+  Args:
+    rows: of `sparsity_report`; their paths do not matter.
 
   Example:
     >>> rows = [LayerSparsity('a', 4, 1, 0.75), LayerSparsity('b', 4, 4)]

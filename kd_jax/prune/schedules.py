@@ -17,6 +17,13 @@ SparsitySchedule = Callable[[ArrayLike], jax.Array]
 def constant(sparsity: float, *, begin: int = 0) -> SparsitySchedule:
   """`sparsity` from step `begin` on, 0 before: one-shot pruning.
 
+  Args:
+    sparsity: share of zeros, in [0, 1).
+    begin: first step at which weights are pruned.
+
+  Raises:
+    ValueError: for a sparsity outside [0, 1).
+
   Example:
     >>> schedule = constant(0.5, begin=10)
     >>> [float(schedule(step)) for step in (9, 10)]

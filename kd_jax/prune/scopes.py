@@ -151,6 +151,9 @@ def erk_densities(
   Returns:
     parameter path -> float32 scalar in [0, 1].
 
+  Raises:
+    ValueError: for 2**31 weights, or units, or more in all.
+
   Example:
     >>> densities = erk_densities({'small': (4, 4), 'large': (40, 40)}, 0.8)
     >>> [round(float(d), 3) for d in densities.values()]

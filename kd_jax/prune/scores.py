@@ -26,6 +26,17 @@ class Score(NamedTuple):
     update: `(state, weights, grads) -> state`, once a step, before the masks
       of that step are made.
     value: `(state, weights) -> scores`, float32 arrays of the same shapes.
+
+  Example:
+    >>> rows = Score(
+    ...   init=lambda weights: (),
+    ...   update=lambda state, weights, grads: (),
+    ...   value=lambda state, weights: {
+    ...     name: jnp.broadcast_to(abs(w).sum(1, keepdims=True), w.shape)
+    ...     for name, w in weights.items()})
+    >>> w = jnp.array([[1.0, -2.0], [0.0, 1.0]])
+    >>> rows.value((), {'w': w})['w'].tolist()
+    [[3.0, 3.0], [1.0, 1.0]]
   """
 
   init: Callable[[Arrays], Any]
@@ -133,6 +144,9 @@ def taylor(decay: float = 0.9, *, squared: bool = False) -> Score:
     decay: of the average, in [0, 1]; 1 is the plain mean of all steps.
     squared: E (w g)**2 instead, as in the paper.
 
+  Raises:
+    ValueError: for a decay outside [0, 1].
+
   Example:
     >>> weights, grads = {'w': jnp.array([1.0, 2])}, {'w': jnp.array([3.0, -4])}
     >>> score = taylor()
@@ -155,6 +169,9 @@ def fisher(decay: float = 0.99) -> Score:
 
   Args:
     decay: of the average, as for `taylor`.
+
+  Raises:
+    ValueError: for a decay outside [0, 1].
 
   Example:
     >>> weights, grads = {'w': jnp.array([1.0, 2])}, {'w': jnp.array([2.0, 3])}

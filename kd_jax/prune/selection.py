@@ -135,13 +135,17 @@ def neurons(
 
   Args:
     plan: from `find_groups`.
-    pool: see `unit_scores`, and so is `norm`.
+    pool: 'sum' or 'mean' over the entries of a unit, see `unit_scores`.
+    norm: 'mean', 'max' or 'none', likewise.
 
   Returns:
     `structure(scores, sparsity, scope) -> masks`, `sparsity` the share of
     units to prune, and `scope` 'global' for one ranking of all units or 'layer'
     for one in each group. Every parameter with scores or with units gets a
     mask.
+
+  Raises:
+    ValueError: when called, as `unit_scores`, and for an unknown scope.
 
   Example:
     >>> members = (Member('params/w', 1, 2, ((0,), (1,))),)
@@ -212,14 +216,16 @@ def choose_units(
     scope: 'global' or 'layer', as for `neurons`.
     multiple_of: rounds the channels that a group keeps up to a multiple, for
       hardware that computes so many at once; a group never grows.
-    pool: see `unit_scores`, and so is `norm`.
+    pool: 'sum' or 'mean' over the entries of a unit, see `unit_scores`.
+    norm: 'mean', 'max' or 'none', likewise.
 
   Returns:
     group name -> indices that stay, ascending; for `shrink`. Groups without
     any scores stay whole and are not named.
 
   Raises:
-    ValueError: for a sparsity outside [0, 1) or a multiple below 1.
+    ValueError: for a sparsity outside [0, 1), a multiple below 1 or an unknown
+      scope; also as `unit_scores`.
 
   Example:
     >>> members = (Member('params/w', 0, 4, ((0,), (1,), (2,), (3,))),)

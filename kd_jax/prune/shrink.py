@@ -164,6 +164,22 @@ def shrunk_forward(
   Raises:
     ValueError: if attributes would have to change and the forward is not
       from `adapters.from_linen`.
+
+  Example:
+    >>> from kd_jax import adapters, models
+    >>> from kd_jax.prune import find_groups
+    >>> model = models.make_model('mlp', num_classes=1, hidden=(3,))
+    >>> forward = adapters.from_linen(model)
+    >>> variables = {'params': {
+    ...   'dense1': {'kernel': jnp.ones((1, 3)), 'bias': jnp.zeros(3)},
+    ...   'head': {
+    ...     'kernel': jnp.array([[1.0], [2], [4]]), 'bias': jnp.zeros(1)},
+    ... }}
+    >>> batch, kept = {'image': jnp.array([[3.0]])}, {'dense1': [0, 2]}
+    >>> plan = find_groups(forward, variables, batch)
+    >>> small = shrunk_forward(forward, plan, kept)
+    >>> small(shrink(plan, variables, kept), batch).output.tolist()
+    [[15.0]]
   """
   overrides = plan.overrides(kept)
   intercepted = getattr(forward, 'intercepted', None)

@@ -39,6 +39,18 @@ def find_state(opt_state: Any) -> PruneState | None:
 
   Args:
     opt_state: the state of an optax chain.
+
+  Returns:
+    The first `PruneState`, in the order of the tree.
+
+  Example:
+    >>> import optax
+    >>> from kd_jax.prune import constant, prune
+    >>> tx = prune(optax.sgd(0.1), constant(0.5), [('w', True)])
+    >>> params = {'w': jnp.array([3.0, 1.0])}
+    >>> opt_state = optax.chain(optax.identity(), tx).init(params)
+    >>> float(find_state(opt_state).sparsity), find_state(())
+    (0.0, None)
   """
   for leaf in jax.tree.leaves(opt_state, is_leaf=_is_prune):
     if _is_prune(leaf):
@@ -54,6 +66,15 @@ def masks_of(opt_state: Any) -> dict[str, jax.Array]:
 
   Returns:
     parameter path -> boolean mask.
+
+  Example:
+    >>> import optax
+    >>> from kd_jax.prune import constant, prune
+    >>> tx = prune(optax.sgd(0.1), constant(0.5), [('w', True)])
+    >>> params = {'w': jnp.array([3.0, 1.0])}
+    >>> _, state = tx.update(params, tx.init(params), params)
+    >>> masks_of(state)['w'].tolist()
+    [True, False]
   """
   state = find_state(opt_state)
   return {} if state is None else state.masks

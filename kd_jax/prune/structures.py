@@ -257,9 +257,9 @@ def _blocks(x: jax.Array, rows: int, columns: int) -> jax.Array:
 def n_m(n: int, m: int, axis: int = -2) -> Structure:
   """The n largest of every m neighbours along an axis stay: N:M sparsity.
 
-  Sparsity rises with the schedule in steps of 1 / m, up to n of m; every group
-  of m is its own scope, whatever `scope` says. 2:4 along the axis that the
-  product sums over is what sparse tensor cores run.
+  Sparsity rises with the schedule in steps of 1 / m, up to (m - n) / m; every
+  group of m is its own scope, whatever `scope` says. 2:4 along the axis that
+  the product sums over is what sparse tensor cores run.
 
   Args:
     n: how many of a group stay at last, 1 <= n <= m.

@@ -29,6 +29,14 @@ class Observer(NamedTuple):
     merge: `(stats, stats) -> stats`, what both have seen; also on the host.
     range: `(stats, spec=INT8_ACTIVATIONS) -> (low, high)` float32 scalars:
       what the quantizer shall represent.
+
+  Example:
+    >>> halved = min_max()._replace(
+    ...   range=lambda stats, spec=INT8_ACTIVATIONS: (
+    ...     stats['low'] / 2, stats['high'] / 2))
+    >>> stats = halved.update(halved.init(), jnp.array([-1.0, 3.0]), None)
+    >>> [float(v) for v in halved.range(stats)]
+    [-0.5, 1.5]
   """
 
   init: Callable[[], Stats]
