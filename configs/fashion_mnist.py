@@ -33,5 +33,9 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     train.epochs = 1 if tiny else epochs
     train.batch_size = 64 if tiny else 128
     train.evaluate_every_epochs = 1
+  # Of 1, 2 and 4 the best on the validation split; at the digits' 4 the student
+  # learns less than alone.
+  for stage in ('distill', 'compress'):
+    config[stage].terms.kd.temperature = 2.0
   config.aims.teacher = 0.92
   return config

@@ -93,7 +93,7 @@ def write_cache(
     ...   reads='x', num_classes=1)
     >>> from kd_jax.types import Forward
     >>> teacher = lambda variables, batch: Forward(
-    ...   batch['x'][:, None] * variables['w'])
+    ...   jnp.outer(batch['x'], variables['w']))
     >>> variables = {'w': jnp.array([1.0, -1.0])}
     >>> with tempfile.TemporaryDirectory() as directory:
     ...   manifest = write_cache(
