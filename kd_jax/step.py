@@ -82,6 +82,11 @@ def make_train_step(
     be equal on all devices; and the norms of the gradients, `grad_norm` and, of
     what the objective owns, `grad_norm/objective`.
 
+  Raises:
+    ValueError: when called, if `accumulate` does not divide the examples of a
+      batch; and what the terms of the objective raise, such as for an entry
+      that the batch has not.
+
   Example:
     >>> from kd_jax.objectives import term
     >>> student_fn = lambda v, batch, rng, *, train: Forward(
@@ -206,6 +211,19 @@ def init_state(
     ValueError: if only one of `teacher_fn` and `teacher` is given, variables
       have no 'params', or the objective has parameters and there is no
       `objective_tx`.
+
+  Example:
+    >>> from kd_jax.objectives import hints
+    >>> def forward(v, batch, rng=None, *, train=False):
+    ...   return Forward(batch['x'], {'tap': batch['x'] @ v['params']})
+    >>> hint = hints(student='tap', teacher='tap', connector='linear')
+    >>> tx, batch = optax.sgd(0.1), {'x': jnp.ones((4, 3))}
+    >>> state = init_state(
+    ...   forward, hint, tx,
+    ...   {'params': jnp.ones((3, 2))}, batch, teacher_fn=forward,
+    ...   teacher={'params': jnp.ones((3, 5))}, objective_tx=tx)
+    >>> jax.tree.map(jnp.shape, state.objective.params)
+    {'0': {'bias': (5,), 'kernel': (2, 5)}}
   """
   if (teacher_fn is None) != (teacher is None):
     raise ValueError('teacher_fn and teacher variables come together.')
@@ -278,7 +296,19 @@ def make_eval_step(
   Returns:
     `eval_step(variables, teacher, batch) -> sums`, a pytree that adds over
     batches and that `metrics.evaluate` turns into numbers. `batch['mask']`
-    `[B]` marks with 0 the examples that only pad the batch.
+    `[B]` marks with 0 the examples that only pad the batch; without that entry
+    all of them count.
+
+  Example:
+    >>> from kd_jax import metrics
+    >>> student_fn = lambda v, batch, rng, *, train: Forward(
+    ...   batch['x'] @ v['params'])
+    >>> eval_step = make_eval_step(student_fn, {'top1': metrics.accuracy()})
+    >>> batch = {'x': jnp.eye(3), 'label': jnp.array([0, 1, 0])}
+    >>> batch['mask'] = jnp.array([1.0, 1.0, 0.0])
+    >>> sums = eval_step({'params': jnp.eye(3)[:, ::-1]}, None, batch)
+    >>> {name: float(x) for name, x in sums['top1'].items()}
+    {'sum': 1.0, 'count': 2.0}
   """
 
   def eval_step(variables, teacher, batch):
