@@ -128,9 +128,8 @@ def kl() -> Metric:
   """Mean KL(teacher || student) in nats, at temperature 1.
 
   Example:
-    >>> student, teacher = Forward(jnp.zeros((1, 2))), Forward(
-    ...   jnp.log(jnp.array([[0.9, 0.1]])))
-    >>> metric = kl()
+    >>> student = Forward(jnp.zeros((1, 2)))
+    >>> teacher, metric = Forward(jnp.log(jnp.array([[0.9, 0.1]]))), kl()
     >>> sums = metric.update(student, teacher, {}, jnp.ones(1))
     >>> round(metric.result(sums), 4)  # ln 2 less the teacher's entropy
     0.3681

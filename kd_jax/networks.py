@@ -92,6 +92,9 @@ def exact(params: Any) -> Any:
   In bfloat16 a thousandth of a difference would be rounded away, and the
   average would never move.
 
+  Args:
+    params: a pytree of arrays; integers and float32 or wider stay as they are.
+
   Example:
     >>> exact({'w': jnp.ones(2, jnp.bfloat16)})['w'].dtype.name
     'float32'
@@ -110,7 +113,17 @@ def check_weights(names: Iterable[str], weights: Mapping[str, Any]) -> None:
 
   Args:
     names: of the networks.
-    weights: name -> weight.
+    weights: name -> weight; only the names are looked at.
+
+  Raises:
+    ValueError: if a network has no weight, or a weight no network.
+
+  Example:
+    >>> check_weights(['a', 'b'], {'b': 0.0, 'a': 1.0})
+    >>> check_weights(['a', 'b'], {'a': 1.0})
+    Traceback (most recent call last):
+    ...
+    ValueError: There are weights for a, but the networks are a, b.
   """
   if set(weights) != set(names):
     raise ValueError(
@@ -153,7 +166,21 @@ def combine_variables(variables: Mapping[str, Variables]) -> dict[str, Any]:
 
 
 def variables_of(variables: Variables, name: str) -> dict[str, Any]:
-  """One network's variables out of those of `combine`."""
+  """One network's variables out of those of `combine`.
+
+  Args:
+    variables: collection -> name -> values, as `combine_variables` makes them.
+    name: of the network.
+
+  Returns:
+    `{'params': ..., **collections}`, without the collections that the network
+    has not; empty for an unknown name.
+
+  Example:
+    >>> both = {'params': {'a': 1, 'b': 2}, 'batch_stats': {'b': 3}}
+    >>> variables_of(both, 'a'), variables_of(both, 'b')
+    ({'params': 1}, {'params': 2, 'batch_stats': 3})
+  """
   return {
     collection: values[name]
     for collection, values in variables.items()
@@ -215,7 +242,16 @@ def cast_params(variables: Variables, dtype: Any) -> dict[str, Any]:
 
   Args:
     variables: `{'params': ..., **collections}`.
-    dtype: such as 'bfloat16'.
+    dtype: such as 'bfloat16'. Parameters that are integers stay.
+
+  Returns:
+    New variables; the other collections are shared with those given.
+
+  Example:
+    >>> teacher = {'params': {'w': jnp.ones(2)}, 'batch_stats': jnp.ones(2)}
+    >>> cast = cast_params(teacher, 'bfloat16')
+    >>> cast['params']['w'].dtype.name, cast['batch_stats'].dtype.name
+    ('bfloat16', 'float32')
   """
 
   def cast(x):

@@ -30,7 +30,29 @@ def place_state(
   *,
   layout: Layout = layout_lib.DEFAULT,
 ) -> TrainState:
-  """Puts a train state on the devices as a step of that `compiler` wants it."""
+  """Puts a train state on the devices as a step of that `compiler` wants it.
+
+  Args:
+    state: from `step.init_state`, its teacher included.
+    mesh: from `make_mesh`.
+    compiler: of `compile_step`. 'jit' splits what `layout` says; the other two
+      have the whole state on every device, 'pmap' on those of this process.
+    layout: how parameters are split; the one `compile_step` gets.
+
+  Returns:
+    The same values; nothing is donated.
+
+  Example:
+    >>> from kd_jax.sharding.meshes import make_mesh
+    >>> from kd_jax.types import ObjectiveState
+    >>> state = TrainState(step=0, params={'w': jax.numpy.ones((64, 128))},
+    ...   model_state={}, opt_state=(), objective=ObjectiveState({}, {}, ()))
+    >>> for compiler in ('jit', 'shard_map'):
+    ...   placed = place_state(state, make_mesh(fsdp=4), compiler)
+    ...   print(placed.params['w'].sharding.shard_shape((64, 128)))
+    (64, 32)
+    (64, 128)
+  """
   if compiler == 'shard_map':
     return replicate(state, mesh)
   if compiler == 'pmap':
@@ -147,7 +169,21 @@ COMPILERS = {'jit': _jit, 'shard_map': _shard_map, 'pmap': _pmap}
 
 
 def axis_name(compiler: str) -> str | None:
-  """The `axis_name` that a step of this compiler must be made with."""
+  """The `axis_name` that a step of this compiler must be made with.
+
+  Args:
+    compiler: one of `COMPILERS`.
+
+  Returns:
+    None for 'jit', whose step sees the global batch; 'data' for the others.
+
+  Raises:
+    ValueError: for an unknown compiler.
+
+  Example:
+    >>> [axis_name(compiler) for compiler in ('jit', 'shard_map', 'pmap')]
+    [None, 'data', 'data']
+  """
   rules.choose('compiler', compiler, COMPILERS)
   return None if compiler == 'jit' else DATA
 
@@ -157,7 +193,8 @@ class CompiledStep:
   """A train step as `compile_step` makes it.
 
   Attributes:
-    traces: the shapes of the batch at every trace so far.
+    traces: the shapes of the batch at every trace so far, as the step sees
+      it: of the global batch under 'jit', else of one device's part.
   """
 
   _call: _Step
@@ -195,6 +232,7 @@ def compile_step(
 
   Args:
     step: from `make_train_step`, made with `axis_name=axis_name(compiler)`.
+      Made without, 'pmap' trains on the first device's examples alone.
     mesh: from `make_mesh`.
     compiler: 'jit' (global view, the default choice), 'shard_map', or 'pmap',
       which JAX keeps in maintenance mode. The state stays replicated, never
@@ -210,10 +248,26 @@ def compile_step(
     A function like `step`, traced once per batch shape. As that of `jax.jit`
     it has a method `lower`, of the same arguments or their shapes ('jit' and
     'shard_map'). Its attribute `traces` is a list that grows by the shapes of
-    the batch with every trace.
+    the batch with every trace, see `CompiledStep`.
 
   Raises:
-    ValueError: for an unknown compiler.
+    ValueError: for an unknown compiler; for 'shard_map' and 'pmap' also on a
+      mesh whose axes 'fsdp' and 'tensor' are not 1. The compiled function
+      raises JAX's own errors for a batch that does not divide over the devices.
+
+  Example:
+    >>> from kd_jax.sharding.meshes import make_mesh
+    >>> from kd_jax.types import ObjectiveState
+    >>> def step(state, batch, rng):
+    ...   mean = batch['x'].mean()
+    ...   return state.replace(params=state.params - mean), {'mean': mean}
+    >>> run = compile_step(step, make_mesh(fsdp=2), donate=False)
+    >>> state = TrainState(step=0, params=jax.numpy.ones(2), model_state={},
+    ...   opt_state=(), objective=ObjectiveState({}, {}, ()))
+    >>> batch = {'x': jax.numpy.arange(8.0)}
+    >>> new, metrics = run(state, batch, jax.random.key(0))
+    >>> new.params.tolist(), float(metrics['mean']), run.traces
+    ([-2.5, -2.5], 3.5, [{'x': (8,)}])
   """
   compiled = rules.choose('compiler', compiler, COMPILERS)
   traces: list[dict[str, tuple[int, ...]]] = []
