@@ -45,7 +45,8 @@ def place_state(
   Example:
     >>> from kd_jax.sharding.meshes import make_mesh
     >>> from kd_jax.types import ObjectiveState
-    >>> state = TrainState(step=0, params={'w': jax.numpy.ones((64, 128))},
+    >>> state = TrainState(
+    ...   step=jax.numpy.int32(0), params={'w': jax.numpy.ones((64, 128))},
     ...   model_state={}, opt_state=(), objective=ObjectiveState({}, {}, ()))
     >>> for compiler in ('jit', 'shard_map'):
     ...   placed = place_state(state, make_mesh(fsdp=4), compiler)
@@ -256,18 +257,18 @@ def compile_step(
       raises JAX's own errors for a batch that does not divide over the devices.
 
   Example:
-    >>> from kd_jax.sharding.meshes import make_mesh
-    >>> from kd_jax.types import ObjectiveState
-    >>> def step(state, batch, rng):
-    ...   mean = batch['x'].mean()
-    ...   return state.replace(params=state.params - mean), {'mean': mean}
-    >>> run = compile_step(step, make_mesh(fsdp=2), donate=False)
-    >>> state = TrainState(step=0, params=jax.numpy.ones(2), model_state={},
-    ...   opt_state=(), objective=ObjectiveState({}, {}, ()))
-    >>> batch = {'x': jax.numpy.arange(8.0)}
-    >>> new, metrics = run(state, batch, jax.random.key(0))
-    >>> new.params.tolist(), float(metrics['mean']), run.traces
-    ([-2.5, -2.5], 3.5, [{'x': (8,)}])
+    >>> import optax
+    >>> from kd_jax import Forward, init_state, make_mesh, make_train_step, term
+    >>> student_fn = lambda v, batch, rng, *, train: Forward(
+    ...   v['params'] * batch['x'])
+    >>> objective, tx = term(lambda i: i.student.output), optax.sgd(1.0)
+    >>> w, batch = jax.numpy.float32(0), {'x': jax.numpy.arange(8.0)}
+    >>> state = init_state(student_fn, objective, tx, {'params': w}, batch)
+    >>> step = make_train_step(student_fn, objective, tx)
+    >>> run = compile_step(step, make_mesh(fsdp=2))
+    >>> state, metrics = run(state, batch, jax.random.key(0))
+    >>> float(state.params), run.traces  # the mean of x; the global batch
+    (-3.5, [{'x': (8,)}])
   """
   compiled = rules.choose('compiler', compiler, COMPILERS)
   traces: list[dict[str, tuple[int, ...]]] = []
