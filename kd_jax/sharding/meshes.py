@@ -38,8 +38,21 @@ def make_mesh(
     fsdp: along 'fsdp'.
     tensor: along 'tensor', whose neighbours lie next to each other.
 
+  Returns:
+    A mesh of three axes, always; those that are not used have size 1. They are
+    automatic: the compiler moves what it must.
+
   Raises:
-    ValueError: if the sizes do not multiply to the number of devices.
+    ValueError: if the sizes do not multiply to the number of devices, more
+      than one is -1, or one is below 1 otherwise.
+
+  Example:
+    With eight devices:
+
+    >>> dict(make_mesh().shape), dict(make_mesh(fsdp=2, tensor=2).shape)
+    ({'data': 8, 'fsdp': 1, 'tensor': 1}, {'data': 2, 'fsdp': 2, 'tensor': 2})
+    >>> make_mesh(jax.devices()[:1]).size
+    1
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -67,7 +80,22 @@ def make_mesh(
 
 
 def own_mesh(mesh: Mesh) -> Mesh:
-  """The devices of this process in a mesh, in its order, along 'data'."""
+  """The devices of this process in a mesh, in its order, along 'data'.
+
+  For what every process does alone, such as an evaluation of its own examples:
+  arrays on it need no other process.
+
+  Args:
+    mesh: see `make_mesh`.
+
+  Returns:
+    A mesh with the same three axes, the last two of size 1.
+
+  Example:
+    >>> own = own_mesh(make_mesh(fsdp=2, tensor=2))
+    >>> dict(own.shape)  # this process has all eight
+    {'data': 8, 'fsdp': 1, 'tensor': 1}
+  """
   return Mesh(
     np.reshape(mesh.local_devices, (-1, 1, 1)),
     AXES,
@@ -92,6 +120,12 @@ def shard_batch(
 
   Raises:
     ValueError: if B does not divide over the devices.
+
+  Example:
+    >>> mesh = make_mesh(fsdp=2, tensor=2)  # a batch is split in 2 x 2 parts
+    >>> batch = shard_batch({'x': np.arange(16).reshape(8, 2)}, mesh)
+    >>> batch['x'].shape, batch['x'].addressable_shards[0].data.tolist()
+    ((8, 2), [[0, 1], [2, 3]])
   """
   sharding = NamedSharding(mesh, batch_spec(stacked))
   size = next(iter(batch.values())).shape[int(stacked)]
@@ -119,6 +153,10 @@ def readers(mesh: Mesh) -> tuple[int, int]:
 
   Raises:
     ValueError: if the parts of two processes overlap.
+
+  Example:
+    >>> readers(make_mesh(tensor=2))  # one process reads everything
+    (0, 1)
   """
   rows = layout_lib.batch_parts(mesh)
   places = NamedSharding(mesh, BATCH).devices_indices_map((rows,))
@@ -140,7 +178,14 @@ def connect(mesh: Mesh) -> None:
   """Lets the devices of several processes find each other before they work.
 
   Gloo, which joins CPUs, waits 30 s for a peer, and the first step comes after
-  compilations that may differ by more. All processes call this.
+  compilations that may differ by more. All processes call this; the second
+  call for a mesh, and any on a mesh of one process, does nothing.
+
+  Args:
+    mesh: see `make_mesh`.
+
+  Example:
+    >>> connect(make_mesh())
   """
   if mesh.devices.size == len(mesh.local_devices):
     return
@@ -163,11 +208,35 @@ def connect(mesh: Mesh) -> None:
 
 
 def batch_spec(stacked: bool = False) -> P:
-  """How a batch `[B, ...]`, or a stack of them `[N, B, ...]`, is split."""
+  """How a batch `[B, ...]`, or a stack of them `[N, B, ...]`, is split.
+
+  Examples go over 'data' and 'fsdp'; devices along 'tensor' have the same ones.
+
+  Args:
+    stacked: whether there is an axis of steps before that of examples.
+
+  Example:
+    >>> tuple(batch_spec()), tuple(batch_spec(stacked=True))
+    ((('data', 'fsdp'),), (None, ('data', 'fsdp')))
+  """
   return P(None, *BATCH) if stacked else BATCH
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-  """Copies a pytree to every device of a mesh."""
+  """Copies a pytree to every device of a mesh.
+
+  Args:
+    tree: of arrays, NumPy's or JAX's, and keys; with several processes each
+      has the same values.
+    mesh: see `make_mesh`.
+
+  Returns:
+    The same tree of `jax.Array`s, also of what lay on one device before.
+
+  Example:
+    >>> x = replicate({'x': np.arange(3)}, make_mesh())['x']
+    >>> [shard.data.tolist() for shard in x.addressable_shards[:2]]
+    [[0, 1, 2], [0, 1, 2]]
+  """
   everywhere = NamedSharding(mesh, P())
   return jax.tree.map(lambda x: hosts.place(x, everywhere), tree)
