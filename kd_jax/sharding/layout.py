@@ -50,6 +50,12 @@ class Layout(NamedTuple):
     tensor: `(pattern, axis or None)` pairs on parameter paths, for `tensor`.
     least: entries of the smallest array that `fsdp` splits.
     teacher: axes that split the teacher too: none, 'fsdp', 'tensor' or both.
+
+  Example:
+    >>> mesh = jax.make_mesh((2, 2, 2), AXES)
+    >>> own = Layout(tensor=[('wide/kernel', 1)], least=1)
+    >>> tuple(param_spec('wide/kernel', (6, 8), mesh, own))
+    ('fsdp', 'tensor')
   """
 
   tensor: rules_lib.Rules[int] = TENSOR_RULES
@@ -79,10 +85,16 @@ def param_spec(
     layout: the rules.
     axes: which of the two are used.
 
+  Returns:
+    One entry per axis of the parameter: 'fsdp', 'tensor', or None, which is
+    not split. All None for what neither axis divides.
+
   Example:
-    >>> mesh = jax.make_mesh((1, 1, 1), AXES)
-    >>> tuple(param_spec('block1/mlp/dense1/kernel', (8, 32), mesh))
-    (None, None)
+    >>> mesh = jax.make_mesh((2, 2, 2), AXES)
+    >>> tuple(param_spec('block1/mlp/dense1/kernel', (64, 256), mesh))
+    ('fsdp', 'tensor')
+    >>> tuple(param_spec('block1/mlp/dense1/bias', (256,), mesh))
+    ('tensor',)
   """
   entries: list[str | None] = [None] * len(shape)
   axis = rules_lib.first(layout.tensor, path)
@@ -116,6 +128,20 @@ def state_shardings(state: Any, mesh: Mesh, layout: Layout = DEFAULT) -> Any:
 
   Returns:
     The tree of `state`, of `NamedSharding`.
+
+  Example:
+    >>> import optax
+    >>> from kd_jax.types import ObjectiveState, TrainState
+    >>> params = {'w': jax.ShapeDtypeStruct((64, 128), 'float32')}
+    >>> state = TrainState(
+    ...   step=jax.ShapeDtypeStruct((), 'int32'), params=params, model_state={},
+    ...   opt_state=jax.eval_shape(optax.adam(0.1).init, params),
+    ...   objective=ObjectiveState({}, {}, ()))
+    >>> found = state_shardings(state, jax.make_mesh((2, 4, 1), AXES))
+    >>> [tuple(x.spec) for x in (found.params['w'], found.opt_state[0].mu['w'])]
+    [(None, 'fsdp'), (None, 'fsdp')]
+    >>> tuple(found.step.spec)
+    ()
   """
   params = rules_lib.named_leaves(state.params)
   shapes = {name: tuple(leaf.shape) for name, leaf in params.items()}
@@ -139,7 +165,25 @@ def state_shardings(state: Any, mesh: Mesh, layout: Layout = DEFAULT) -> Any:
 def teacher_shardings(
   teacher: Any, mesh: Mesh, layout: Layout = DEFAULT
 ) -> Any:
-  """Where each array of a teacher lies; see `state_shardings`."""
+  """Where each array of a teacher lies; see `state_shardings`.
+
+  Args:
+    teacher: its variables, of arrays or shapes, or None.
+    mesh: from `sharding.make_mesh`.
+    layout: the rules; by default the whole teacher is on every device.
+
+  Returns:
+    The tree of `teacher`, of `NamedSharding`. Only parameters are ever split.
+
+  Example:
+    >>> mesh = jax.make_mesh((2, 4, 1), AXES)
+    >>> teacher = {'params': {'w': jax.ShapeDtypeStruct((64, 128), 'float32')}}
+    >>> for layout in (DEFAULT, Layout(teacher=('fsdp',))):
+    ...   found = teacher_shardings(teacher, mesh, layout)['params']['w']
+    ...   print(found.shard_shape((64, 128)))
+    (64, 128)
+    (64, 32)
+  """
 
   def spec(path, leaf):
     collection, _, name = rules_lib.path_name(path).partition('/')
@@ -153,5 +197,17 @@ def teacher_shardings(
 
 
 def batch_parts(mesh: Mesh) -> int:
-  """Over how many devices the batch is split."""
+  """Over how many devices the batch is split.
+
+  Args:
+    mesh: from `sharding.make_mesh`.
+
+  Returns:
+    The devices along 'data' times those along 'fsdp'; devices along 'tensor'
+    work on the same examples.
+
+  Example:
+    >>> batch_parts(jax.make_mesh((2, 2, 2), AXES))
+    4
+  """
   return mesh.shape[DATA] * mesh.shape[FSDP]
