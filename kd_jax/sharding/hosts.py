@@ -31,18 +31,37 @@ _barriers, _polls = itertools.count(), itertools.count(1)
 
 
 def is_first() -> bool:
-  """Whether this is process 0, which writes and prints."""
+  """Whether this is process 0, which writes and prints.
+
+  Example:
+    >>> is_first()  # always with one process
+    True
+  """
   return jax.process_index() == 0
 
 
 def say(line: str) -> None:
-  """Prints a line, on process 0."""
+  """Prints a line, on process 0, and flushes.
+
+  Args:
+    line: without its end.
+
+  Example:
+    >>> say('step 10')
+    step 10
+  """
   if is_first():
     print(line, flush=True)
 
 
 def barrier() -> None:
-  """Waits until every process is here, for at most `LONGEST_WAIT`."""
+  """Waits until every process is here, for at most `LONGEST_WAIT`.
+
+  With one process it does nothing.
+
+  Raises:
+    jax.errors.JaxRuntimeError: if not all processes came.
+  """
   if jax.process_count() > 1:
     meet(str(next(_barriers)), LONGEST_WAIT)
 
@@ -67,7 +86,18 @@ def meet(name: str, seconds: int) -> None:
 
 
 def exchange(text: str) -> list[str]:
-  """What each process says, in the order of processes; all of them call it."""
+  """What each process says, in the order of processes; all of them call it.
+
+  Args:
+    text: of this process; of any length, also empty.
+
+  Returns:
+    One text per process, the same list on all of them.
+
+  Example:
+    >>> exchange('ready')
+    ['ready']
+  """
   if jax.process_count() == 1:
     return [text]
   # Devices would wait without a bound, so they meet when all are here.
@@ -89,6 +119,13 @@ def together(work: Callable[[], T], error: type[Exception] = ValueError) -> T:
   Args:
     work: what this process does.
     error: what those raise in which it did not fail.
+
+  Returns:
+    What `work` returned in this process; what it raised, this process raises.
+
+  Example:
+    >>> together(lambda: 6 * 7)
+    42
   """
   if jax.process_count() == 1:
     return work()
@@ -114,6 +151,10 @@ def on_first(work: Callable[[], T]) -> T:
 
   Raises:
     ValueError: on the others, if it failed; process 0 raises what it raised.
+
+  Example:
+    >>> on_first(lambda: {'accuracy': 0.5})
+    {'accuracy': 0.5}
   """
   if jax.process_count() == 1:
     return work()
@@ -128,10 +169,17 @@ def wait_for(path: Path, within: float = 120.0) -> None:
   Args:
     path: the file.
     within: seconds; network file systems remember for a minute that it was not
-      there.
+      there. The file is looked for five times a second.
 
   Raises:
     ValueError: if it is not.
+
+  Example:
+    >>> wait_for(Path(__file__))
+    >>> wait_for(Path('nowhere'), within=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: nowhere, which process 0 wrote, is not seen by process 0: ...
   """
   end = time.monotonic() + within
   while not path.exists():
@@ -145,7 +193,22 @@ def wait_for(path: Path, within: float = 120.0) -> None:
 
 
 def fetch(tree: Any) -> Any:
-  """A pytree as NumPy arrays, whole on every process; all of them call it."""
+  """A pytree as NumPy arrays, whole on every process; all of them call it.
+
+  Args:
+    tree: of arrays; of those that are spread over processes each gets the
+      parts of the others, and the memory of a host has to hold them.
+
+  Returns:
+    The same tree of NumPy arrays.
+
+  Example:
+    >>> mesh = jax.make_mesh((8,), ('data',))
+    >>> split = jax.sharding.NamedSharding(mesh, jax.P('data'))
+    >>> x = fetch({'x': jax.device_put(np.arange(8), split)})['x']
+    >>> type(x).__name__, x.tolist()
+    ('ndarray', [0, 1, 2, 3, 4, 5, 6, 7])
+  """
 
   def whole(x):
     if spread(x):
@@ -156,7 +219,23 @@ def fetch(tree: Any) -> Any:
 
 
 def place(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-  """`jax.device_put`, also of what every process has onto devices of all."""
+  """`jax.device_put`, also of what every process has onto devices of all.
+
+  Args:
+    x: an array of NumPy's or JAX's, or typed keys; where the devices are those
+      of several processes, each gives the whole of it.
+    sharding: where to.
+
+  Returns:
+    A `jax.Array` of the same shape with that sharding.
+
+  Example:
+    >>> mesh = jax.make_mesh((8,), ('data',))
+    >>> split = jax.sharding.NamedSharding(mesh, jax.P('data'))
+    >>> x = place(np.arange(16), split)
+    >>> x.shape, x.addressable_shards[1].data.tolist()
+    ((16,), [2, 3])
+  """
   if sharding.is_fully_addressable or not getattr(
     x, 'is_fully_addressable', True
   ):
@@ -171,7 +250,20 @@ def place(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def spread(x: Any) -> bool:
-  """Whether no process has the whole of an array."""
+  """Whether no process has the whole of an array.
+
+  Args:
+    x: anything; only a `jax.Array` can be spread.
+
+  Returns:
+    Always False with one process, which has every part.
+
+  Example:
+    >>> mesh = jax.make_mesh((8,), ('data',))
+    >>> split = jax.sharding.NamedSharding(mesh, jax.P('data'))
+    >>> spread(jax.device_put(np.arange(8), split)), spread('text')
+    (False, False)
+  """
   return isinstance(x, jax.Array) and not (
     x.is_fully_addressable or x.is_fully_replicated
   )
@@ -181,6 +273,11 @@ def uninterrupted() -> contextlib.AbstractContextManager[None]:
   """`preemption.uninterrupted`, but nothing with several processes.
 
   There the handler of SIGTERM is JAX's, which raises nothing.
+
+  Example:
+    >>> with uninterrupted():
+    ...   print('written whole')
+    written whole
   """
   if jax.process_count() > 1:
     return contextlib.nullcontext()
