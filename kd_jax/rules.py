@@ -22,6 +22,10 @@ Rules = Sequence[tuple[str, T | None]]
 def path_name(path: Any) -> str:
   """The '/'-joined name of a key path of `jax.tree_util`.
 
+  Args:
+    path: a tuple of keys. Indices and names of fields are joined as they are,
+      so that a tuple's second entry is '1'.
+
   Example:
     >>> tree = {'conv': {'kernel': 1.0}}
     >>> [(path, _)] = jax.tree_util.tree_leaves_with_path(tree)
@@ -32,12 +36,23 @@ def path_name(path: Any) -> str:
 
 
 def leaf_names(tree: Any) -> list[str]:
-  """The path of every leaf, in the order of `jax.tree.leaves`."""
+  """The path of every leaf, in the order of `jax.tree.leaves`.
+
+  Args:
+    tree: any pytree. None is no leaf.
+
+  Example:
+    >>> leaf_names({'head': {'bias': 0, 'kernel': 1}, 'blocks': [2, None]})
+    ['blocks/0', 'head/bias', 'head/kernel']
+  """
   return [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
   """path -> leaf, in the order of `jax.tree.leaves`.
+
+  Args:
+    tree: any pytree.
 
   Example:
     >>> named_leaves({'conv': {'kernel': 1.0, 'bias': 0.5}})
@@ -53,6 +68,10 @@ def near_misses(name: str, choices: Iterable[str], count: int = 12) -> str:
     name: what was asked for.
     choices: what there is, in the order in which it is said.
     count: how many are said at most.
+
+  Returns:
+    Up to three close choices, and all of them where they are at most `count`;
+    without a close one the first `count`.
 
   Example:
     >>> near_misses('adan', ['adam', 'sgd'])
@@ -70,6 +89,14 @@ def near_misses(name: str, choices: Iterable[str], count: int = 12) -> str:
 
 def choose(kind: str, name: str, choices: Mapping[str, T]) -> T:
   """`choices[name]`, or a ValueError that names the valid ones.
+
+  Args:
+    kind: what the choices are, for the message, such as 'optimizer'.
+    name: what was asked for.
+    choices: name -> value.
+
+  Raises:
+    ValueError: for another name; see `near_misses` for what it says.
 
   Example:
     >>> choose('optimizer', 'adan', {'adam': 1, 'sgd': 2})
@@ -125,6 +152,18 @@ def first(rules: Rules[T], name: str) -> T | None:
   """The value of the first rule that matches a path whole, or None.
 
   Unlike `match` it cannot tell a rule that matches nothing anywhere.
+
+  Args:
+    rules: `(pattern, value)` pairs.
+    name: a path.
+
+  Raises:
+    ValueError: if a pattern that is tried is not a regular expression.
+
+  Example:
+    >>> rules = [('head/.*', None), ('.*/kernel', 8)]
+    >>> [first(rules, n) for n in ('conv/kernel', 'head/kernel', 'kernel')]
+    [8, None, None]
   """
   for pattern, value in rules:
     if _fullmatch(pattern, name, 'rule'):
