@@ -29,7 +29,27 @@ ATTENTION_MASK = 'attention_mask'
 
 
 class BatchStream(Iterator[HostBatch], Protocol):
-  """An iterator of host batches that can be taken up at any of them."""
+  """An iterator of host batches that can be taken up at any of them.
+
+  `data.train_batches` makes one; `train.train` takes any object that has these
+  two methods and `__next__`.
+
+  Example:
+    >>> class Numbers(Iterator):
+    ...   def __init__(self):
+    ...     self.next = 0
+    ...   def __next__(self):
+    ...     self.next += 1
+    ...     return {'x': np.full(2, self.next)}
+    ...   def get_state(self):
+    ...     return {'next': self.next}
+    ...   def set_state(self, state):
+    ...     self.next = state['next']
+    >>> batches = Numbers()
+    >>> batches.set_state({'next': 7})
+    >>> next(batches)['x'].tolist(), batches.get_state()
+    ([8, 8], {'next': 8})
+  """
 
   def get_state(self) -> dict[str, Any]:
     """Where it stands; JSON values."""
@@ -47,6 +67,18 @@ class Forward(NamedTuple):
     features: tap name -> `[B, ...]` intermediate output; empty without taps.
     model_state: the collections that the forward updated, such as
       `{'batch_stats': ...}`; those given, unchanged, in evaluation.
+
+  Example:
+    A network is any function that returns one:
+
+    >>> def student_fn(variables, batch, rng=None, *, train=False):
+    ...   hidden = jax.nn.relu(batch['x'] @ variables['params']['w1'])
+    ...   return Forward(hidden @ variables['params']['w2'], {'hidden': hidden})
+    >>> w1, w2 = np.ones((4, 3), 'float32'), np.ones((3, 2), 'float32')
+    >>> out = student_fn(
+    ...   {'params': {'w1': w1, 'w2': w2}}, {'x': np.ones((5, 4), 'float32')})
+    >>> out.output.shape, out.features['hidden'].shape, out.model_state
+    ((5, 2), (5, 3), {})
   """
 
   output: jax.Array
@@ -85,6 +117,16 @@ class TrainState(flax.struct.PyTreeNode):
     objective: parameters and state of the objective's terms.
     teacher: the teacher's variables, or None. Never differentiated, never in
       the optimizer and never in a checkpoint.
+
+  Example:
+    `step.init_state` makes one. It is a pytree, and changed by `replace`:
+
+    >>> state = TrainState(
+    ...   step=np.int32(0), params={'w': np.ones(3)}, model_state={},
+    ...   opt_state=(), objective=ObjectiveState({}, {}, ()))
+    >>> state = state.replace(step=state.step + 1)
+    >>> [x.shape for x in jax.tree.leaves(state)], int(state.step)
+    ([(), (3,)], 1)
   """
 
   step: jax.Array
@@ -105,6 +147,9 @@ def check_same_shape(what: str, **arrays: Any) -> None:
   Args:
     what: what the caller needs the shapes for; begins the message.
     **arrays: two named arrays (anything with `.shape`).
+
+  Raises:
+    ValueError: if their shapes differ.
 
   Example:
     >>> import numpy as np
