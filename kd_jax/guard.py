@@ -74,6 +74,16 @@ class Failures:
     in_a_row: steps dropped since the last that was not.
     average: of the loss so far; None before the first step.
     spikes: how many there were.
+
+  Example:
+    >>> failures = Failures(limit=2)
+    >>> rows = [{'loss/total': 1.0}, {'loss/total': 9.0}]
+    >>> failures.add(rows, step=2)
+    ['step 2: the loss of 9 is 9.0 times the average before']
+    >>> failures.add([{'loss/total': float('nan'), 'dropped': 1}], step=3)
+    ['step 3 was dropped: loss/total is nan']
+    >>> failures.in_a_row, failures.spikes, round(failures.average, 2)
+    (1, 1, 1.16)
   """
 
   def __init__(self, limit: int = 10, spike: float = 4.0):
