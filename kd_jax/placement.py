@@ -27,9 +27,11 @@ def gathered(x: jax.Array, axis: int, *, parts: int | None = None) -> jax.Array:
     The same values.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> gathered(jnp.ones((2, 3)), 0).shape
-    (2, 3)
+    >>> with jax.set_mesh(jax.make_mesh((2, 2), ('data', 'model'))):
+    ...   x = jax.device_put(
+    ...     jax.numpy.ones((4, 6)), PartitionSpec('data', 'model'))
+    ...   print(jax.typeof(gathered(x, 0)), jax.typeof(gathered(x, 0, parts=4)))
+    float32[4,6@model] float32[4@data,6@model]
   """
   sharding = jax.typeof(x).sharding
   spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
@@ -46,10 +48,17 @@ def gathered(x: jax.Array, axis: int, *, parts: int | None = None) -> jax.Array:
 def replicated(x: jax.Array) -> jax.Array:
   """The whole array on every device of a mesh with explicit axes.
 
+  Args:
+    x: any array; one that is not split explicitly is returned as it is.
+
   Example:
-    >>> import jax.numpy as jnp
-    >>> replicated(jnp.ones(2)).shape
-    (2,)
+    >>> x = jax.numpy.arange(4.0)
+    >>> replicated(x) is x
+    True
+    >>> with jax.set_mesh(jax.make_mesh((2,), ('data',))):
+    ...   split = jax.device_put(x, PartitionSpec('data'))
+    ...   print(jax.typeof(split), jax.typeof(replicated(split)))
+    float32[4@data] float32[4]
   """
   if any(part is not None for part in jax.typeof(x).sharding.spec):
     return jax.sharding.reshard(x, PartitionSpec())
@@ -59,10 +68,15 @@ def replicated(x: jax.Array) -> jax.Array:
 def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
   """Gives an array the explicit sharding of another of its shape.
 
+  Args:
+    x: any array.
+    like: the other; where it is not split, `x` is returned as it is.
+
   Example:
-    >>> import jax.numpy as jnp
-    >>> placed_like(jnp.ones(2), jnp.zeros(2)).shape
-    (2,)
+    >>> with jax.set_mesh(jax.make_mesh((2,), ('data',))):
+    ...   like = jax.device_put(jax.numpy.ones(4), PartitionSpec('data'))
+    ...   print(jax.typeof(placed_like(jax.numpy.zeros(4), like)))
+    float32[4@data]
   """
   sharding = jax.typeof(like).sharding
   if all(name is None for name in sharding.spec):
