@@ -208,7 +208,17 @@ def of_labels(loss: Callable[[jax.Array], jax.Array], inputs: Inputs) -> Any:
 
 
 def value_at(scalar: Scalar, step: jax.Array) -> jax.Array | float:
-  """The value of a constant or of a schedule at a step."""
+  """The value of a constant or of a schedule at a step.
+
+  Args:
+    scalar: a number, or `(step) -> number`; whatever is callable is a schedule.
+    step: int32 scalar.
+
+  Example:
+    >>> value_at(0.9, jnp.int32(50)), float(value_at(
+    ...   lambda step: step / 100, jnp.int32(50)))
+    (0.9, 0.5)
+  """
   return scalar(step) if callable(scalar) else scalar
 
 
