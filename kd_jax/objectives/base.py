@@ -215,8 +215,7 @@ def value_at(scalar: Scalar, step: jax.Array) -> jax.Array | float:
     step: int32 scalar.
 
   Example:
-    >>> value_at(0.9, jnp.int32(50)), float(value_at(
-    ...   lambda step: step / 100, jnp.int32(50)))
+    >>> value_at(0.9, 50), value_at(lambda step: step / 100, 50)
     (0.9, 0.5)
   """
   return scalar(step) if callable(scalar) else scalar
