@@ -22,7 +22,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Preempted(BaseException):
   """SIGTERM or SIGINT arrived; what could be saved was saved before.
 
-  Like KeyboardInterrupt no Exception, lest a handler of errors swallow it.
+  Like KeyboardInterrupt no Exception, lest a handler of errors swallow it. The
+  command line ends with `REQUEUE`, 75, after it.
+
+  Example:
+    >>> issubclass(Preempted, Exception)
+    False
   """
 
 
@@ -110,7 +115,22 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-  """SIGTERM and SIGINT raise Preempted; SIGINT after one of them kills."""
+  """SIGTERM and SIGINT raise Preempted; SIGINT after one of them kills.
+
+  At the end the handlers are those from before. In another thread than the
+  main one nothing changes.
+
+  Raises:
+    Preempted: within, wherever the code is when the signal comes.
+
+  Example:
+    >>> with stoppable():
+    ...   try:
+    ...     signal.raise_signal(signal.SIGTERM)
+    ...   except Preempted as e:
+    ...     print(e)
+    stopped by SIGTERM.
+  """
 
   def receive(signum: int) -> None:
     raise _preempted(signum)
@@ -124,6 +144,9 @@ def poll() -> None:
 
   An exception in a destructor or a callback of the garbage collector is
   printed and dropped by Python.
+
+  Raises:
+    Preempted: as long as `stoppable` is around this and a signal came.
   """
   handler = signal.getsignal(signal.SIGTERM)
   if isinstance(handler, _Handler) and handler.received is not None:
