@@ -94,7 +94,14 @@ def _ask(attribute: str) -> str | None:
 
 
 def nvidia_file(root: Path = Path('/')) -> Path | None:
-  """A device file of an NVIDIA GPU, if there is one."""
+  """A device file of an NVIDIA GPU, if there is one.
+
+  Args:
+    root: where `dev` lies.
+
+  Returns:
+    The first of `dev/nvidia0`, `dev/nvidia1`, ... and `dev/dxg` (WSL), or None.
+  """
   files = [*(root / 'dev').glob('nvidia[0-9]*'), *(root / 'dev').glob('dxg')]
   return min(files, default=None)
 
@@ -104,6 +111,9 @@ def tpu_file(root: Path = Path('/')) -> Path | None:
 
   Numbered files under `vfio` may be anything that a virtual machine was given;
   they count beside a PCI device of Google that is no network card.
+
+  Args:
+    root: where `dev` and `sys` lie.
   """
   files = list((root / 'dev').glob('accel[0-9]*'))
   if any(map(_is_tpu, (root / 'sys/bus/pci/devices').glob('*'))):
@@ -134,6 +144,19 @@ def check_accelerator(
   Raises:
     ValueError: if an NVIDIA GPU or a TPU is visible and the CPU is used, unless
       JAX_PLATFORMS names it.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...   (Path(root) / 'dev').mkdir()
+    ...   (Path(root) / 'dev/nvidia0').touch()
+    ...   print(nvidia_file(Path(root)).name, tpu_file(Path(root)))
+    ...   try:
+    ...     check_accelerator('cpu', None, root=Path(root))
+    ...   except ValueError as e:
+    ...     print(str(e).partition(' (')[0])
+    nvidia0 None
+    An NVIDIA GPU is visible
   """
   if backend != 'cpu' or 'cpu' in (platforms or '').split(','):
     return
