@@ -112,7 +112,19 @@ def from_linen(
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LinenForward:
-  """A `types.StudentFn` of a linen module; see `from_linen` for its fields."""
+  """A `types.StudentFn` of a linen module; see `from_linen` for its fields.
+
+  Example:
+    >>> forward = from_linen(nn.Dense(2), train_argument=None)
+    >>> variables = {'params': {'kernel': np.eye(2), 'bias': np.ones(2)}}
+    >>> def doubled(next_fun, args, kwargs, context):
+    ...   return 2 * next_fun(*args, **kwargs)
+    >>> batch = {'image': np.ones((1, 2), 'float32')}
+    >>> for f in (forward, forward.intercepted(doubled)):
+    ...   print(f(variables, batch).output.tolist())
+    [[2.0, 2.0]]
+    [[4.0, 4.0]]
+  """
 
   model: nn.Module
   taps: frozenset[str]
@@ -134,7 +146,13 @@ class LinenForward:
     *,
     train: bool = False,
   ) -> Forward:
-    """What the module returns for one batch."""
+    """What the module returns for one batch.
+
+    Raises:
+      ValueError: for an unknown tap, a `remat` that matches nothing, a batch
+        without an entry that is read, or one whose shape does not fit the
+        parameters.
+    """
     inputs = entries(batch, self.reads)
     recomputed: set[str] = set()
     try:
@@ -160,7 +178,11 @@ class LinenForward:
     return Forward(output, features, {**untrained(variables), **updated})
 
   def intercepted(self, *outer: Interceptor) -> 'LinenForward':
-    """The same forward with more interceptors before the others."""
+    """The same forward with more interceptors before the others.
+
+    Args:
+      *outer: functions for `nn.intercept_methods`; the first is the outermost.
+    """
     return dataclasses.replace(self, interceptors=(*outer, *self.interceptors))
 
   @property
@@ -269,6 +291,22 @@ def init_linen(
     rng: typed key.
     batch: one batch; only the inputs' shapes and dtypes matter.
     reads: see `from_linen`.
+
+  Returns:
+    `{'params': ..., **collections}`, as `batch_stats` of a model with
+    BatchNorm.
+
+  Raises:
+    ValueError: if the batch has not what is read.
+
+  Example:
+    >>> batch = {'image': np.ones((2, 8, 8, 3), 'float32')}
+    >>> model = nn.Sequential([nn.Conv(4, (3, 3)), nn.BatchNorm(True)])
+    >>> variables = init_linen(model, jax.random.key(0), batch)
+    >>> variables['params']['layers_0']['kernel'].shape
+    (3, 3, 3, 4)
+    >>> variables['batch_stats']['layers_1']['var'].tolist()
+    [1.0, 1.0, 1.0, 1.0]
   """
   given = entries(batch, _reads(model) if reads is None else reads)
   inputs = [jax.numpy.zeros(x.shape, x.dtype) for x in given]
