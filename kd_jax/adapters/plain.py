@@ -21,6 +21,10 @@ def from_apply(
       write the forward itself: it is only a function.
     reads: the entry of a batch that is the input, or the entries in order.
 
+  Returns:
+    `forward(variables, batch, rng=None, *, train=False) -> Forward` without
+    features. When called it raises ValueError for a batch without an entry.
+
   Example:
     >>> forward = from_apply(lambda params, x: x @ params)
     >>> eye = jax.numpy.eye(2)
@@ -36,12 +40,27 @@ def from_apply(
 
 
 def names_of(reads: Reads) -> tuple[str, ...]:
-  """The names in `reads`, one or several."""
+  """The names in `reads`, one or several.
+
+  Args:
+    reads: a name, or a sequence of them.
+
+  Example:
+    >>> names_of('image'), names_of(['ids', 'mask'])
+    (('image',), ('ids', 'mask'))
+  """
   return (reads,) if isinstance(reads, str) else tuple(reads)
 
 
 def entries(batch: Batch, reads: Reads) -> tuple[jax.Array, ...]:
   """Entries of the batch, or a ValueError that names those there are.
+
+  Args:
+    batch: name -> array.
+    reads: a name, or several in the order in which they are returned.
+
+  Raises:
+    ValueError: if one is missing, or the batch is no mapping.
 
   Example:
     >>> entries({'ids': 1, 'mask': 2}, ('mask', 'ids'))
@@ -61,5 +80,13 @@ def entries(batch: Batch, reads: Reads) -> tuple[jax.Array, ...]:
 
 
 def untrained(variables: Variables) -> dict[str, Any]:
-  """The collections other than the parameters."""
+  """The collections other than the parameters.
+
+  Args:
+    variables: `{'params': ..., **collections}`.
+
+  Example:
+    >>> untrained({'params': 1, 'batch_stats': 2})
+    {'batch_stats': 2}
+  """
   return {k: v for k, v in variables.items() if k != 'params'}
