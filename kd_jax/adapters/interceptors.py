@@ -20,7 +20,21 @@ Interceptor = Callable[..., Any]
 
 @contextlib.contextmanager
 def intercepting(interceptors: Sequence[Interceptor]) -> Iterator[None]:
-  """`nn.intercept_methods` of several functions, the first outermost."""
+  """`nn.intercept_methods` of several functions, the first outermost.
+
+  Args:
+    interceptors: `(next_fun, args, kwargs, context) -> result`.
+
+  Example:
+    >>> def adding(next_fun, args, kwargs, context):
+    ...   return 1 + next_fun(*args, **kwargs)
+    >>> def doubling(next_fun, args, kwargs, context):
+    ...   return 2 * next_fun(*args, **kwargs)
+    >>> layer, x = nn.Dense(1, use_bias=False), jax.numpy.ones((1, 1))
+    >>> with intercepting([adding, doubling]):
+    ...   layer.apply({'params': {'kernel': x}}, x).tolist()
+    [[3.0]]
+  """
   with contextlib.ExitStack() as stack:
     for interceptor in interceptors:
       stack.enter_context(nn.intercept_methods(interceptor))
@@ -28,7 +42,17 @@ def intercepting(interceptors: Sequence[Interceptor]) -> Iterator[None]:
 
 
 def computing_in(dtype: str) -> Interceptor:
-  """Every submodule with an attribute `dtype` computes in this one."""
+  """Every submodule with an attribute `dtype` computes in this one.
+
+  Args:
+    dtype: such as 'bfloat16'. Parameters keep theirs.
+
+  Example:
+    >>> layer, x = nn.Dense(1, use_bias=False), jax.numpy.ones((1, 1))
+    >>> with intercepting([computing_in('bfloat16')]):
+    ...   layer.apply({'params': {'kernel': x}}, x).dtype.name
+    'bfloat16'
+  """
 
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
@@ -44,8 +68,16 @@ def recomputing(pattern: str, found: set[str]) -> Interceptor:
   """Computes modules again in the backward pass, not those inside of them.
 
   Args:
-    pattern: of their paths.
+    pattern: of their paths, matched whole.
     found: the paths that matched are added here.
+
+  Example:
+    >>> model, x = nn.Sequential([nn.Dense(2), nn.Dense(2)]), jax.numpy.eye(2)
+    >>> found = set()
+    >>> with intercepting([recomputing('layers_1', found)]):
+    ...   variables = model.init(jax.random.key(0), x)
+    >>> found
+    {'layers_1'}
   """
   inside: list[str] = []
 
@@ -100,7 +132,23 @@ def store_inputs(
 
 
 def global_batch(axis_name: str) -> Interceptor:
-  """BatchNorm and Dropout see the global batch of a mapped axis."""
+  """BatchNorm and Dropout see the global batch of a mapped axis.
+
+  Args:
+    axis_name: of the axis under `shard_map` or `pmap`.
+
+  Example:
+    The mean over both halves of a batch, not of each:
+
+    >>> norm, x = nn.BatchNorm(False), jax.numpy.array([[[0.0]], [[4.0]]])
+    >>> variables = norm.init(jax.random.key(0), x[0])
+    >>> def mean(x):
+    ...   with intercepting([global_batch('i')]):
+    ...     _, new = norm.apply(variables, x, mutable='batch_stats')
+    ...   return new['batch_stats']['mean']
+    >>> [round(float(m[0]), 4) for m in jax.vmap(mean, axis_name='i')(x)]
+    [0.02, 0.02]
+  """
 
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
