@@ -42,6 +42,11 @@ class Trained:
       others as they came.
     seconds: time spent in the loop, over all restarts.
     profile: of this start, see `profiling.Profile.close`; None without one.
+
+  Example:
+    >>> trained = Trained(None, [{'step': 20, 'loss/total': 0.5}], 1.5)
+    >>> trained.history[-1]['loss/total'], trained.profile
+    (0.5, None)
   """
 
   state: TrainState
@@ -96,6 +101,30 @@ def train(
       Also if the last checkpoint does not say where the batches stand.
     Preempted: after SIGTERM or SIGINT, once the state is saved. An evaluation
       is broken off, and made when training goes on.
+
+  Example:
+    >>> import tempfile
+    >>> from kd_jax import types
+    >>> class Ones(Iterator):
+    ...   __next__ = lambda self: {'x': jax.numpy.ones(2)}
+    ...   get_state = lambda self: {}
+    ...   set_state = lambda self, state: None
+    >>> def step(state, batch, rng):
+    ...   params = state.params + batch['x'].sum()
+    ...   new = state.replace(step=state.step + 1, params=params)
+    ...   return new, {'loss/total': params}
+    >>> zero = jax.numpy.zeros(())
+    >>> state = TrainState(
+    ...   step=jax.numpy.int32(0), params=zero, model_state={}, opt_state=(),
+    ...   objective=types.ObjectiveState({}, {}, ()))
+    >>> with Checkpoints(tempfile.mkdtemp()) as checkpoints:
+    ...   trained = train(
+    ...     step, state, Ones(), rng=jax.random.key(0), total_steps=4,
+    ...     put=lambda batch: batch, checkpoints=checkpoints, log_every=2)
+    >>> float(trained.state.params)
+    8.0
+    >>> [(row['step'], row['loss/total']) for row in trained.history]
+    [(2, 3.0), (4, 7.0)]
   """
   training = _Training(state, rng, batches, checkpoints, Window(profile))
   del state, rng  # Both change with the first step.
