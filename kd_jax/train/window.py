@@ -20,6 +20,14 @@ class Window:
 
   Args:
     profile: told of every dispatch and window; None without one.
+
+  Example:
+    >>> window = Window(None)
+    >>> window.start()
+    >>> window.add({'loss': np.float32(3)}, Fed({}, 1, 32, None))
+    >>> window.add({'loss': np.array([2.0, 1.0])}, Fed({}, 2, 64, None))
+    >>> window.numbers(), window.steps, window.examples
+    ([{'loss': 3.0}, {'loss': 2.0}, {'loss': 1.0}], 3, 96)
   """
 
   def __init__(self, profile: profiling.Profile | None):
@@ -33,7 +41,12 @@ class Window:
     self.started = 0.0
 
   def restore(self, rows: list[Metrics]) -> None:
-    """Goes on with the metrics of the steps of a window that was saved."""
+    """Goes on with the metrics of the steps of a window that was saved.
+
+    Args:
+      rows: of `numbers`, one per step. They count for the means of the row,
+        not for its speed.
+    """
     self._clear(rows)
 
   def start(self) -> None:
@@ -41,7 +54,13 @@ class Window:
     self.started = self.started or time.perf_counter()
 
   def add(self, metrics: Metrics, batch: Fed) -> None:
-    """Of a dispatch."""
+    """Takes what a dispatch returned.
+
+    Args:
+      metrics: scalars, or `[N]` of a dispatch of N steps; they stay where they
+        are.
+      batch: what the dispatch was given.
+    """
     self.metrics.append((batch.steps, metrics))
     self.steps += batch.steps
     self.examples += batch.examples
@@ -76,6 +95,16 @@ def means(rows: list[Metrics]) -> dict[str, float]:
   """The mean of every metric over the steps that were not dropped.
 
   Without such a step there are no means: JSON has no NaN.
+
+  Args:
+    rows: metrics of one step each, all of the same names.
+
+  Returns:
+    name -> mean, added in float64; and `dropped`, how many steps were.
+
+  Example:
+    >>> means([{'loss': 1.0}, {'loss': 3.0}, {'loss': np.nan, 'dropped': 1}])
+    {'loss': 2.0, 'dropped': 1}
   """
   kept = [row for row in rows if not row.get(DROPPED, 0)]
   numbers = {
