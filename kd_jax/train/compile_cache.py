@@ -15,7 +15,14 @@ OFF = 'off'
 
 
 def default_directory() -> Path:
-  """`kd_jax/compiled` in the user's directory of caches."""
+  """`kd_jax/compiled` in the user's directory of caches.
+
+  That is `$XDG_CACHE_HOME`, or `~/.cache` where the variable is empty or unset.
+
+  Example:
+    >>> default_directory().parts[-2:]
+    ('kd_jax', 'compiled')
+  """
   home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
   return Path(home) / 'kd_jax' / 'compiled'
 
