@@ -26,6 +26,15 @@ class Profile:
   Args:
     directory: where the trace goes, for TensorBoard (`plugins/profile`) and
       for ui.perfetto.dev (its `.trace.json.gz`).
+
+  Example:
+    >>> profile = Profile('unused')
+    >>> profile.window(10, 9.0)  # compiles; left out
+    >>> profile.fetched(0.5, idle=True)
+    >>> profile.fetched(0.5, idle=False)
+    >>> profile.window(10, 2.0)
+    >>> profile.close()
+    {'steps_per_second': 5.0, 'waiting': 0.25, 'trace': None}
   """
 
   def __init__(self, directory: str | os.PathLike[str]):
@@ -106,6 +115,9 @@ def _options() -> jax.profiler.ProfileOptions:
 
 def sentence(numbers: dict[str, Any]) -> str:
   """The numbers of `Profile.close` in words.
+
+  Args:
+    numbers: what it returned.
 
   Example:
     >>> sentence({'steps_per_second': 50.0, 'waiting': 0.012, 'trace': 'here'})
