@@ -100,7 +100,7 @@ def nvidia_file(root: Path = Path('/')) -> Path | None:
     root: where `dev` lies.
 
   Returns:
-    The first of `dev/nvidia0`, `dev/nvidia1`, ... and `dev/dxg` (WSL), or None.
+    `dev/dxg` (WSL), else the first of `dev/nvidia0`, ...; None without any.
   """
   files = [*(root / 'dev').glob('nvidia[0-9]*'), *(root / 'dev').glob('dxg')]
   return min(files, default=None)
