@@ -22,6 +22,17 @@ class CNN(nn.Module):
     widths: channels of each convolution; all but the first have stride 2.
     dropout: rate before the head.
     dtype: dtype of the computation; parameters are float32.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((2, 8, 8, 3), 'float32')
+    >>> for classes in (10, 0):
+    ...   model = CNN(num_classes=classes, widths=(4, 8))
+    ...   y, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+    ...   print(y.shape)
+    (2, 10)
+    (2, 4, 4, 8)
+    >>> model.taps.stages
+    ('relu1', 'relu2')
   """
 
   num_classes: int
