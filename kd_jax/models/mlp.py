@@ -24,6 +24,14 @@ class MLP(nn.Module):
     dropout: rate after each hidden layer.
     dtype: dtype of the computation; parameters are float32.
     reads: the entry of a batch that it sees.
+
+  Example:
+    >>> model = MLP(num_classes=3, hidden=(16,))
+    >>> variables = model.init(jax.random.key(0), jax.numpy.ones((2, 4, 5)))
+    >>> {k: v['kernel'].shape for k, v in variables['params'].items()}
+    {'dense1': (20, 16), 'head': (16, 3)}
+    >>> model.taps.stages, model.taps.embedding
+    (('dense1',), 'relu1')
   """
 
   num_classes: int
