@@ -28,6 +28,17 @@ class ReusedHead(nn.Module):
   References:
     Chen et al., "Knowledge Distillation with the Reused Teacher Classifier",
     2022, arXiv:2203.14001.
+
+  Example:
+    >>> from kd_jax.models.cnn import CNN
+    >>> backbone = CNN(num_classes=0, widths=(4, 8))
+    >>> model = ReusedHead(backbone, width=32, num_classes=10)
+    >>> x = jax.ShapeDtypeStruct((2, 8, 8, 3), 'float32')
+    >>> shapes = jax.eval_shape(model.init, jax.random.key(0), x)['params']
+    >>> sorted(shapes), shapes['head']['kernel'].shape
+    (['backbone', 'head', 'projector'], (32, 10))
+    >>> model.taps.stages
+    ('backbone/relu1', 'projector')
   """
 
   backbone: nn.Module
@@ -66,8 +77,14 @@ class Projector(nn.Module):
 
   Attributes:
     width: output channels.
-    factor: the first two have `width // factor` channels.
+    factor: the first two have `width // factor` channels, one at least.
     dtype: dtype of the computation.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((2, 4, 4, 6), 'float32')
+    >>> variables = jax.eval_shape(Projector(32).init, jax.random.key(0), x)
+    >>> [variables['params'][f'conv{i}']['kernel'].shape for i in (1, 2, 3)]
+    [(1, 1, 6, 16), (3, 3, 16, 16), (1, 1, 16, 32)]
   """
 
   width: int
