@@ -179,7 +179,21 @@ def _vgg_features(depth: int) -> Naming:
 
 
 def namings(model: nn.Module) -> dict[str, Naming]:
-  """The namings in which a model's weights may come, by their origin."""
+  """The namings in which a model's weights may come, by their origin.
+
+  Args:
+    model: of one of the families that `load_pretrained` can fill.
+
+  Returns:
+    'torchvision', 'timm' or 'RepDistiller' -> rows, see `place_of`.
+
+  Raises:
+    ValueError: for a model of another class.
+
+  Example:
+    >>> sorted(namings(VGG(num_classes=10, depth=8)))
+    ['RepDistiller', 'torchvision']
+  """
   families = {
     ImageNetResNet: {'torchvision': RESNET},
     CifarResNet: {'torchvision': RESNET},
@@ -218,14 +232,37 @@ _LEAVES = {
 
 
 class Place(NamedTuple):
-  """Where the values of one of our arrays are: a third of theirs, or all."""
+  """Where the values of one of our arrays are: a third of theirs, or all.
+
+  Attributes:
+    name: of their array.
+    third: 0, 1 or 2, or None for all of it.
+
+  Example:
+    >>> place_of([('query', 'attn.qkv', 0)], 'query/kernel')
+    Place(name='attn.qkv.weight', third=0)
+  """
 
   name: str
   third: int | None
 
 
 def place_of(naming: Naming, path: str) -> Place:
-  """Where one of our arrays is, by its path without the collection."""
+  """Where one of our arrays is, by its path without the collection.
+
+  Args:
+    naming: rows `(pattern, name)` or `(pattern, name, third)`; the first that
+      matches counts.
+    path: '/'-joined, such as 'stage1_block2/conv1/kernel'.
+
+  Raises:
+    ValueError: if no row matches.
+
+  Example:
+    >>> rows = [(r'stage(?P<s>\\d+)/conv', 'layer{s}.{s0}.conv')]
+    >>> place_of(rows, 'stage2/conv/kernel').name
+    'layer2.1.conv.weight'
+  """
   layer, leaf = path.rsplit('/', 1)
   for pattern, name, *third in naming:
     whole = re.fullmatch(pattern, path)

@@ -22,7 +22,12 @@ LECUN_UNIFORM = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 class Add(nn.Module):
-  """The sum of two arrays of one shape: a residual connection."""
+  """The sum of two arrays of one shape: a residual connection.
+
+  Example:
+    >>> Add().apply({}, jnp.array([1.0, 2.0]), jnp.array([3.0, 5.0])).tolist()
+    [4.0, 7.0]
+  """
 
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -30,7 +35,12 @@ class Add(nn.Module):
 
 
 class Concatenate(nn.Module):
-  """Two arrays side by side: `[..., D]` and `[..., E]` -> `[..., D + E]`."""
+  """Two arrays side by side: `[..., D]` and `[..., E]` -> `[..., D + E]`.
+
+  Example:
+    >>> Concatenate().apply({}, jnp.ones((1, 1)), jnp.zeros((1, 2))).tolist()
+    [[1.0, 0.0, 0.0]]
+  """
 
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -63,7 +73,12 @@ class ChannelShuffle(nn.Module):
 
 
 class Relu(nn.Module):
-  """max(x, 0), where a tap after the activation is wanted."""
+  """max(x, 0), where a tap after the activation is wanted.
+
+  Example:
+    >>> Relu().apply({}, jnp.array([-1.0, 2.0])).tolist()
+    [0.0, 2.0]
+  """
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -71,7 +86,13 @@ class Relu(nn.Module):
 
 
 class GlobalAveragePool(nn.Module):
-  """The mean over all positions: `[B, H, W, D] -> [B, D]`."""
+  """The mean over all positions: `[B, H, W, D] -> [B, D]`.
+
+  Example:
+    >>> x = jnp.arange(8.0).reshape(1, 2, 2, 2)
+    >>> GlobalAveragePool().apply({}, x).tolist()
+    [[3.0, 4.0]]
+  """
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -266,6 +287,12 @@ class Taps(NamedTuple):
       without BatchNorm.
     embedding: the pooled feature `[B, D]` that the head reads.
     head: the linear classifier.
+
+  Example:
+    >>> from kd_jax.models import make_model
+    >>> taps = make_model('resnet', num_classes=10, depth=8).taps
+    >>> taps.stages[-1], taps.preactivations[-1], taps.norms[-1]
+    ('stage3_block1', 'stage3_block1/add', 'stage3_block1/norm2')
   """
 
   stages: tuple[str, ...]

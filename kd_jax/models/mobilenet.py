@@ -38,6 +38,13 @@ class DepthwiseSeparable(nn.Module):
     stride: of the depthwise convolution.
     relu6: whether both activations are cut off at 6.
     dtype: dtype of the computation.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((2, 8, 8, 4), 'float32')
+    >>> shapes = jax.eval_shape(
+    ...   DepthwiseSeparable(16).init, jax.random.key(0), x)
+    >>> [shapes['params'][f'conv{i}']['kernel'].shape for i in (1, 2)]
+    [(3, 3, 1, 4), (1, 1, 4, 16)]
   """
 
   width: int

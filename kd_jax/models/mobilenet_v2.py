@@ -41,6 +41,14 @@ class InvertedResidual(nn.Module):
     residual: whether the input is added, which is so where no shape changes.
     relu6: whether the two activations are cut off at 6.
     dtype: dtype of the computation.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((2, 8, 8, 4), 'float32')
+    >>> block = InvertedResidual(16, expansion=6, stride=2)
+    >>> y, variables = jax.eval_shape(
+    ...   block.init_with_output, jax.random.key(0), x)
+    >>> y.shape, variables['params']['conv2']['kernel'].shape
+    ((2, 4, 4, 16), (3, 3, 1, 24))
   """
 
   width: int

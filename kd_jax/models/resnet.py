@@ -24,6 +24,13 @@ class BasicBlock(nn.Module):
     stride: of the first convolution and the projection.
     project: whether the shortcut is projected.
     dtype: dtype of the computation.
+
+  Example:
+    >>> block = BasicBlock(8, stride=2, project=True)
+    >>> x = jax.ShapeDtypeStruct((2, 8, 8, 4), 'float32')
+    >>> y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 4, 4, 8)
   """
 
   width: int
@@ -57,6 +64,13 @@ class Bottleneck(nn.Module):
     stride: of the 3x3 convolution and the projection.
     project: whether the shortcut is projected.
     dtype: dtype of the computation.
+
+  Example:
+    >>> block = Bottleneck(8, stride=2, project=True)
+    >>> x = jax.ShapeDtypeStruct((2, 8, 8, 4), 'float32')
+    >>> y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 4, 4, 32)
   """
 
   width: int
@@ -107,7 +121,20 @@ def stage_taps(
 
 
 def check_blocks(model: nn.Module) -> None:
-  """Raises ValueError if one of the stages in `model.blocks` has no block."""
+  """Raises ValueError if one of the stages in `model.blocks` has no block.
+
+  Args:
+    model: a module with an attribute `blocks`, the number of each stage.
+
+  Raises:
+    ValueError: if one of them is below 1, or there are no stages.
+
+  Example:
+    >>> check_blocks(CifarBottleneckResNet(num_classes=10, blocks=(1, 0)))
+    Traceback (most recent call last):
+    ...
+    ValueError: CifarBottleneckResNet: blocks=(1, 0); every stage needs ...
+  """
   if min(model.blocks, default=0) < 1:
     raise ValueError(
       f'{type(model).__name__}: blocks={tuple(model.blocks)}; every stage '

@@ -67,6 +67,13 @@ class ShuffleUnitV1(nn.Module):
     first_groups: of the first convolution.
     stride: of the depthwise convolution, 1 or 2.
     dtype: dtype of the computation.
+
+  Example:
+    >>> block = ShuffleUnitV1(24, groups=2, first_groups=2, stride=2)
+    >>> x = jax.ShapeDtypeStruct((2, 8, 8, 8), 'float32')
+    >>> y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 4, 4, 24)
   """
 
   width: int
@@ -175,6 +182,13 @@ class ShuffleUnitV2(nn.Module):
     width: output channels, even.
     stride: 1 or 2.
     dtype: dtype of the computation.
+
+  Example:
+    >>> block = ShuffleUnitV2(16, stride=2)
+    >>> x = jax.ShapeDtypeStruct((2, 8, 8, 4), 'float32')
+    >>> y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 4, 4, 16)
   """
 
   width: int

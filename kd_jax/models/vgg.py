@@ -26,6 +26,13 @@ class VGGStage(nn.Module):
     width: channels.
     convolutions: how many.
     dtype: dtype of the computation.
+
+  Example:
+    >>> block = VGGStage(8, convolutions=2)
+    >>> x = jax.ShapeDtypeStruct((2, 4, 4, 3), 'float32')
+    >>> y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 4, 4, 8)
   """
 
   width: int

@@ -26,6 +26,13 @@ class Tokens(nn.Module):
   Attributes:
     distilled: whether a distillation token follows the class token.
     dtype: dtype of the result; parameters are float32.
+
+  Example:
+    >>> block = Tokens(distilled=True)
+    >>> x = jax.ShapeDtypeStruct((2, 16, 8), 'float32')
+    >>> y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 18, 8)
   """
 
   distilled: bool = False
@@ -49,6 +56,11 @@ class Token(nn.Module):
 
   Attributes:
     position: which one.
+
+  Example:
+    >>> x = jnp.arange(6.0).reshape(1, 3, 2)
+    >>> Token(1).apply({}, x).tolist()
+    [[2.0, 3.0]]
   """
 
   position: int
@@ -62,7 +74,11 @@ class SplitHeads(nn.Module):
   """A projection by head: `[B, L, D] -> [B, L, N, d]`.
 
   Attributes:
-    heads: N.
+    heads: N, which divides D.
+
+  Example:
+    >>> SplitHeads(2).apply({}, jnp.arange(4).reshape(1, 1, 4)).tolist()
+    [[[[0, 1], [2, 3]]]]
   """
 
   heads: int
@@ -76,6 +92,11 @@ class Scores(nn.Module):
   """Scaled dot products of queries and keys, before the softmax.
 
   `[B, L, N, d]` twice -> `[B, N, L, L]`, a row for each query.
+
+  Example:
+    >>> queries = 3 * jnp.ones((1, 2, 1, 4))
+    >>> Scores().apply({}, queries, jnp.ones((1, 2, 1, 4))).tolist()
+    [[[[6.0, 6.0], [6.0, 6.0]]]]
   """
 
   @nn.compact
@@ -85,7 +106,15 @@ class Scores(nn.Module):
 
 
 class Probabilities(nn.Module):
-  """The softmax of scores over the keys, computed in float32."""
+  """The softmax of scores over the keys, computed in float32.
+
+  The result has the dtype of the scores.
+
+  Example:
+    >>> p = Probabilities().apply({}, jnp.log(jnp.array([1.0, 3.0])))
+    >>> [round(float(x), 4) for x in p]
+    [0.25, 0.75]
+  """
 
   @nn.compact
   def __call__(self, scores: jax.Array) -> jax.Array:
@@ -96,6 +125,11 @@ class Context(nn.Module):
   """Values weighted by attention, heads side by side: the input of `out`.
 
   `[B, N, L, L]` and `[B, L, N, d]` -> `[B, L, D]`.
+
+  Example:
+    >>> p = jnp.array([[[[0.5, 0.5], [0.0, 1.0]]]])
+    >>> Context().apply({}, p, jnp.array([[[[2.0]], [[4.0]]]])).tolist()
+    [[[3.0], [4.0]]]
   """
 
   @nn.compact
@@ -116,6 +150,14 @@ class Attention(nn.Module):
     dropout: rate after `out`.
     attention_dropout: rate of the probabilities.
     dtype: dtype of the computation.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((2, 5, 8), 'float32')
+    >>> _, state = jax.eval_shape(
+    ...   lambda x: Attention(heads=2).init_with_output(
+    ...     jax.random.key(0), x, capture_intermediates=True, mutable=True), x)
+    >>> state['intermediates']['scores']['__call__'][0].shape
+    (2, 2, 5, 5)
   """
 
   heads: int
@@ -146,6 +188,12 @@ class FeedForward(nn.Module):
     hidden: width of `dense1`.
     dropout: rate after each dense layer.
     dtype: dtype of the computation.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((2, 5, 8), 'float32')
+    >>> shapes = jax.eval_shape(FeedForward(32).init, jax.random.key(0), x)
+    >>> [shapes['params'][f'dense{i}']['kernel'].shape for i in (1, 2)]
+    [(8, 32), (32, 8)]
   """
 
   hidden: int
@@ -173,6 +221,13 @@ class EncoderBlock(nn.Module):
     attention_dropout: see `Attention`.
     drop_path: the chance that an example skips a branch in training.
     dtype: dtype of the computation.
+
+  Example:
+    >>> block = EncoderBlock(heads=2, hidden=32)
+    >>> x = jax.ShapeDtypeStruct((2, 5, 8), 'float32')
+    >>> y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 5, 8)
   """
 
   heads: int

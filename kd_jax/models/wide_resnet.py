@@ -26,6 +26,13 @@ class PreactivationBlock(nn.Module):
   References:
     He et al., "Identity Mappings in Deep Residual Networks", 2016,
     arXiv:1603.05027.
+
+  Example:
+    >>> block = PreactivationBlock(8, stride=2, project=True)
+    >>> x = jax.ShapeDtypeStruct((2, 8, 8, 4), 'float32')
+    >>> y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 4, 4, 8)
   """
 
   width: int
