@@ -30,12 +30,12 @@ def integer_forward(
   taps: Sequence[str] = (),
   axis_name: str | None = None,
   interceptors: Sequence[adapters.Interceptor] = (),
+  train_argument: str | None = 'train',
 ) -> StudentFn:
   """The forward of a linen model whose layers `quantize.convert` replaced.
 
   Args:
-    model: the module that was trained; it is not edited. Its `__call__` takes
-      `train`.
+    model: the module that was trained; it is not edited.
     simulate: runs the same values in float32, for runtimes that read
       quantize -> dequantize -> layer; see `quantize.execute_integers`.
     dynamic: activation rules, of which the dynamic ones find their ranges in
@@ -45,6 +45,8 @@ def integer_forward(
     axis_name: the mapped axis under `shard_map` or `pmap`.
     interceptors: others, which go first, such as `prune.resized(...)` for a
       shrunk model.
+    train_argument: the boolean argument of its `__call__` that turns training
+      on, or None if it has none.
 
   Returns:
     The forward, see `adapters.from_linen`; its variables are those of
@@ -76,6 +78,7 @@ def integer_forward(
       ),
     ),
     axis_name=axis_name,
+    train_argument=train_argument,
   )
 
 
@@ -83,6 +86,7 @@ def evaluation(
   model: adapters.LinenModule,
   *,
   interceptors: Sequence[adapters.Interceptor] = (),
+  train_argument: str | None = 'train',
 ) -> Callable[..., StudentFn]:
   """The `make_forward` that post-training algorithms take, of a linen model.
 
@@ -90,10 +94,12 @@ def evaluation(
     model: the module; folded BatchNorms are left out when it runs. It sees
       the entries of a batch that its attribute `reads` names, or 'image'.
     interceptors: others, as for `integer_forward`.
+    train_argument: the boolean argument of its `__call__` that turns training
+      on, or None if it has none.
 
   Returns:
-    `(*interceptors) -> forward`. Without its train argument the model stays in
-    evaluation mode, also when `train=True` tells observers to learn.
+    `(*interceptors) -> forward`. The model stays in evaluation mode, also when
+    `train=True` tells observers to learn.
 
   Raises:
     ValueError: when called, for a class in place of a module.
@@ -101,7 +107,8 @@ def evaluation(
   Example:
     >>> import jax.numpy as jnp
     >>> from flax import linen as nn
-    >>> forward = evaluation(nn.Sequential([nn.Dense(1)]))()
+    >>> model = nn.Sequential([nn.Dense(1)])
+    >>> forward = evaluation(model, train_argument=None)()
     >>> kernel, bias = jnp.array([[2.0], [3.0]]), jnp.ones(1)
     >>> variables = {'params': {'layers_0': {'kernel': kernel, 'bias': bias}}}
     >>> forward(variables, {'image': jnp.array([[1.0, 5.0]])}).output.tolist()
@@ -111,11 +118,27 @@ def evaluation(
   def make_forward(*others: adapters.Interceptor) -> StudentFn:
     return adapters.from_linen(
       model,
-      interceptors=(*interceptors, quantize.skip_folded_batch_norms, *others),
-      train_argument=None,
+      interceptors=(
+        _untrained(train_argument),
+        *interceptors,
+        quantize.skip_folded_batch_norms,
+        *others,
+      ),
+      train_argument=train_argument,
     )
 
   return make_forward
+
+
+def _untrained(train_argument: str | None) -> adapters.Interceptor:
+  """Runs the model as in evaluation when its observers are in training."""
+
+  def interceptor(next_fun, args, kwargs, context):
+    if train_argument in kwargs and not context.module.path:
+      kwargs = {**kwargs, train_argument: False}
+    return next_fun(*args, **kwargs)
+
+  return interceptor
 
 
 def calibrated(
@@ -133,6 +156,7 @@ def calibrated(
   adaround_steps: int = 1000,
   correct: bool = False,
   interceptors: Sequence[adapters.Interceptor] = (),
+  train_argument: str | None = 'train',
 ) -> dict[str, Any]:
   """A trained linen model prepared for integers, in float.
 
@@ -141,7 +165,7 @@ def calibrated(
   other settings call the functions of `quantize` with `evaluation(model)`.
 
   Args:
-    model: the module; its `__call__` takes `train`.
+    model: the module.
     variables: its trained variables.
     batches: pre-processed batches to calibrate with; a few are enough.
     weight_rules: `(pattern, QuantSpec or None)` pairs on parameter paths.
@@ -155,6 +179,7 @@ def calibrated(
     adaround_steps: of each layer.
     correct: whether biases are corrected, see `quantize.correct_biases`.
     interceptors: others, as for `integer_forward`.
+    train_argument: as for `evaluation`.
 
   Returns:
     What `quantize.convert` turns into integers and `parity.check_parity`
@@ -180,9 +205,10 @@ def calibrated(
   example, batches = _first_and_all(batches)
   if learn or correct or smooth is not None:
     batches = list(batches)
-  make_forward = evaluation(model, interceptors=interceptors)
+  options = {'interceptors': interceptors, 'train_argument': train_argument}
+  make_forward = evaluation(model, **options)
   rules = weight_rules, activation_rules
-  variables = fold(model, variables, example, interceptors=interceptors)
+  variables = fold(model, variables, example, **options)
   if equalize:
     variables = quantize.equalize(make_forward(), variables, example)
   if smooth is not None:
@@ -268,8 +294,8 @@ def post_training_quantize(
     activation_rules: on layer paths.
     observer: of the ranges of activations.
     weight_observer: of those of weights.
-    **options: `equalize`, `smooth`, `rounding`, `adaround_steps`, `correct`
-      and `interceptors` of `calibrated`.
+    **options: `equalize`, `smooth`, `rounding`, `adaround_steps`,
+      `correct`, `interceptors` and `train_argument` of `calibrated`.
 
   Returns:
     What `integer_forward` runs with.
@@ -313,14 +339,16 @@ def fold(
   batch: Batch,
   *,
   interceptors: Sequence[adapters.Interceptor] = (),
+  train_argument: str | None = 'train',
 ) -> dict[str, Any]:
   """Folds every BatchNorm that directly follows a layer of a linen model.
 
   Args:
-    model: the module; its `__call__` takes `train`.
+    model: the module.
     variables: its variables.
     batch: one batch; only its shapes and dtypes matter.
     interceptors: others, as for `integer_forward`.
+    train_argument: as for `evaluation`.
 
   Returns:
     The variables without these BatchNorms; `evaluation` and `integer_forward`
@@ -353,7 +381,11 @@ def fold(
   """
 
   def make_forward(interceptor):
-    return adapters.from_linen(model, interceptors=(*interceptors, interceptor))
+    return adapters.from_linen(
+      model,
+      interceptors=(*interceptors, interceptor),
+      train_argument=train_argument,
+    )
 
   norms = quantize.foldable_batch_norms(make_forward, variables, batch)
   return quantize.fold_batch_norm(variables, norms)

@@ -79,8 +79,9 @@ def from_linen(
     the same forward with more interceptors before the others.
 
   Raises:
-    ValueError: for a class in place of a module; when called, for a tap that is
-      no submodule's path, or a `remat` that matches none.
+    ValueError: for a class in place of a module; when called, for a module
+      that lacks `train_argument`, a tap that is no submodule's path, or a
+      `remat` that matches none.
 
   References:
     Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
@@ -148,6 +149,14 @@ class LinenForward:
       raise ValueError(
         f'{given} does not fit the parameters of {type(self.model).__name__}: '
         f'{str(e).split(" (https:")[0]}'
+      ) from e
+    except TypeError as e:
+      name = self.train_argument
+      if f'unexpected keyword argument {name!r}' not in str(e):
+        raise
+      raise ValueError(
+        f'{type(self.model).__name__} takes no argument {name!r}: '
+        'train_argument names the one that turns training on, or is None.'
       ) from e
     if train and self._recomputes and not recomputed:
       near = self._near_misses(self.remat, variables, inputs, train)
