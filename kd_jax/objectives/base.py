@@ -122,7 +122,13 @@ def term(
     >>> def l1_of_logits(inputs):
     ...   gap = inputs.student.output - inputs.teacher.output
     ...   return jnp.mean(jnp.abs(gap), axis=-1)
-    >>> objective = weighted_sum({'l1': (1.0, term(l1_of_logits))})
+    >>> student, teacher = Forward(jnp.ones((1, 2))), Forward(jnp.zeros((1, 2)))
+    >>> inputs = Inputs(student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = weighted_sum({'l1': (0.5, term(l1_of_logits))})
+    >>> params, state = objective.init(inputs)
+    >>> loss, state, metrics = objective.apply(params, state, inputs)
+    >>> float(loss), float(metrics['loss/l1'])
+    (0.5, 1.0)
   """
 
   def apply(params, state, inputs):
@@ -148,6 +154,12 @@ def mean(values: Any, inputs: Inputs) -> jax.Array:
 
   Raises:
     ValueError: if values of tokens are not one for each of the mask.
+
+  Example:
+    >>> batch = {'attention_mask': jnp.array([[1, 1], [1, 0]])}
+    >>> inputs = Inputs(None, None, batch, None, None)
+    >>> float(mean(jnp.array([[1.0, 2.0], [3.0, jnp.nan]]), inputs))
+    2.0
   """
   values = jnp.asarray(values, jnp.float32)
   mask = inputs.batch.get(ATTENTION_MASK)
@@ -208,7 +220,16 @@ def of_labels(loss: Callable[[jax.Array], jax.Array], inputs: Inputs) -> Any:
 
 
 def value_at(scalar: Scalar, step: jax.Array) -> jax.Array | float:
-  """The value of a constant or of a schedule at a step."""
+  """The value of a constant or of a schedule at a step.
+
+  Args:
+    scalar: a number, or a function of the step.
+    step: number of completed steps.
+
+  Example:
+    >>> value_at(0.9, step=100), value_at(lambda step: step / 400, step=100)
+    (0.9, 0.25)
+  """
   return scalar(step) if callable(scalar) else scalar
 
 
@@ -235,9 +256,17 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
   Example:
     >>> from kd_jax import objectives
     >>> objective = weighted_sum({
-    ...   'kd': (0.9, objectives.soft_targets(temperature=4.0)),
+    ...   'kd': (0.9, objectives.soft_targets(temperature=1.0)),
     ...   'ce': (0.1, objectives.hard_labels()),
     ... })
+    >>> student = Forward(jnp.log(jnp.array([[0.5, 0.5]])))
+    >>> teacher = Forward(jnp.log(jnp.array([[0.75, 0.25]])))
+    >>> inputs = Inputs(
+    ...   student, teacher, {'label': jnp.array([0])}, jnp.int32(0),
+    ...   jax.random.key(0))
+    >>> loss, _, metrics = objective.apply(*objective.init(inputs), inputs)
+    >>> {name: round(float(x), 4) for name, x in sorted(metrics.items())}
+    {'accuracy': 1.0, 'loss/ce': 0.6931, 'loss/kd': 0.1308, 'loss/total': 0.187}
   """
   if not terms:
     raise ValueError('weighted_sum needs at least one term.')
@@ -364,7 +393,7 @@ def entry(inputs: Inputs, key: str) -> jax.Array:
   if key not in inputs.batch:
     raise ValueError(
       f'The objective needs batch[{key!r}]; the batch has '
-      f'{", ".join(map(repr, inputs.batch))}.'
+      f'{", ".join(map(repr, inputs.batch)) or "nothing"}.'
     )
   return inputs.batch[key]
 

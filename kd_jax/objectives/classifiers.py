@@ -37,6 +37,20 @@ def softmax_regression(
   References:
     Yang et al., "Knowledge Distillation via Softmax Regression Representation
     Learning", 2021 (ICLR).
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> maps = jax.random.normal(jax.random.key(0), (4, 5, 5, 6))
+    >>> head = {'kernel': jnp.ones((6, 3)), 'bias': jnp.zeros(3)}
+    >>> student = Forward(jnp.zeros((4, 3)), {'s': maps[..., :2]})
+    >>> teacher = Forward(jnp.mean(maps, (1, 2)) @ head['kernel'], {'t': maps})
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(1),
+    ...   teacher_variables={'params': {'head': head}})
+    >>> objective = softmax_regression(student='s', teacher='t')
+    >>> params, state = objective.init(inputs)
+    >>> objective.apply(params, state, inputs)[0].shape
+    (4,)
   """
   connect = connectors.make_connector('norm')
 
@@ -81,6 +95,19 @@ def class_attention(
   References:
     Guo et al., "Class Attention Transfer Based Knowledge Distillation", 2023,
     arXiv:2304.12777.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    >>> head = {'kernel': jnp.eye(3), 'bias': jnp.zeros(3)}
+    >>> both = {'params': {'head': head}}
+    >>> inputs = base.Inputs(
+    ...   Forward(x, {'s': 5 * x}), Forward(x, {'t': x}), {}, jnp.int32(0),
+    ...   jax.random.key(0), student_variables=both, teacher_variables=both)
+    >>> objective = class_attention(student='s', teacher='t')
+    >>> loss, _, _ = objective.apply(*objective.init(inputs), inputs)
+    >>> [abs(round(v, 4)) for v in loss.tolist()]
+    [0.0, 0.0]
   """
 
   def compare(params, inputs, s, t, i):
@@ -97,8 +124,7 @@ def norm_direction(
   """KD++: embeddings point to the teacher's class means and grow in norm.
 
   The class means are those of all teacher features seen so far: a running sum
-  in the state, where the paper makes a pass over the training set first. A
-  class not seen yet adds nothing.
+  in the state, where the paper makes a pass over the training set first.
 
   Args:
     student: tap of an embedding `[B, D]`.
@@ -108,6 +134,18 @@ def norm_direction(
   References:
     Wang et al., "Improving Knowledge Distillation via Regularizing Feature
     Norm and Direction", 2023, arXiv:2305.17007.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> x = jnp.array([[3.0, 4.0], [1.0, 0.0]])
+    >>> student, teacher = Forward(x, {'s': x}), Forward(x, {'t': x})
+    >>> batch = {'label': jnp.array([1, 1])}
+    >>> inputs = base.Inputs(
+    ...   student, teacher, batch, jnp.int32(0), jax.random.key(0))
+    >>> objective = norm_direction(student='s', teacher='t', num_classes=3)
+    >>> loss, state, _ = objective.apply(*objective.init(inputs), inputs)
+    >>> state['count'].tolist(), state['sum'][1].tolist()
+    ([0.0, 2.0, 0.0], [4.0, 4.0])
   """
   connect = connectors.make_connector('linear')
 
@@ -169,6 +207,21 @@ def self_distillation(
 
   References:
     Zhang et al., "Be Your Own Teacher", 2019, arXiv:1905.08094.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> features = {'stage1': jnp.ones((4, 5, 5, 2)), 'pool': jnp.ones((4, 6))}
+    >>> student = Forward(jnp.zeros((4, 3)), features)
+    >>> batch = {'label': jnp.array([0, 1, 2, 0])}
+    >>> inputs = base.Inputs(
+    ...   student, None, batch, jnp.int32(0), jax.random.key(0))
+    >>> objective = self_distillation(
+    ...   student=['stage1'], deepest='pool', num_classes=3)
+    >>> params, state = objective.init(inputs)
+    >>> params['0']['head']['kernel'].shape
+    (6, 3)
+    >>> objective.apply(params, state, inputs)[0].shape
+    (4,)
   """
   taps = base.names(student)
 

@@ -153,6 +153,21 @@ def contrastive(
   References:
     Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2019,
     arXiv:1910.10699.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.zeros(2), {'s': jnp.eye(2)})
+    >>> teacher = Forward(jnp.zeros(2), {'t': jnp.ones((2, 3))})
+    >>> batch = {'label': jnp.array([0, 1]), 'id': jnp.array([2, 3])}
+    >>> inputs = Inputs(
+    ...   student, teacher, batch, jnp.int32(0), jax.random.key(0))
+    >>> objective = contrastive(
+    ...   student='s', teacher='t', labels=[0, 1, 0, 1], negatives=8, size=4)
+    >>> params, before = objective.init(inputs)
+    >>> loss, after, _ = objective.apply(params, before, inputs)
+    >>> moved = jnp.any(before['bank_student'] != after['bank_student'], axis=1)
+    >>> jnp.nonzero(moved)[0].tolist(), loss.shape
+    ([2, 3], (2,))
   """
   if labels is None:
     raise ValueError(

@@ -42,6 +42,19 @@ def factor_transfer(
   References:
     Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via
     Factor Transfer", 2018, arXiv:1802.04977.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.zeros(2), {'s': jnp.ones((2, 4, 4, 3))})
+    >>> teacher = Forward(jnp.zeros(2), {'t': jnp.ones((2, 4, 4, 6))})
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = factor_transfer(student='s', teacher='t', rate=0.5)
+    >>> params, state = objective.init(inputs)
+    >>> params['0']['translator'][0]['kernel'].shape
+    (3, 3, 3, 3)
+    >>> objective.apply(params, state, inputs)[0].shape
+    (2,)
   """
 
   def init_pair(key, s, t):
@@ -99,6 +112,18 @@ def review(
   References:
     Chen et al., "Distilling Knowledge via Knowledge Review", 2021,
     arXiv:2104.09044.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> maps = {'s1': jnp.ones((2, 8, 8, 3)), 's2': jnp.ones((2, 4, 4, 5))}
+    >>> both = Forward(jnp.zeros(2), maps)
+    >>> inputs = base.Inputs(both, both, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = review(student=('s1', 's2'), teacher=('s1', 's2'))
+    >>> params, state = objective.init(inputs)
+    >>> params['0']['reduce']['kernel'].shape, 'gate' in params['1']
+    ((1, 1, 3, 5), False)
+    >>> objective.apply(params, state, inputs)[0].shape
+    (2,)
   """
   matched = base.pairs(student, teacher)
 
@@ -182,6 +207,19 @@ def masked_generation(
 
   References:
     Yang et al., "Masked Generative Distillation", 2022, arXiv:2205.01529.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.zeros(2), {'s': jnp.ones((2, 8, 8, 3))})
+    >>> teacher = Forward(jnp.zeros(2), {'t': jnp.ones((2, 4, 4, 5))})
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = masked_generation(student='s', teacher='t')
+    >>> params, state = objective.init(inputs)
+    >>> [layer['kernel'].shape for layer in params['0']['generate']]
+    [(3, 3, 5, 5), (3, 3, 5, 5)]
+    >>> objective.apply(params, state, inputs)[0].shape
+    (2,)
   """
   align = connectors.make_connector('linear')
 

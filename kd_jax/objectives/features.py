@@ -68,6 +68,19 @@ def over_pairs(
     teacher: as many.
     init_pair: `(key, student_shape, teacher_shape) -> params` of one pair.
     compare: `(params, inputs, s, t, index) -> [B]` of one pair.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> features = {'a': jnp.ones((2, 3)), 'b': jnp.ones((2, 5))}
+    >>> student, teacher = Forward(jnp.zeros(2), features), Forward(jnp.ones(2))
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = over_pairs(
+    ...   ('a', 'b'), ('output', 'output'),
+    ...   lambda key, student_shape, teacher_shape: jnp.float32(3.0),
+    ...   lambda scale, inputs, s, t, index: scale * index * s[:, 0] * t)
+    >>> objective.apply(*objective.init(inputs), inputs)[0].tolist()
+    [3.0, 3.0]
   """
   matched = base.pairs(student, teacher)
 
@@ -125,6 +138,22 @@ def hints(
     student: tap names.
     teacher: as many.
     connector: 'norm_relu' fits features that follow a ReLU.
+
+  References:
+    Romero et al., "FitNets: Hints for Thin Deep Nets", 2014, arXiv:1412.6550.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.zeros(2), {'s': jnp.ones((2, 8, 8, 3))})
+    >>> teacher = Forward(jnp.zeros(2), {'t': jnp.ones((2, 4, 4, 5))})
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> same = hints(student='t', teacher='t', connector='identity')
+    >>> same.apply({'0': {}}, {}, inputs._replace(student=teacher))[0].tolist()
+    [0.0, 0.0]
+    >>> objective = hints(student='s', teacher='t')
+    >>> objective.apply(*objective.init(inputs), inputs)[0].shape
+    (2,)
   """
   return on_features(
     losses.hint, student=student, teacher=teacher, connector=connector
@@ -139,6 +168,23 @@ def flow(*, student: Sequence[str], teacher: Sequence[str]) -> Objective:
   Args:
     student: at least two tap names, shallow to deep.
     teacher: as many.
+
+  Raises:
+    ValueError: for fewer than two stages, or not as many of both.
+
+  References:
+    Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network
+    Minimization and Transfer Learning", 2017 (CVPR).
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> one = jnp.ones((1, 2, 2, 1))
+    >>> student = Forward(jnp.zeros(1), {'s1': one, 's2': one})
+    >>> teacher = Forward(jnp.zeros(1), {'t1': one, 't2': 3 * one})
+    >>> inputs = base.Inputs(student, teacher, {}, jnp.int32(0), None)
+    >>> objective = flow(student=('s1', 's2'), teacher=('t1', 't2'))
+    >>> objective.apply({}, {}, inputs)[0].tolist()
+    [4.0]
   """
   matched = base.pairs(student, teacher)
   if len(matched) < 2:
@@ -168,6 +214,23 @@ def variational_information(
     student: tap names.
     teacher: as many.
     init_variance: the variance at the start, > 1e-5.
+
+  References:
+    Ahn et al., "Variational Information Distillation for Knowledge Transfer",
+    2019, arXiv:1904.05835.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.zeros(2), {'s': jnp.ones((2, 4, 4, 3))})
+    >>> teacher = Forward(jnp.zeros(2), {'t': jnp.ones((2, 4, 4, 5))})
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = variational_information(student='s', teacher='t')
+    >>> params, state = objective.init(inputs)
+    >>> params['0']['variance'].shape
+    (5,)
+    >>> objective.apply(params, state, inputs)[0].shape
+    (2,)
   """
   connect = connectors.make_connector('bottleneck')
   start = math.log(math.expm1(init_variance - 1e-5))
@@ -198,6 +261,23 @@ def activation_boundary(
     student: tap names of pre-activations, shallow to deep.
     teacher: as many.
     margin: see `losses.activation_boundary`.
+
+  References:
+    Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries
+    Formed by Hidden Neurons", 2018, arXiv:1811.03233.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> x = jnp.array([[-2.0], [2.0]])
+    >>> student, teacher = Forward(x, {'s': x}), Forward(x, {'t': -x})
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = activation_boundary(student='s', teacher='t')
+    >>> params, state = objective.init(inputs)
+    >>> params['0']['kernel'] = jnp.ones((1, 1))
+    >>> loss, _, _ = objective.apply(params, state, inputs)
+    >>> [round(v, 4) for v in loss.tolist()]
+    [0.004, 0.004]
   """
   count = len(base.names(student))
 
@@ -222,6 +302,18 @@ def overhaul(*, student: Names, teacher: Names, norms: Names) -> Objective:
   References:
     Heo et al., "A Comprehensive Overhaul of Feature Distillation", 2019,
     arXiv:1904.01866.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.zeros(2), {'s': jnp.ones((2, 4, 4, 3))})
+    >>> teacher = Forward(jnp.zeros(2), {'t': jnp.ones((2, 4, 4, 5))})
+    >>> norm = {'scale': jnp.ones(5), 'bias': jnp.zeros(5)}
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0),
+    ...   teacher_variables={'params': {'stage1': {'norm': norm}}})
+    >>> objective = overhaul(student='s', teacher='t', norms='stage1/norm')
+    >>> objective.apply(*objective.init(inputs), inputs)[0].shape
+    (2,)
   """
   norms = base.names(norms)
   base.pairs(teacher, norms)

@@ -34,8 +34,13 @@ def on_batch(
     **options: of the loss; a callable among them is a schedule.
 
   Example:
+    >>> from kd_jax.types import Forward
+    >>> x = jnp.array([[3.0, 0.0], [0.0, 4.0]])
+    >>> student, teacher = Forward(x, {'s': x}), Forward(x, {'t': x @ x})
+    >>> inputs = base.Inputs(student, teacher, {}, jnp.int32(0), None)
     >>> sp = on_batch(losses.similarity_preserving, student='s', teacher='t')
-    >>> dist = on_batch(losses.dist, temperature=4.0)
+    >>> float(sp.apply({}, {}, inputs)[0])
+    0.0
   """
 
   def loss_fn(inputs):
@@ -69,6 +74,18 @@ def relational(
     distance_weight: of `losses.relational_distance`.
     angle_weight: of `losses.relational_angle`.
     scope: see `scopes`.
+
+  References:
+    Park et al., "Relational Knowledge Distillation", 2019, arXiv:1904.05068.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> x = jnp.array([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+    >>> student, teacher = Forward(x, {'s': 2 * x}), Forward(x, {'t': x})
+    >>> inputs = base.Inputs(student, teacher, {}, jnp.int32(0), None)
+    >>> objective = relational(student='s', teacher='t')
+    >>> round(float(objective.apply({}, {}, inputs)[0]), 5)
+    0.0
   """
 
   def loss(s, t, *, distance_weight, angle_weight):
@@ -96,6 +113,23 @@ def correlation_congruence(
     teacher: the teacher's.
     size: of both embeddings.
     scope: see `scopes`.
+
+  References:
+    Peng et al., "Correlation Congruence for Knowledge Distillation", 2019,
+    arXiv:1904.01802.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> x = jnp.ones((4, 6))
+    >>> student, teacher = Forward(x, {'s': x}), Forward(x, {'t': x[:, :3]})
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = correlation_congruence(student='s', teacher='t', size=5)
+    >>> params, state = objective.init(inputs)
+    >>> params['student']['kernel'].shape, params['teacher']['kernel'].shape
+    ((6, 5), (3, 5))
+    >>> objective.apply(params, state, inputs)[0].shape
+    ()
   """
 
   def init(inputs):

@@ -42,10 +42,18 @@ def on_tokens(
     **options: of the loss; a callable among them is a schedule.
 
   Example:
+    The second token only pads:
+
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.zeros(1), {'block1': jnp.ones((1, 2, 4))})
+    >>> teacher = Forward(jnp.zeros(1), {'block3': jnp.full((1, 2, 4), 4.0)})
+    >>> batch = {'attention_mask': jnp.array([[1, 0]])}
+    >>> inputs = Inputs(
+    ...   student, teacher, batch, jnp.int32(0), jax.random.key(0))
     >>> hidden = on_tokens(
-    ...   losses.hidden_squared_error,
-    ...   student=('block1', 'block2'), teacher=('block2', 'block4'),
-    ...   project=True)
+    ...   losses.hidden_squared_error, student='block1', teacher='block3')
+    >>> hidden.apply(*hidden.init(inputs), inputs)[0].tolist()
+    [9.0]
   """
   connect = connectors.make_connector('linear' if project else 'identity')
 
@@ -74,6 +82,20 @@ def patient(*, student: Names, teacher: Names, position: int = 0) -> Objective:
     student: tap names of hidden states `[B, L, D]`.
     teacher: as many, of the same width.
     position: the token; 0 is the class token.
+
+  References:
+    Sun et al., "Patient Knowledge Distillation for BERT Model Compression",
+    2019, arXiv:1908.09355.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> x = jnp.array([[[3.0, 4.0], [1.0, 0.0]]])
+    >>> student, teacher = Forward(x, {'s': x}), Forward(x, {'t': x[:, ::-1]})
+    >>> inputs = Inputs(student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = patient(student='s', teacher='t')
+    >>> loss, _, _ = objective.apply(*objective.init(inputs), inputs)
+    >>> [round(v, 3) for v in loss.tolist()]
+    [0.8]
   """
 
   def compare(params, inputs, s, t, i):
