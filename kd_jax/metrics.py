@@ -75,7 +75,15 @@ def _equal(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def accuracy() -> Metric:
-  """Share of examples whose most likely class is `batch['label']`."""
+  """Share of examples whose most likely class is `batch['label']`.
+
+  Example:
+    >>> student = Forward(jnp.array([[2.0, 1.0], [2.0, 1.0], [5.0, 6.0]]))
+    >>> batch, mask = {'label': jnp.array([0, 1, 0])}, jnp.array([1, 1, 0])
+    >>> metric = accuracy()
+    >>> metric.result(metric.update(student, None, batch, mask))
+    0.5
+  """
   return _mean(
     lambda s, t, b: _equal(jnp.argmax(s.output, -1), b['label']), percent=True
   )
@@ -87,6 +95,13 @@ def agreement() -> Metric:
   References:
     Stanton et al., "Does Knowledge Distillation Really Work?", 2021,
     arXiv:2106.05945.
+
+  Example:
+    >>> student = Forward(jnp.array([[2.0, 1.0], [2.0, 1.0]]))
+    >>> teacher = Forward(jnp.array([[3.0, 0.0], [0.0, 3.0]]))
+    >>> metric = agreement()
+    >>> metric.result(metric.update(student, teacher, {}, jnp.ones(2)))
+    0.5
   """
   return _mean(
     lambda s, t, b: _equal(jnp.argmax(s.output, -1), jnp.argmax(t.output, -1)),
@@ -95,7 +110,16 @@ def agreement() -> Metric:
 
 
 def kl() -> Metric:
-  """Mean KL(teacher || student) in nats, at temperature 1."""
+  """Mean KL(teacher || student) in nats, at temperature 1.
+
+  Example:
+    >>> student = Forward(jnp.log(jnp.array([[0.5, 0.5]])))
+    >>> teacher = Forward(jnp.log(jnp.array([[0.75, 0.25]])))
+    >>> metric = kl()
+    >>> sums = metric.update(student, teacher, {}, jnp.ones(1))
+    >>> round(metric.result(sums), 4)
+    0.1308
+  """
   return _mean(
     lambda s, t, b: losses.kl_divergence(s.output, t.output, temperature=1.0),
     title='KL',
@@ -104,7 +128,14 @@ def kl() -> Metric:
 
 
 def mean_squared_error() -> Metric:
-  """Mean squared error to `batch['target']`, over examples and dimensions."""
+  """Mean squared error to `batch['target']`, over examples and dimensions.
+
+  Example:
+    >>> student = Forward(jnp.zeros((1, 2)))
+    >>> batch, metric = {'target': jnp.array([[1, 3]])}, mean_squared_error()
+    >>> metric.result(metric.update(student, None, batch, jnp.ones(1)))
+    5.0
+  """
   return _mean(
     lambda s, t, b: losses.squared_error(s.output, b['target']),
     title='MSE',
@@ -123,6 +154,13 @@ def calibration_error(*, bins: int = 15) -> Metric:
   References:
     Guo et al., "On Calibration of Modern Neural Networks", 2017,
     arXiv:1706.04599.
+
+  Example:
+    >>> student = Forward(jnp.log(jnp.array([[0.75, 0.25], [0.75, 0.25]])))
+    >>> batch, metric = {'label': jnp.array([0, 1])}, calibration_error()
+    >>> sums = metric.update(student, None, batch, jnp.ones(2))
+    >>> round(metric.result(sums), 4)
+    0.25
   """
 
   def update(student, teacher, batch, mask):
@@ -148,12 +186,22 @@ def calibration_error(*, bins: int = 15) -> Metric:
 
 
 def classification() -> dict[str, Metric]:
-  """What every classifier is measured by, accuracy first."""
+  """What every classifier is measured by, accuracy first.
+
+  Example:
+    >>> list(classification())
+    ['accuracy', 'calibration_error']
+  """
   return {'accuracy': accuracy(), 'calibration_error': calibration_error()}
 
 
 def classification_compared() -> dict[str, Metric]:
-  """How a classifier is compared with its teacher."""
+  """How a classifier is compared with its teacher.
+
+  Example:
+    >>> list(classification_compared())
+    ['agreement', 'kl']
+  """
   return {'agreement': agreement(), 'kl': kl()}
 
 

@@ -111,6 +111,14 @@ def check_weights(names: Iterable[str], weights: Mapping[str, Any]) -> None:
   Args:
     names: of the networks.
     weights: name -> weight.
+
+  Raises:
+    ValueError: for a name without weight, or a weight without network.
+
+  Example:
+    >>> check_weights(['a', 'b'], {'a': 1.0})
+    Traceback (most recent call last):
+    ValueError: There are weights for a, but the networks are a, b.
   """
   if set(weights) != set(names):
     raise ValueError(
@@ -153,7 +161,16 @@ def combine_variables(variables: Mapping[str, Variables]) -> dict[str, Any]:
 
 
 def variables_of(variables: Variables, name: str) -> dict[str, Any]:
-  """One network's variables out of those of `combine`."""
+  """One network's variables out of those of `combine`.
+
+  Args:
+    variables: collection -> name -> values, see `combine_variables`.
+    name: of the network.
+
+  Example:
+    >>> variables_of({'params': {'a': 1, 'b': 2}, 'batch_stats': {'b': 3}}, 'b')
+    {'params': 2, 'batch_stats': 3}
+  """
   return {
     collection: values[name]
     for collection, values in variables.items()
@@ -216,6 +233,12 @@ def cast_params(variables: Variables, dtype: Any) -> dict[str, Any]:
   Args:
     variables: `{'params': ..., **collections}`.
     dtype: such as 'bfloat16'.
+
+  Example:
+    >>> variables = {'params': jnp.ones(2), 'batch_stats': jnp.ones(2)}
+    >>> half = cast_params(variables, 'bfloat16')
+    >>> half['params'].dtype.name, half['batch_stats'].dtype.name
+    ('bfloat16', 'float32')
   """
 
   def cast(x):

@@ -217,6 +217,10 @@ def read_variant(variant: str, protocols: Sequence[str]) -> Variant:
 
   Raises:
     ValueError: for other words, or two of one kind.
+
+  Example:
+    >>> read_variant('dkd,tiny', ['crd2020', 'dkd2022'])
+    Variant(protocol='crd2020', method='dkd', tiny=True)
   """
   words = variant.split(',') if variant else []
   named = [word for word in words if word in methods.METHODS]

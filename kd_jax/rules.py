@@ -32,7 +32,12 @@ def path_name(path: Any) -> str:
 
 
 def leaf_names(tree: Any) -> list[str]:
-  """The path of every leaf, in the order of `jax.tree.leaves`."""
+  """The path of every leaf, in the order of `jax.tree.leaves`.
+
+  Example:
+    >>> leaf_names({'conv': {'kernel': 1.0, 'bias': 0.5}})
+    ['conv/bias', 'conv/kernel']
+  """
   return [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
@@ -125,6 +130,15 @@ def first(rules: Rules[T], name: str) -> T | None:
   """The value of the first rule that matches a path whole, or None.
 
   Unlike `match` it cannot tell a rule that matches nothing anywhere.
+
+  Args:
+    rules: `(pattern, value)` pairs; patterns are those of `re.fullmatch`.
+    name: '/'-joined path.
+
+  Example:
+    >>> rules = [('head/.*', 8), ('.*/kernel', 4)]
+    >>> first(rules, 'head/kernel'), first(rules, 'conv/bias')
+    (8, None)
   """
   for pattern, value in rules:
     if _fullmatch(pattern, name, 'rule'):

@@ -82,6 +82,9 @@ def make_train_step(
     be equal on all devices; and the norms of the gradients, `grad_norm` and, of
     what the objective owns, `grad_norm/objective`.
 
+  Raises:
+    ValueError: when traced, if `accumulate` does not divide the batch.
+
   Example:
     >>> from kd_jax.objectives import term
     >>> student_fn = lambda v, batch, rng, *, train: Forward(
@@ -206,6 +209,17 @@ def init_state(
     ValueError: if only one of `teacher_fn` and `teacher` is given, variables
       have no 'params', or the objective has parameters and there is no
       `objective_tx`.
+
+  Example:
+    >>> from kd_jax.objectives import regression
+    >>> student_fn = lambda v, batch, rng, *, train: Forward(
+    ...   batch['x'] @ v['params']['w'])
+    >>> batch = {'x': jnp.ones((4, 3)), 'target': jnp.ones((4, 2))}
+    >>> state = init_state(
+    ...   student_fn, regression(), optax.sgd(0.1, momentum=0.9),
+    ...   {'params': {'w': jnp.ones((3, 2))}}, batch)
+    >>> int(state.step), [x.shape for x in jax.tree.leaves(state.opt_state)]
+    (0, [(3, 2)])
   """
   if (teacher_fn is None) != (teacher is None):
     raise ValueError('teacher_fn and teacher variables come together.')
@@ -279,6 +293,17 @@ def make_eval_step(
     `eval_step(variables, teacher, batch) -> sums`, a pytree that adds over
     batches and that `metrics.evaluate` turns into numbers. `batch['mask']`
     `[B]` marks with 0 the examples that only pad the batch.
+
+  Example:
+    >>> from kd_jax import metrics
+    >>> measured = {'accuracy': metrics.accuracy()}
+    >>> student_fn = lambda v, batch, rng, *, train: Forward(batch['x'])
+    >>> eval_step = jax.jit(make_eval_step(student_fn, measured))
+    >>> batch = {'x': jnp.eye(3), 'label': jnp.array([0, 1, 0]),
+    ...          'mask': jnp.array([1, 1, 0])}
+    >>> sums = eval_step({'params': {}}, None, batch)['accuracy']
+    >>> float(sums['sum']), float(sums['count'])
+    (2.0, 2.0)
   """
 
   def eval_step(variables, teacher, batch):

@@ -209,6 +209,12 @@ def make_term(name: str, facts: Facts, **options: Any) -> Objective:
 
   Raises:
     ValueError: for an unknown name or option, or a missing teacher.
+
+  Example:
+    >>> facts = Facts(student=None, teacher=None, num_classes=10, total_steps=9)
+    >>> make_term('soft_target', facts)
+    Traceback (most recent call last):
+    ValueError: Unknown term 'soft_target': did you mean soft_targets?
   """
   kind = rules.choose('term', name, TERMS)
   if kind.teacher and isinstance(facts.teacher, Mapping):
@@ -244,6 +250,9 @@ def make_value(value: Any, total_steps: int) -> Any:
       shares of the run.
     total_steps: length of the run.
 
+  Raises:
+    ValueError: for a mapping that is no schedule.
+
   Example:
     >>> warm = make_value({'end': 2.0, 'until': 0.1}, total_steps=100)
     >>> float(warm(5)), float(warm(50))
@@ -276,9 +285,18 @@ def make_objective(
   Example:
     >>> facts = Facts(student=None, teacher=None, num_classes=10, total_steps=9)
     >>> objective = make_objective({
-    ...   'kd': {'name': 'soft_targets', 'weight': 0.9, 'temperature': 4.0},
-    ...   'ce': {'name': 'hard_labels', 'weight': 0.1},
+    ...   'half': {'name': 'hard_labels', 'weight': 0.5},
+    ...   'none': {'name': 'soft_targets', 'weight': 0},
     ... }, facts)
+    >>> import jax
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jax.numpy.log(jax.numpy.array([[0.75, 0.25]])))
+    >>> inputs = base.Inputs(
+    ...   student, None, {'label': np.array([0])}, np.int32(0),
+    ...   jax.random.key(0))
+    >>> loss, _, metrics = objective.apply(*objective.init(inputs), inputs)
+    >>> round(float(loss), 4), sorted(metrics)
+    (0.1438, ['accuracy', 'loss/half', 'loss/total'])
   """
   made = {}
   for label, term in terms.items():

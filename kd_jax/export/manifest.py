@@ -48,6 +48,14 @@ def artefact_bytes(directory: str | os.PathLike[str]) -> int:
 
   Raises:
     ArtefactError: if one of its files is missing.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   for name in (*FILES, NAME):
+    ...     _ = (pathlib.Path(directory) / name).write_bytes(bytes(10))
+    ...   artefact_bytes(directory) == 10 * len({*FILES, NAME} - {GOLDEN})
+    True
   """
   counted = [pathlib.Path(directory) / n for n in (*FILES, NAME) if n != GOLDEN]
   try:

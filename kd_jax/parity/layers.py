@@ -100,7 +100,8 @@ def check_parity(
     batch: one batch, pre-processed.
     weight_rules: as given to `convert`.
     activation_rules: as given to `convert`.
-    observer: as given to `convert`, and so is `weight_observer`.
+    observer: as given to `convert`.
+    weight_observer: as given to `convert`.
     interceptors: others of the network, such as `prune.resized(...)`.
     train_argument: see `adapters.from_linen`.
 
@@ -112,6 +113,22 @@ def check_parity(
 
   References:
     Jacob et al., 2017, arXiv:1712.05877, for the arithmetic that is compared.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> model = nn.Sequential([nn.Dense(1)])
+    >>> kernel, bias = jnp.array([[1.27], [0.634]]), jnp.zeros(1)
+    >>> variables = {'params': {'layers_0': {'kernel': kernel, 'bias': bias}}}
+    >>> batch = {'image': jnp.eye(2)}
+    >>> rules = [('.*/kernel', quantize.INT8_WEIGHTS)]
+    >>> integers = quantize.convert(variables, rules, ())
+    >>> report = check_parity(
+    ...   model, variables, integers, batch, weight_rules=rules,
+    ...   train_argument=None)
+    >>> error = report.integer.max_abs_error
+    >>> round(error, 4), report.exact.max_abs_error < 1e-6
+    (0.004, True)
   """
   stored = _by_layer(integers[COLLECTION])
   taps = sorted(layer for layer in stored if layer)

@@ -35,12 +35,28 @@ class Parity(NamedTuple):
 
 
 def most_likely(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-  """Whether the most likely classes of `[..., C]` are the same."""
+  """Whether the most likely classes of `[..., C]` are the same.
+
+  Args:
+    found: outputs, such as logits.
+    expected: of the same shape.
+
+  Returns:
+    bool `[...]`.
+
+  Example:
+    >>> found, expected = np.array([[1.0, 2.0]] * 2), np.array([[0, 9], [9, 0]])
+    >>> most_likely(found, expected).tolist()
+    [True, False]
+  """
   return found.argmax(-1) == expected.argmax(-1)
 
 
 def within(tolerance: float) -> Agree:
   """Whether no output of `[..., D]` differs by more.
+
+  Args:
+    tolerance: the largest difference, in the outputs' own unit.
 
   Example:
     >>> found, expected = np.array([[1.0], [2.0]]), np.array([[1.05], [3.0]])

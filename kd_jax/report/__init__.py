@@ -63,6 +63,13 @@ def write_report(
     TypeError: if the report holds something that JSON cannot.
     ValueError: if the report is of another format, or the directory is not
       local.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   written = write_report({'format': 1, 'models': []}, directory)
+    >>> list(written)
+    ['report.json', 'report.md', 'report.html']
   """
   if '://' in os.fspath(directory):
     raise ValueError(f'{directory} is not a local directory: write, then copy.')
@@ -94,6 +101,14 @@ def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
   Raises:
     ValueError: if it is missing, damaged or of another format.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   _ = write_report(
+    ...     {'format': 1, 'models': [], 'hours': float('nan')}, directory)
+    ...   read_report(directory)
+    {'format': 1, 'models': [], 'hours': None}
   """
   path = Path(directory) / NAMES[0]
   try:

@@ -108,6 +108,11 @@ def html(report: Report) -> str:
 
   Returns:
     An HTML document that loads nothing and runs nothing.
+
+  Example:
+    >>> page = html({'dataset': {'name': 'a < b'}, 'models': []})
+    >>> 'a &lt; b' in page, '<script' in page
+    (True, False)
   """
   lead, *more = summary(report)
   created = report.get('created')

@@ -30,7 +30,28 @@ def place_state(
   *,
   layout: Layout = layout_lib.DEFAULT,
 ) -> TrainState:
-  """Puts a train state on the devices as a step of that `compiler` wants it."""
+  """Puts a train state on the devices as a step of that `compiler` wants it.
+
+  Args:
+    state: of arrays in host memory or on any device.
+    mesh: from `make_mesh`.
+    compiler: of `compile_step`: 'jit' splits what `layout` says, the others
+      copy the state to every device.
+    layout: how parameters are split under 'jit'.
+
+  Returns:
+    The state with the same values.
+
+  Example:
+    >>> from kd_jax.sharding import make_mesh
+    >>> from kd_jax.types import ObjectiveState
+    >>> state = TrainState(
+    ...   jax.numpy.int32(0), {'w': jax.numpy.ones((64, 128))}, {}, (),
+    ...   ObjectiveState({}, {}, ()), None)
+    >>> mesh = make_mesh(jax.devices()[:1])
+    >>> place_state(state, mesh).params['w'].sharding.mesh.shape['data']
+    1
+  """
   if compiler == 'shard_map':
     return replicate(state, mesh)
   if compiler == 'pmap':
@@ -147,7 +168,18 @@ COMPILERS = {'jit': _jit, 'shard_map': _shard_map, 'pmap': _pmap}
 
 
 def axis_name(compiler: str) -> str | None:
-  """The `axis_name` that a step of this compiler must be made with."""
+  """The `axis_name` that a step of this compiler must be made with.
+
+  Args:
+    compiler: 'jit', 'shard_map' or 'pmap'.
+
+  Raises:
+    ValueError: for another compiler.
+
+  Example:
+    >>> axis_name('jit'), axis_name('shard_map')
+    (None, 'data')
+  """
   rules.choose('compiler', compiler, COMPILERS)
   return None if compiler == 'jit' else DATA
 
@@ -213,7 +245,28 @@ def compile_step(
     the batch with every trace.
 
   Raises:
-    ValueError: for an unknown compiler.
+    ValueError: for an unknown compiler, or for 'shard_map' or 'pmap' on a mesh
+      with more than one device along 'fsdp' or 'tensor'.
+
+  Example:
+    >>> import numpy as np
+    >>> import optax
+    >>> from kd_jax.objectives import term
+    >>> from kd_jax.sharding import make_mesh, shard_batch
+    >>> from kd_jax.step import init_state, make_train_step
+    >>> from kd_jax.types import Forward
+    >>> mesh = make_mesh()
+    >>> student_fn = lambda v, batch, rng, *, train: Forward(
+    ...   batch['x'] * v['params'].reshape(1))
+    >>> objective = term(lambda inputs: inputs.student.output)
+    >>> tx, batch = optax.sgd(1.0), {'x': np.ones(8 * mesh.size, np.float32)}
+    >>> state = init_state(
+    ...   student_fn, objective, tx, {'params': jax.numpy.array([3.0])}, batch)
+    >>> step = compile_step(make_train_step(student_fn, objective, tx), mesh)
+    >>> state, metrics = step(
+    ...   place_state(state, mesh), shard_batch(batch, mesh), jax.random.key(0))
+    >>> float(metrics['loss/total']), state.params.tolist(), len(step.traces)
+    (3.0, [2.0], 1)
   """
   compiled = rules.choose('compiler', compiler, COMPILERS)
   traces: list[dict[str, tuple[int, ...]]] = []

@@ -116,6 +116,18 @@ def state_shardings(state: Any, mesh: Mesh, layout: Layout = DEFAULT) -> Any:
 
   Returns:
     The tree of `state`, of `NamedSharding`.
+
+  Example:
+    >>> from kd_jax.types import ObjectiveState, TrainState
+    >>> w = jax.ShapeDtypeStruct((256, 64), 'float32')
+    >>> objective, moments = ObjectiveState({}, {}, ()), {'trace': {'w': w}}
+    >>> state = TrainState(w, {'w': w}, {}, moments, objective, None)
+    >>> mesh = jax.sharding.AbstractMesh((4, 2, 1), AXES)
+    >>> placed = state_shardings(state, mesh)
+    >>> tuple(placed.params['w'].spec)
+    ('fsdp', None)
+    >>> placed.opt_state['trace']['w'].spec == placed.params['w'].spec
+    True
   """
   params = rules_lib.named_leaves(state.params)
   shapes = {name: tuple(leaf.shape) for name, leaf in params.items()}
@@ -139,7 +151,22 @@ def state_shardings(state: Any, mesh: Mesh, layout: Layout = DEFAULT) -> Any:
 def teacher_shardings(
   teacher: Any, mesh: Mesh, layout: Layout = DEFAULT
 ) -> Any:
-  """Where each array of a teacher lies; see `state_shardings`."""
+  """Where each array of a teacher lies; see `state_shardings`.
+
+  Args:
+    teacher: its variables `{'params': ..., **collections}`, or their shapes.
+    mesh: from `sharding.make_mesh`.
+    layout: whose `teacher` names the axes that split it; everywhere otherwise.
+
+  Example:
+    >>> mesh = jax.sharding.AbstractMesh((4, 2, 1), AXES)
+    >>> w = jax.ShapeDtypeStruct((64, 256), 'float32')
+    >>> teacher = {'params': {'w': w}}
+    >>> for layout in (DEFAULT, Layout(teacher=('fsdp',))):
+    ...   tuple(teacher_shardings(teacher, mesh, layout)['params']['w'].spec)
+    (None, None)
+    (None, 'fsdp')
+  """
 
   def spec(path, leaf):
     collection, _, name = rules_lib.path_name(path).partition('/')
@@ -153,5 +180,13 @@ def teacher_shardings(
 
 
 def batch_parts(mesh: Mesh) -> int:
-  """Over how many devices the batch is split."""
+  """Over how many devices the batch is split.
+
+  Args:
+    mesh: with the axes of `AXES`; 'data' and 'fsdp' split it, 'tensor' not.
+
+  Example:
+    >>> batch_parts(jax.sharding.AbstractMesh((4, 2, 3), AXES))
+    8
+  """
   return mesh.shape[DATA] * mesh.shape[FSDP]

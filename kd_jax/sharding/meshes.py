@@ -40,6 +40,10 @@ def make_mesh(
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
+
+  Example:
+    >>> dict(make_mesh(jax.devices()[:1]).shape)
+    {'data': 1, 'fsdp': 1, 'tensor': 1}
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -67,7 +71,16 @@ def make_mesh(
 
 
 def own_mesh(mesh: Mesh) -> Mesh:
-  """The devices of this process in a mesh, in its order, along 'data'."""
+  """The devices of this process in a mesh, in its order, along 'data'.
+
+  Args:
+    mesh: from `make_mesh`, of all processes.
+
+  Example:
+    >>> mesh = make_mesh(tensor=1)
+    >>> own_mesh(mesh).size == jax.local_device_count()
+    True
+  """
   return Mesh(
     np.reshape(mesh.local_devices, (-1, 1, 1)),
     AXES,
@@ -92,6 +105,12 @@ def shard_batch(
 
   Raises:
     ValueError: if B does not divide over the devices.
+
+  Example:
+    >>> mesh = make_mesh(jax.devices()[:1])
+    >>> batch = shard_batch({'image': np.zeros((4, 28, 28, 1))}, mesh)
+    >>> batch['image'].shape, batch['image'].sharding.spec[0]
+    ((4, 28, 28, 1), ('data', 'fsdp'))
   """
   sharding = NamedSharding(mesh, batch_spec(stacked))
   size = next(iter(batch.values())).shape[int(stacked)]
@@ -119,6 +138,10 @@ def readers(mesh: Mesh) -> tuple[int, int]:
 
   Raises:
     ValueError: if the parts of two processes overlap.
+
+  Example:
+    >>> readers(make_mesh())
+    (0, 1)
   """
   rows = layout_lib.batch_parts(mesh)
   places = NamedSharding(mesh, BATCH).devices_indices_map((rows,))
@@ -140,7 +163,11 @@ def connect(mesh: Mesh) -> None:
   """Lets the devices of several processes find each other before they work.
 
   Gloo, which joins CPUs, waits 30 s for a peer, and the first step comes after
-  compilations that may differ by more. All processes call this.
+  compilations that may differ by more. All processes call this; it is done once
+  for a mesh, and nothing where one process has all of it.
+
+  Args:
+    mesh: from `make_mesh`.
   """
   if mesh.devices.size == len(mesh.local_devices):
     return
@@ -163,11 +190,30 @@ def connect(mesh: Mesh) -> None:
 
 
 def batch_spec(stacked: bool = False) -> P:
-  """How a batch `[B, ...]`, or a stack of them `[N, B, ...]`, is split."""
+  """How a batch `[B, ...]`, or a stack of them `[N, B, ...]`, is split.
+
+  Args:
+    stacked: whether it is a stack.
+
+  Example:
+    >>> tuple(batch_spec()), tuple(batch_spec(stacked=True))
+    ((('data', 'fsdp'),), (None, ('data', 'fsdp')))
+  """
   return P(None, *BATCH) if stacked else BATCH
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-  """Copies a pytree to every device of a mesh."""
+  """Copies a pytree to every device of a mesh.
+
+  Args:
+    tree: of arrays that are equal on every process.
+    mesh: from `make_mesh`.
+
+  Example:
+    >>> mesh = make_mesh()
+    >>> x = replicate({'x': np.arange(3)}, mesh)['x']
+    >>> x.tolist(), len(x.addressable_shards) == mesh.size
+    ([0, 1, 2], True)
+  """
   everywhere = NamedSharding(mesh, P())
   return jax.tree.map(lambda x: hosts.place(x, everywhere), tree)
