@@ -77,6 +77,15 @@ def accumulate(
 
   Raises:
     ValueError: if P does not divide B.
+
+  Example:
+    >>> def gradients(carried, batch, rng, part):
+    ...   return carried + 1, {}, jnp.mean(batch['x'])
+    >>> batch = {'x': jnp.arange(6.0)}
+    >>> carried, _, grad = accumulate(
+    ...   gradients, jnp.int32(0), jnp.float32(0), batch, jax.random.key(0), 3)
+    >>> int(carried), float(grad)
+    (3, 2.5)
   """
   if parts == 1:
     return gradients(carried, batch, rng, 0)

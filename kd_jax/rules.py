@@ -76,6 +76,14 @@ def near_misses(name: str, choices: Iterable[str], count: int = 12) -> str:
 def choose(kind: str, name: str, choices: Mapping[str, T]) -> T:
   """`choices[name]`, or a ValueError that names the valid ones.
 
+  Args:
+    kind: what is chosen, in words; begins the message.
+    name: of the choice.
+    choices: name -> value.
+
+  Raises:
+    ValueError: for a name that is not among them.
+
   Example:
     >>> choose('optimizer', 'adan', {'adam': 1, 'sgd': 2})
     Traceback (most recent call last):

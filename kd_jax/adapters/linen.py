@@ -278,6 +278,13 @@ def init_linen(
     rng: typed key.
     batch: one batch; only the inputs' shapes and dtypes matter.
     reads: see `from_linen`.
+
+  Example:
+    >>> model = nn.Sequential([nn.Dense(4), nn.Dense(3)])
+    >>> batch = {'image': np.ones((2, 5), np.float32)}
+    >>> variables = init_linen(model, jax.random.key(0), batch)
+    >>> variables['params']['layers_1']['kernel'].shape
+    (4, 3)
   """
   given = entries(batch, _reads(model) if reads is None else reads)
   inputs = [jax.numpy.zeros(x.shape, x.dtype) for x in given]

@@ -35,6 +35,9 @@ def measure_step(
     `seconds` (median), `low` and `high` (quartiles), `runs`,
     `examples_per_second`, `flops_per_second` of a device, `utilization` of its
     published peak and `peak_bytes` of its memory, both where they are known.
+
+  Raises:
+    ValueError: for a program that was only lowered.
   """
   if program.flops is None:
     raise ValueError('measure_step: the program has to be compiled before.')
