@@ -205,10 +205,17 @@ def calibrated(
   example, batches = _first_and_all(batches)
   if learn or correct or smooth is not None:
     batches = list(batches)
-  options = {'interceptors': interceptors, 'train_argument': train_argument}
-  make_forward = evaluation(model, **options)
+  make_forward = evaluation(
+    model, interceptors=interceptors, train_argument=train_argument
+  )
   rules = weight_rules, activation_rules
-  variables = fold(model, variables, example, **options)
+  variables = fold(
+    model,
+    variables,
+    example,
+    interceptors=interceptors,
+    train_argument=train_argument,
+  )
   if equalize:
     variables = quantize.equalize(make_forward(), variables, example)
   if smooth is not None:
