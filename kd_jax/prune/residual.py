@@ -186,7 +186,7 @@ def without_blocks(
       node, is_leaf=lambda child: child is not node
     )
     if children and not children[0][0]:
-      return None if leaves(path.lstrip('/')) else node
+      return None if leaves(path) else node
     made = [
       of(child, f'{path}/{rules_lib.path_name(key)}') for key, child in children
     ]
