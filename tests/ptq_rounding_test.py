@@ -391,6 +391,27 @@ def test_the_weight_that_sets_the_scale_keeps_its_code():
   np.testing.assert_allclose(codes, np.round(codes), atol=1e-5)
 
 
+def test_adaround_weighs_its_loss_alike_however_many_examples_there_are():
+  """Equal examples: what a step draws of them says the same."""
+  x = np.random.default_rng(0).normal(size=(1, 12)).astype('f')
+  model = nn.Sequential([nn.Dense(16)])
+  variables = model.init(jax.random.key(0), x)
+  few, many = (
+    quantize.adaround(
+      deploy.evaluation(model, train_argument=None),
+      variables,
+      [{'image': np.repeat(x, count, axis=0)}],
+      cases.INT4,
+      steps=100,
+      batch_size=4,
+    )['params']['layers_0']['kernel']
+    for count in (4, 400)
+  )
+  np.testing.assert_array_equal(few, many)
+  nearest = quantize.fake_quant_params(variables['params'], cases.INT4)
+  assert (few != nearest['layers_0']['kernel']).any()
+
+
 def test_adaround_draws_by_its_key():
   rng = np.random.default_rng(0)
   model = nn.Sequential([nn.Dense(16)])
