@@ -377,12 +377,15 @@ def _check_top(
 def describe(terms: Mapping[str, Mapping[str, Any]]) -> str:
   """The terms of a configuration as one line, for reports.
 
+  Args:
+    terms: as for `make_objective`; those of weight 0 are left out.
+
   Example:
     >>> describe({
-    ...   'kd': {'name': 'soft_targets', 'weight': 0.9, 'temperature': 4.0},
-    ...   'ce': {'name': 'hard_labels', 'weight': 0.1},
+    ...   'kd': {'name': 'soft_targets', 'weight': 0.1 * 0.9, 'temperature': 4.0},
+    ...   'ce': {'name': 'hard_labels', 'weight': 1},
     ... })
-    '0.9 x soft_targets(temperature=4.0) + 0.1 x hard_labels'
+    '0.09 x soft_targets(temperature=4.0) + 1 x hard_labels'
   """
   return ' + '.join(
     _described(**term) for term in terms.values() if term['weight']
@@ -395,6 +398,9 @@ def _described(name: str, weight: Any, **options: Any) -> str:
 
 
 def _word(value: Any) -> str:
+  if isinstance(value, float):
+    # 0.1 * 0.9, which is 0.09000000000000001, reads 0.09.
+    return f'{float(f"{value:.6g}")}'
   if not isinstance(value, Mapping):
     return f'{value}'
   start, shape = value.get('start', 0.0), value.get('shape', 'linear')
