@@ -382,10 +382,10 @@ def describe(terms: Mapping[str, Mapping[str, Any]]) -> str:
 
   Example:
     >>> describe({
-    ...   'kd': {'name': 'soft_targets', 'weight': 0.1 * 0.9, 'temperature': 4.0},
-    ...   'ce': {'name': 'hard_labels', 'weight': 1},
+    ...   'kd': {'name': 'soft_targets', 'weight': 0.1 * 0.9},
+    ...   'ce': {'name': 'hard_labels', 'weight': 1, 'label_smoothing': 0.1},
     ... })
-    '0.09 x soft_targets(temperature=4.0) + 1 x hard_labels'
+    '0.09 x soft_targets + 1 x hard_labels(label_smoothing=0.1)'
   """
   return ' + '.join(
     _described(**term) for term in terms.values() if term['weight']
