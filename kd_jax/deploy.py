@@ -13,6 +13,7 @@ import jax
 from kd_jax import adapters, quantize
 from kd_jax import rules as rules_lib
 from kd_jax.adapters.plain import names_of
+from kd_jax.quantize.stored import COLLECTION
 from kd_jax.types import Batch, Reads, StudentFn, Variables
 
 Rules = rules_lib.Rules[quantize.QuantSpec]
@@ -53,7 +54,8 @@ def integer_forward(
     `quantize.convert` or `post_training_quantize`.
 
   Raises:
-    ValueError: for an unknown `convolution`, or a class in place of a module.
+    ValueError: for an unknown `convolution`, or a class in place of a module;
+      when called, for variables without integers.
 
   Example:
     >>> import jax.numpy as jnp
@@ -71,6 +73,7 @@ def integer_forward(
     model,
     taps=taps,
     interceptors=(
+      _converted,
       *interceptors,
       quantize.skip_folded_batch_norms,
       quantize.execute_integers(
@@ -80,6 +83,16 @@ def integer_forward(
     axis_name=axis_name,
     train_argument=train_argument,
   )
+
+
+def _converted(next_fun, args, kwargs, context):
+  """Refuses variables without codes, which would run in float."""
+  if not context.module.path and COLLECTION not in context.module.variables:
+    raise ValueError(
+      'These variables hold no integers: integer_forward runs those that '
+      'quantize.convert or post_training_quantize returned.'
+    )
+  return next_fun(*args, **kwargs)
 
 
 def evaluation(

@@ -70,6 +70,15 @@ def _mean(
   return Metric(update, result, **looks)
 
 
+def _taught(teacher: Forward | None) -> jax.Array:
+  if teacher is None:
+    raise ValueError(
+      'A metric that compares with the teacher needs one: give make_eval_step '
+      'a teacher_fn, and the eval step the teacher variables.'
+    )
+  return teacher.output
+
+
 def _equal(a: jax.Array, b: jax.Array) -> jax.Array:
   return (a == b).astype(jnp.float32)
 
@@ -104,7 +113,9 @@ def agreement() -> Metric:
     0.5
   """
   return _mean(
-    lambda s, t, b: _equal(jnp.argmax(s.output, -1), jnp.argmax(t.output, -1)),
+    lambda s, t, b: _equal(
+      jnp.argmax(s.output, -1), jnp.argmax(_taught(t), -1)
+    ),
     percent=True,
   )
 
@@ -121,7 +132,7 @@ def kl() -> Metric:
     0.1308
   """
   return _mean(
-    lambda s, t, b: losses.kl_divergence(s.output, t.output, temperature=1.0),
+    lambda s, t, b: losses.kl_divergence(s.output, _taught(t), temperature=1.0),
     title='KL',
     higher=False,
   )

@@ -95,6 +95,31 @@ def choose(kind: str, name: str, choices: Mapping[str, T]) -> T:
   return choices[name]
 
 
+def check_pairs(rules: Any, kind: str = 'rule') -> None:
+  """Raises ValueError unless rules are `(pattern, value)` pairs.
+
+  Args:
+    rules: what was given.
+    kind: what they are for; begins the message.
+
+  Example:
+    >>> check_pairs('.*/kernel')
+    Traceback (most recent call last):
+    ValueError: A rule is a pair of a pattern and a value, as in \
+[('.*/kernel', ...)]; given was '.*/kernel'.
+  """
+  if isinstance(rules, str | Mapping) or not all(
+    isinstance(pair, tuple | list)
+    and len(pair) == 2
+    and isinstance(pair[0], str)
+    for pair in rules
+  ):
+    raise ValueError(
+      f"A {kind} is a pair of a pattern and a value, as in [('.*/kernel', "
+      f'...)]; given was {rules!r}.'
+    )
+
+
 def match(
   rules: Rules[T], names: Sequence[str], *, kind: str = 'rule'
 ) -> dict[str, T]:
@@ -109,14 +134,15 @@ def match(
     path -> value for the paths that a rule with a value matched.
 
   Raises:
-    ValueError: if a rule matches no path at all, or its pattern is not a
-      regular expression.
+    ValueError: if a rule matches no path at all, its pattern is not a regular
+      expression, or for what is no sequence of pairs.
 
   Example:
     >>> rules = [('head/.*', None), ('.*/kernel', 8)]
     >>> match(rules, ['conv/kernel', 'conv/bias', 'head/kernel'])
     {'conv/kernel': 8}
   """
+  check_pairs(rules, kind)
   matched: dict[str, T] = {}
   used = [False] * len(rules)
   for name in names:

@@ -21,12 +21,12 @@ from kd_jax.types import (
   CACHED,
   Batch,
   Forward,
-  Metrics,
   ObjectiveState,
   Params,
   StudentFn,
   TeacherFn,
   TrainState,
+  TrainStep,
   Variables,
 )
 
@@ -34,7 +34,6 @@ _POSITIONAL = (
   inspect.Parameter.POSITIONAL_ONLY,
   inspect.Parameter.POSITIONAL_OR_KEYWORD,
 )
-TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -45,7 +44,7 @@ def make_train_step(
   teacher_fn: TeacherFn | None = None,
   params_fn: Callable[..., Params] = lambda params: params,
   axis_name: str | None = None,
-  num_shards: int = 1,
+  num_shards: int | None = None,
   objective_tx: optax.GradientTransformation | None = None,
   accumulate: int = 1,
 ) -> TrainStep:
@@ -63,7 +62,7 @@ def make_train_step(
       `prune.straight_through` asks for; which one is found out here, once.
     axis_name: the mapped axis under `shard_map` or `pmap`, None under `jit`.
     num_shards: under `jit`, the devices over which the batch is split: parts
-      of the batch for the terms with `scope='local'`.
+      of the batch for the terms with `scope='local'`, which need it.
     objective_tx: optimizer of the objective's own parameters; needed only if
       it has any. Usually the student's, without pruning.
     accumulate: into how many parts the batch is divided, which go through the
@@ -83,7 +82,8 @@ def make_train_step(
     what the objective owns, `grad_norm/objective`.
 
   Raises:
-    ValueError: when traced, if `accumulate` does not divide the batch.
+    ValueError: for a module in place of a function; when traced, for a state
+      without the teacher, no key, or if `accumulate` does not divide the batch.
 
   Example:
     >>> from kd_jax.objectives import term
@@ -98,6 +98,10 @@ def make_train_step(
     >>> state.params.tolist()
     [0.25, 0.25]
   """
+  if accumulate < 1:
+    raise ValueError(f'accumulate={accumulate} is not a number from 1 on.')
+  _check_function('student_fn', student_fn)
+  _check_function('teacher_fn', teacher_fn)
   params_at = with_step(params_fn)
   # Names that profiles and compiled programs show.
   student_fn = jax.named_scope('student')(student_fn)
@@ -105,6 +109,13 @@ def make_train_step(
     teacher_fn = jax.named_scope('teacher')(teacher_fn)
 
   def train_step(state, batch, rng):
+    if teacher_fn is not None and state.teacher is None:
+      raise ValueError(
+        'The step has a teacher_fn and the state no teacher: give init_state '
+        'teacher_fn and teacher too.'
+      )
+    if not hasattr(rng, 'dtype'):
+      raise ValueError(f'rng is a key, such as jax.random.key(0), not {rng!r}.')
     rng = jax.random.fold_in(rng, state.step)
     trainable = (state.params, state.objective.params)
     zeros = jax.tree.map(jnp.zeros_like, trainable)
@@ -175,7 +186,16 @@ def make_train_step(
       norms['grad_norm/objective'] = _norm(grads[1])
     return new_state, {'loss/total': loss} | metrics | norms
 
+  # What `sharding.compile_step` compares with its compiler.
+  vars(train_step)['axis_name'] = axis_name
   return train_step
+
+
+def _check_function(name: str, fn: Any) -> None:
+  if isinstance(fn, type) or (hasattr(fn, 'init') and hasattr(fn, 'apply')):
+    raise ValueError(
+      f'{name} is a module, not a function: kd_jax.from_linen(module) makes it.'
+    )
 
 
 def init_state(
@@ -207,8 +227,8 @@ def init_state(
 
   Raises:
     ValueError: if only one of `teacher_fn` and `teacher` is given, variables
-      have no 'params', or the objective has parameters and there is no
-      `objective_tx`.
+      have no 'params', the objective has parameters and there is no
+      `objective_tx`, or for a module in place of a function.
 
   Example:
     >>> from kd_jax.objectives import regression
@@ -221,6 +241,8 @@ def init_state(
     >>> int(state.step), [x.shape for x in jax.tree.leaves(state.opt_state)]
     (0, [(3, 2)])
   """
+  _check_function('student_fn', student_fn)
+  _check_function('teacher_fn', teacher_fn)
   if (teacher_fn is None) != (teacher is None):
     raise ValueError('teacher_fn and teacher variables come together.')
   if 'params' not in variables:

@@ -79,7 +79,7 @@ def from_linen(
     the same forward with more interceptors before the others.
 
   Raises:
-    ValueError: for a class in place of a module; when called, for a module
+    ValueError: for what is no linen module; when called, for a module
       that lacks `train_argument`, a tap that is no submodule's path, or a
       `remat` that matches none.
 
@@ -98,6 +98,11 @@ def from_linen(
   if isinstance(model, type):
     raise ValueError(
       f'from_linen takes a module, not the class: {model.__name__}(...).'
+    )
+  if not isinstance(model, nn.Module):
+    raise ValueError(
+      f'from_linen takes a flax.linen module, not {type(model).__name__}: '
+      'from_nnx is for nnx modules, from_apply for functions.'
     )
   return LinenForward(
     model=model,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kd_jax import rules
 from kd_jax.types import (
@@ -45,7 +46,7 @@ class Inputs(NamedTuple):
     teacher_variables: its variables, constant.
     axis_name: the mapped axis when the step runs per device, else None.
     num_shards: under `jit`, into how many equal parts a term with
-      `scope='local'` divides the batch.
+      `scope='local'` divides the batch; None refuses such terms.
     part: which part of the step's batch this is, from 0; what moves once a
       step moves with part 0.
     tokens: the `attention_mask` of the step's whole batch, if it has one; None
@@ -62,7 +63,7 @@ class Inputs(NamedTuple):
   teacher_fn: TeacherFn | None = None
   teacher_variables: Variables | None = None
   axis_name: str | None = None
-  num_shards: int = 1
+  num_shards: int | None = None
   part: jax.Array | int = 0
   tokens: jax.Array | None = None
 
@@ -251,7 +252,8 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
     `loss/<name>` of every term, `loss/total`, and the terms' own metrics.
 
   Raises:
-    ValueError: without terms, or for a term named 'total'.
+    ValueError: without terms, for a term named 'total', or for what is no
+      pair; when applied, for parameters of other terms.
 
   Example:
     >>> from kd_jax import objectives
@@ -272,6 +274,8 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
     raise ValueError('weighted_sum needs at least one term.')
   if 'total' in terms:
     raise ValueError("A term cannot be named 'total', which is their sum.")
+  for name, pair in terms.items():
+    _check_pair(name, pair)
 
   def keyed(inputs, index):
     return inputs._replace(rng=jax.random.fold_in(inputs.rng, index))
@@ -286,6 +290,11 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
     return params, state
 
   def apply(params, state, inputs):
+    if set(params) != set(terms):
+      raise ValueError(
+        f'The state was made for the terms {", ".join(params)}, and this '
+        f'objective has {", ".join(terms)}: give init_state the same one.'
+      )
     total, new_state = jnp.float32(0.0), {}
     metrics: Metrics = {}
     for i, (name, (weight, objective)) in enumerate(terms.items()):
@@ -301,6 +310,20 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
   for _, objective in terms.values():
     taps = taps.union(objective.taps)
   return Objective(init, apply, taps)
+
+
+def _check_pair(name: str, pair: Any) -> None:
+  objective = (
+    pair[1] if isinstance(pair, tuple | list) and len(pair) == 2 else 0
+  )
+  weight = pair[0] if isinstance(objective, Objective) else None
+  number = isinstance(weight, float | int | np.number | jax.Array)
+  if not number and not callable(weight):
+    raise ValueError(
+      f'weighted_sum: {name!r} is not (weight, objective), a number or a '
+      'schedule and what a function of kd_jax.objectives returned, such as '
+      '(0.9, soft_targets()).'
+    )
 
 
 OUTPUT = 'output'

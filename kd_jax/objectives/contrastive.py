@@ -21,7 +21,7 @@ from kd_jax import losses
 from kd_jax.losses import numerics
 from kd_jax.objectives import base, connectors
 from kd_jax.objectives.base import Inputs, Objective
-from kd_jax.objectives.scopes import check_scope
+from kd_jax.objectives.scopes import check_scope, local_parts
 
 # Rows are padded to a multiple of this, so that they divide over devices.
 ROWS = 128
@@ -97,7 +97,7 @@ def _draw_local(
 ) -> tuple[jax.Array, int]:
   """Negatives from the share of each example's device, and how many shares."""
   axis, key = inputs.axis_name, inputs.rng
-  parts = inputs.num_shards if axis is None else jax.lax.axis_size(axis)
+  parts = local_parts(inputs) if axis is None else jax.lax.axis_size(axis)
   shares = _shares(labels, parts)
   draws = [
     functools.partial(share.draw, jax.random.fold_in(key, i), count=count)

@@ -245,8 +245,9 @@ def compile_step(
     the batch with every trace.
 
   Raises:
-    ValueError: for an unknown compiler, or for 'shard_map' or 'pmap' on a mesh
-      with more than one device along 'fsdp' or 'tensor'.
+    ValueError: for an unknown compiler, a step that was made for another, or
+      for 'shard_map' or 'pmap' on a mesh with more than one device along 'fsdp'
+      or 'tensor'.
 
   Example:
     >>> import numpy as np
@@ -268,7 +269,13 @@ def compile_step(
     >>> float(metrics['loss/total']), state.params.tolist(), len(step.traces)
     (3.0, [2.0], 1)
   """
-  compiled = rules.choose('compiler', compiler, COMPILERS)
+  expected = axis_name(compiler)
+  if getattr(step, 'axis_name', expected) != expected:
+    raise ValueError(
+      f'compiler={compiler!r} needs a step that was made with '
+      f'make_train_step(axis_name={expected!r}); see axis_name(compiler).'
+    )
+  compiled = COMPILERS[compiler]
   traces: list[dict[str, tuple[int, ...]]] = []
 
   def train_step(state, teacher, batch, rng):
