@@ -69,11 +69,10 @@ def integer_forward(
     >>> [round(y, 3) for y in output[0].tolist()]
     [255.0, 127.0]
   """
-  return adapters.from_linen(
+  run = adapters.from_linen(
     model,
     taps=taps,
     interceptors=(
-      _converted,
       *interceptors,
       quantize.skip_folded_batch_norms,
       quantize.execute_integers(
@@ -84,15 +83,15 @@ def integer_forward(
     train_argument=train_argument,
   )
 
+  def forward(variables, batch, rng=None, *, train=False):
+    if COLLECTION not in variables:
+      raise ValueError(
+        'These variables hold no integers: integer_forward runs those that '
+        'quantize.convert or post_training_quantize returned.'
+      )
+    return run(variables, batch, rng, train=train)
 
-def _converted(next_fun, args, kwargs, context):
-  """Refuses variables without codes, which would run in float."""
-  if not context.module.path and COLLECTION not in context.module.variables:
-    raise ValueError(
-      'These variables hold no integers: integer_forward runs those that '
-      'quantize.convert or post_training_quantize returned.'
-    )
-  return next_fun(*args, **kwargs)
+  return forward
 
 
 def evaluation(
