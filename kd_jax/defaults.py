@@ -229,6 +229,8 @@ def get_config(*, tiny: bool = False) -> ml_collections.ConfigDict:
       'teacher': 0.98,
       'parameter_share': 0.1,
       'drop': 0.015,
+      # Of the classes that an exported file and the integer student choose; an
+      # export below it ends the run.
       'export_agreement': 0.995,
       'size_share': 0.05,
     },

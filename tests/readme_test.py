@@ -3,10 +3,13 @@
 Its files of Python are `extend_test`'s.
 """
 
+import inspect
 import pathlib
 import re
 
 import pytest
+
+import kd_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -22,6 +25,19 @@ def test_the_readme_has_python_blocks():
 def test_readme_block_runs(number, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   exec(compile(BLOCKS[number], f'README block {number}', 'exec'), {})
+
+
+def test_the_readme_has_every_name_of_kd_jax():
+  table = next(t for t in _tables(README) if 'in `kd_jax`' in t[0])
+  named = [
+    n for row in table for n in re.findall(r'`(\w+)`', row['in `kd_jax`'])
+  ]
+  public = [
+    name
+    for name, value in vars(kd_jax).items()
+    if not name.startswith('_') and not inspect.ismodule(value)
+  ]
+  assert sorted(named) == sorted(public)
 
 
 def _tables(text):
