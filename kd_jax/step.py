@@ -6,7 +6,6 @@ the parameters that arrive here are already masked. Owns neither compilation nor
 loops, data and files.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import optax
 
 from kd_jax import loops
 from kd_jax.objectives import Inputs, Objective, mean
+from kd_jax.params_fn import with_step
 from kd_jax.types import (
   ATTENTION_MASK,
   CACHED,
@@ -28,11 +28,6 @@ from kd_jax.types import (
   TrainState,
   TrainStep,
   Variables,
-)
-
-_POSITIONAL = (
-  inspect.Parameter.POSITIONAL_ONLY,
-  inspect.Parameter.POSITIONAL_OR_KEYWORD,
 )
 
 
@@ -341,30 +336,6 @@ def make_eval_step(
     }
 
   return eval_step
-
-
-def with_step(
-  params_fn: Callable[..., Params],
-) -> Callable[[Params, jax.Array], Params]:
-  """A map of parameters as a function of the parameters and the step.
-
-  Args:
-    params_fn: `params -> params` or `(params, step) -> params`.
-
-  Example:
-    >>> [int(fn(3, 2)) for fn in (with_step(lambda p: p), with_step(pow))]
-    [3, 9]
-  """
-  try:
-    arguments = list(inspect.signature(params_fn).parameters.values())
-  except ValueError:  # Some builtins have no signature.
-    arguments = []
-  needed = [
-    a for a in arguments if a.default is a.empty and a.kind in _POSITIONAL
-  ]
-  if len(needed) > 1:
-    return params_fn
-  return lambda params, step: params_fn(params)
 
 
 def _without_cached(batch: Batch) -> Batch:

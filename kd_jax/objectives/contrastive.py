@@ -20,7 +20,8 @@ import numpy as np
 from kd_jax import losses
 from kd_jax.losses import numerics
 from kd_jax.objectives import base, connectors
-from kd_jax.objectives.base import Inputs, Objective
+from kd_jax.objectives.base import Objective
+from kd_jax.objectives.inputs import Inputs
 from kd_jax.objectives.scopes import check_scope, local_parts
 
 # Rows are padded to a multiple of this, so that they divide over devices.

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from kd_jax import losses
 from kd_jax.objectives import base
-from kd_jax.objectives.base import Inputs, Objective
+from kd_jax.objectives.base import Objective
+from kd_jax.objectives.inputs import Inputs
 from kd_jax.objectives.scopes import draw_global
 
 # input -> logits

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from kd_jax import losses, rules
 from kd_jax.objectives import base
 from kd_jax.objectives.base import Objective, Scalar
+from kd_jax.objectives.inputs import mean
 
 
 def on_outputs(
@@ -125,7 +126,7 @@ def hard_labels(
       inputs,
     )
     hits = jnp.argmax(logits, axis=-1) == base.entry(inputs, 'label')
-    return loss, {'accuracy': base.mean(hits, inputs)}
+    return loss, {'accuracy': mean(hits, inputs)}
 
   return base.term(loss_fn, taps=base.read_taps(student, ()))
 

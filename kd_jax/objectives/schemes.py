@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from kd_jax import losses, networks
 from kd_jax.objectives import base
-from kd_jax.objectives.base import Inputs, Objective, Scalar, TapNames
+from kd_jax.objectives.base import Objective, Scalar, TapNames
+from kd_jax.objectives.inputs import Inputs, mean
 from kd_jax.types import Forward, Metrics
 
 
@@ -159,7 +160,7 @@ def _mean_over(
         params[name], state[name], keyed(inputs, i, name)
       )
       weight = base.value_at(weights[name], inputs.step)
-      total += weight * base.mean(loss, inputs)
+      total += weight * mean(loss, inputs)
       share += weight
       metrics |= {f'{key}/{name}': value for key, value in extra.items()}
       if 'accuracy' in extra:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kd_jax.objectives.base import Inputs
+from kd_jax.objectives.inputs import Inputs
 
 
 def check_scope(scope: str) -> None:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from kd_jax import losses
 from kd_jax.losses import numerics
 from kd_jax.objectives import base, connectors
-from kd_jax.objectives.base import Inputs, Objective
+from kd_jax.objectives.base import Objective
 from kd_jax.objectives.features import Names, over_pairs
+from kd_jax.objectives.inputs import Inputs, over_devices, token_mask
 from kd_jax.types import ATTENTION_MASK
 
 
@@ -68,11 +69,11 @@ def on_tokens(
 
 def _mean_count(x: jax.Array, inputs: Inputs, power: int) -> jax.Array:
   """Valid tokens of an example, to a power, averaged over the global batch."""
-  mask = base.token_mask(inputs)
+  mask = token_mask(inputs)
   if mask is None:
     return jnp.float32(x.shape[-2] ** power)
   counts = jnp.sum(numerics.float32(mask != 0), axis=-1)
-  return base.over_devices(jnp.mean(counts**power), inputs)
+  return over_devices(jnp.mean(counts**power), inputs)
 
 
 def patient(*, student: Names, teacher: Names, position: int = 0) -> Objective:

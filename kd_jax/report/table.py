@@ -185,11 +185,9 @@ def markdown(report: Report) -> str:
     Markdown text that ends with a newline.
 
   Example:
-    >>> rows = [{'name': 'teacher', 'accuracy': 0.98, 'bytes': 4000},
-    ...         {'name': 'student', 'accuracy': 0.97, 'bytes': 1000}]
-    >>> text = markdown({'format': 1, 'models': rows})
-    >>> '| student | 97.0 % (-1.0 pt) |' in text, '| 1.00 KB (1/4.0) |' in text
-    (True, True)
+    >>> row = {'name': 'a', 'accuracy': 0.97}
+    >>> '| a | 97.0 % |' in markdown({'models': [row]})
+    True
   """
   columns = model_columns(report)
   notes = [m.get('note') or '' for m in models_of(report)]
@@ -227,15 +225,6 @@ def print_table(report: Report, console: Console | None = None) -> None:
   Args:
     report: the report; any value may be missing.
     console: where to print; standard output when None.
-
-  Example:
-    >>> rows = [{'name': 'teacher', 'accuracy': 0.98, 'bytes': 4000}]
-    >>> console = Console(width=60)
-    >>> with console.capture() as capture:
-    ...   print_table({'models': rows}, console)
-    >>> [line] = [x for x in capture.get().splitlines() if '98.0' in x]
-    >>> line.split()
-    ['teacher', '98.0', '%', '-', '-', '4.00', 'KB', '-']
   """
   if console is None:
     console = Console()
