@@ -220,6 +220,13 @@ def test_a_file_that_is_no_such_configuration_is_named(
   assert not (tmp_path / 'new').exists()
 
 
+def test_a_field_changes_only_with_a_file(capsys, tmp_path):
+  (tmp_path / 'config.json').write_text('{}')
+  words = ['run', f'--workdir={tmp_path}', '--config.seed=1']
+  assert cli.main(words) == 2
+  assert '--config.seed=1 needs --config=FILE' in capsys.readouterr().err
+
+
 def test_the_version_is_that_of_the_package(capsys):
   assert cli.main(['--version']) == 0
   assert capsys.readouterr().out == f'kd-jax {kd_jax.__version__}\n'

@@ -109,6 +109,9 @@ def _define_config(
     return words
   path, others = _taken(flag, words)
   if path is None and command == 'run' and _started(words):
+    for word in words:
+      if word.startswith(f'--{flag}.'):
+        raise ValueError(f'{word} needs --{flag}=FILE, whose field it changes.')
     return words
   if path is None:
     raise ValueError(
