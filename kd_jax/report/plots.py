@@ -73,10 +73,20 @@ def curves_figure(report: Report) -> Any:
   """Training curves: quality, loss and, where pruned, sparsity by step.
 
   Args:
-    report: the report; reads `curves`.
+    report: the report; reads `curves`: stage -> `step`, `loss`, `sparsity`
+      and the task's quality, or `eval_step` with `eval_` and its name, all of
+      them lists. A panel without numbers says 'not measured'.
 
   Returns:
     A matplotlib Figure with two panels, or three when a stage was pruned.
+
+  Example:
+    >>> curve = {'step': [10, 20], 'loss': [2.0, 1.0], 'sparsity': [0.0, 0.5]}
+    >>> axes = curves_figure({'curves': {'compressed': curve}}).axes
+    >>> [ax.get_title('left') for ax in axes]
+    ['Accuracy', 'Training loss', 'Sparsity schedule']
+    >>> axes[2].lines[0].get_ydata().tolist()
+    [0.0, 50.0]
   """
   draws = [draw_quality, draw_loss]
   if any(_series(c, 'step', 'sparsity') for c in _curves(report).values()):
@@ -93,6 +103,14 @@ def size_figure(report: Report) -> Any:
 
   Returns:
     A matplotlib Figure.
+
+  Example:
+    >>> figure = size_figure({'models': [
+    ...   {'name': 'teacher', 'bytes': 4000, 'accuracy': 0.75},
+    ...   {'name': 'int8', 'bytes': 1000, 'accuracy': 0.5},
+    ...   {'name': 'not measured', 'bytes': 500}]})
+    >>> [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    [[[4000.0, 75.0]], [[1000.0, 50.0]]]
   """
   return figure(report, draw_size, width=5.6, height=4.0)
 
@@ -101,11 +119,17 @@ def sparsity_figure(report: Report) -> Any:
   """How much of each layer is exactly zero, as bars.
 
   Args:
-    report: the report; reads `sparsity`, and shows the 40 largest layers when
-      there are more.
+    report: the report; reads `sparsity`, rows of `path`, `size` and
+      `nonzero`, and shows the 40 largest layers when there are more.
 
   Returns:
     A matplotlib Figure.
+
+  Example:
+    >>> figure = sparsity_figure({'sparsity': [
+    ...   {'path': 'conv/kernel', 'size': 100, 'nonzero': 25}]})
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['75.0 %, 25 of 100 left']
   """
   bars = min(len(report.get('sparsity') or []), LAYERS)
   return figure(report, draw_sparsity, width=6.4, height=1.3 + 0.3 * bars)
