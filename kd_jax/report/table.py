@@ -183,6 +183,13 @@ def markdown(report: Report) -> str:
 
   Returns:
     Markdown text that ends with a newline.
+
+  Example:
+    >>> lines = markdown({'models': [
+    ...   {'name': 'teacher', 'accuracy': 0.99, 'bytes': 1000},
+    ...   {'name': 'int8', 'accuracy': 0.97, 'bytes': 250}]}).splitlines()
+    >>> [line[:26] for line in lines if line.startswith('| int8')]
+    ['| int8 | 97.0 % (-2.0 pt) ']
   """
   columns = model_columns(report)
   notes = [m.get('note') or '' for m in models_of(report)]
@@ -220,6 +227,18 @@ def print_table(report: Report, console: Console | None = None) -> None:
   Args:
     report: the report; any value may be missing.
     console: where to print; standard output when None.
+
+  Example:
+    >>> aim = {'text': 'at most 1 MB', 'met': True, 'value': '0.5 MB'}
+    >>> report = {'models': [{'name': 'int8', 'bytes': 5e5}], 'aims': [aim]}
+    >>> console = Console(width=100)
+    >>> with console.capture() as shown:
+    ...   print_table(report, console)
+    >>> for line in shown.get().splitlines():
+    ...   if 'int8' in line or 'at most' in line:
+    ...     print(' '.join(line.split()))
+    int8 - - - 500 KB -
+    met at most 1 MB (0.5 MB)
   """
   if console is None:
     console = Console()
