@@ -33,7 +33,31 @@ from kd_jax.train import compile_cache
 
 
 def run(values: Any) -> int:
-  """`kd-jax run`."""
+  """`kd-jax run`: runs the stages that are not finished, prints the report.
+
+  Args:
+    values: the flags of the command, from `cli.parsing.parse`: `workdir`,
+      `stages` (all when empty), `overwrite`, `profile`, `compile_cache`, and
+      `config`, without which the directory's own is used.
+
+  Returns:
+    0, the exit code.
+
+  Raises:
+    ValueError: before anything is trained, for a word of the configuration
+      that means nothing; for a directory of another one; see
+      `stages.run_stages`.
+    Preempted: after a signal, once what could be saved was.
+
+  Example:
+    >>> from kd_jax.cli import parsing
+    >>> words = ['--workdir=runs/none', '--config=configs/digits.py']
+    >>> run(parsing.parse('run', [*words, '--stages=distil']))
+    Traceback (most recent call last):
+    ...
+    ValueError: Unknown stage 'distil': did you mean distill? (valid: teacher, \
+alone, distill, compress, convert, export, report)
+  """
   compile_cache.enable(values.compile_cache)
   if 'config' in values:
     config = values.config.to_dict()
@@ -53,7 +77,27 @@ def run(values: Any) -> int:
 
 
 def compare(values: Any) -> int:
-  """`kd-jax compare`."""
+  """`kd-jax compare`: methods over seeds, as a table and a plot.
+
+  Args:
+    values: the flags of the command, from `cli.parsing.parse`: `config`,
+      with `methods`, `seeds` and `scales`, `workdir` and `compile_cache`.
+
+  Returns:
+    0, the exit code.
+
+  Raises:
+    ValueError: see `compare.compare`.
+    Preempted: after a signal, once what could be saved was.
+
+  Example:
+    >>> from kd_jax.cli import parsing
+    >>> words = ['--workdir=runs/none', '--config=configs/compare_digits.py']
+    >>> compare(parsing.parse('compare', [*words, "--config.methods=('kdd',)"]))
+    Traceback (most recent call last):
+    ...
+    ValueError: Unknown entry of methods 'kdd': did you mean kd or rkd or nkd?
+  """
   compile_cache.enable(values.compile_cache)
   _agree(values.config.to_dict())
   result = compare_lib.compare(values.config, values.workdir)
@@ -64,7 +108,31 @@ def compare(values: Any) -> int:
 
 
 def compress(values: Any) -> int:
-  """`kd-jax compress`."""
+  """`kd-jax compress`: the best smaller network within a budget.
+
+  Args:
+    values: the flags of the command, from `cli.parsing.parse`:
+      `recipe`, `model` (a work directory or safetensors file), `stage`,
+      `budget`, such as '20 KB', `workdir` and `compile_cache`.
+
+  Returns:
+    0, the exit code.
+
+  Raises:
+    ValueError: for a missing model or stage, and if nothing fits the budget;
+      see `search.open_run` and `search.compress`.
+    Preempted: after a signal, once what could be saved was.
+
+  Example:
+    >>> from kd_jax.cli import parsing
+    >>> words = ['--recipe=configs/compress.py', '--workdir=runs/small']
+    >>> words += ['--model=none.safetensors', '--budget=20 KB']
+    >>> compress(parsing.parse('compress', words))
+    Traceback (most recent call last):
+    ...
+    ValueError: --model=none.safetensors is neither a work directory of kd-jax \
+run nor a safetensors file of this machine.
+  """
   compile_cache.enable(values.compile_cache)
   config = values.recipe
   config.search.budget = values.budget
@@ -88,7 +156,30 @@ def compress(values: Any) -> int:
 
 
 def cache_teacher(values: Any) -> int:
-  """`kd-jax cache-teacher`."""
+  """`kd-jax cache-teacher`: writes what the teacher says of every example.
+
+  Args:
+    values: the flags of the command, from `cli.parsing.parse`:
+      `config`, `workdir` with a trained teacher, `dtype`, `top_k`, `features`,
+      `epochs`, `overwrite`, `compile_cache`, and `out`, where to: by default
+      `teacher_cache` in the work directory.
+
+  Returns:
+    0, the exit code.
+
+  Raises:
+    ValueError: without a trained teacher, and otherwise as
+      `distillation.cache_teacher` says.
+
+  Example:
+    >>> from kd_jax.cli import parsing
+    >>> words = ['--config=configs/digits.py', '--workdir=kd_jax']
+    >>> cache_teacher(parsing.parse('cache-teacher', words))
+    Traceback (most recent call last):
+    ...
+    ValueError: kd_jax holds files but no config.json of kd-jax run; choose an \
+empty or new directory.
+  """
   compile_cache.enable(values.compile_cache)
   config = values.config.to_dict()
   options = ('out', 'dtype', 'top_k', 'features', 'epochs', 'overwrite')
@@ -113,7 +204,26 @@ def cache_teacher(values: Any) -> int:
 
 
 def evaluate(values: Any) -> int:
-  """`kd-jax evaluate`."""
+  """`kd-jax evaluate`: prints every metric of every trained network.
+
+  Args:
+    values: the flags of the command, from `cli.parsing.parse`:
+      `workdir`, and `split`: 'train', 'validation' or 'test'.
+
+  Returns:
+    0, the exit code.
+
+  Raises:
+    ValueError: for another split, a directory that is no work directory, or
+      other data than it was started with.
+
+  Example:
+    >>> from kd_jax.cli import parsing
+    >>> evaluate(parsing.parse('evaluate', ['--workdir=runs/none']))
+    Traceback (most recent call last):
+    ...
+    ValueError: runs/none is no work directory of kd-jax run.
+  """
   stored = _stored(values.workdir)
   splits = ('train', 'validation', 'test')
   if values.split not in splits:
@@ -136,7 +246,27 @@ def evaluate(values: Any) -> int:
 
 
 def shrink(values: Any) -> int:
-  """`kd-jax shrink`."""
+  """`kd-jax shrink`: a trained student with fewer channels or blocks.
+
+  Args:
+    values: the flags of the command, from `cli.parsing.parse`:
+      `workdir`, `stage`, `sparsity` (the share that leaves, in [0, 1)),
+      `structure`, `scope`, `keep`, `multiple_of` and `overwrite`.
+
+  Returns:
+    0, the exit code.
+
+  Raises:
+    ValueError: for a directory that is no work directory; see
+      `shrunk.shrink_student`.
+
+  Example:
+    >>> from kd_jax.cli import parsing
+    >>> shrink(parsing.parse('shrink', ['--workdir=runs/none']))
+    Traceback (most recent call last):
+    ...
+    ValueError: runs/none is no work directory of kd-jax run.
+  """
   stored = _stored(values.workdir)
   made = shrunk.shrink_student(
     stored,
@@ -164,7 +294,26 @@ def shrink(values: Any) -> int:
 
 
 def report(values: Any) -> int:
-  """`kd-jax report`."""
+  """`kd-jax report`: prints the report of a run; makes it if it is not there.
+
+  Args:
+    values: the flags of the command, from `cli.parsing.parse`,
+      of which it reads `workdir`.
+
+  Returns:
+    0, the exit code.
+
+  Raises:
+    ValueError: for a directory that is no work directory, or whose stages
+      before the report are not finished.
+
+  Example:
+    >>> from kd_jax.cli import parsing
+    >>> report(parsing.parse('report', ['--workdir=runs/none']))
+    Traceback (most recent call last):
+    ...
+    ValueError: runs/none is no work directory of kd-jax run.
+  """
   stored = _stored(values.workdir)
   if not stored.workdir.done('report'):
     stages.run_stages(stored, ['report'])
@@ -183,12 +332,56 @@ def _agree(config: Mapping[str, Any], **options: Any) -> None:
 
 
 def launch(values: Any) -> int:
-  """`kd-jax launch`."""
+  """`kd-jax launch`: prints or runs what starts a run on Cloud TPU.
+
+  Args:
+    values: the flags of the command, from `cli.parsing.parse`:
+      `place`, `config`, and those of `launch.launch`'s options.
+
+  Returns:
+    The exit code, see `launch.launch`.
+
+  Raises:
+    ValueError: for options that cannot be.
+    LaunchError: if a command of the launch fails.
+
+  Example:
+    >>> from kd_jax.cli import parsing
+    >>> words = ['gke', '--config=configs/digits.py', '--workdir=runs/digits']
+    >>> words += ['--name=a', '--accelerator=v6e-8', '--image=i', '--dry_run']
+    >>> launch(parsing.parse('launch', words))
+    Traceback (most recent call last):
+    ...
+    ValueError: --workdir=runs/digits would be lost with the machine: use a \
+bucket, such as gs://BUCKET/runs/digits.
+  """
   return launch_lib.launch(values.place, values, values.config.to_dict())
 
 
 def plan(values: Any) -> int:
-  """`kd-jax plan`."""
+  """`kd-jax plan`: prints what a train step costs, here or on a topology.
+
+  Args:
+    values: the flags of the command, from `cli.parsing.parse`:
+      `config`, `topology` (this process's devices when empty), `stage`,
+      `what_if` (alternatives, 'all' or 'none'), `estimate`, `measure`,
+      `examples`, and `json`, a file to write too, which `overwrite` replaces.
+
+  Returns:
+    0, the exit code.
+
+  Raises:
+    ValueError: if the file is there without `overwrite`; see `plan.plan`.
+    ImportError: for a topology without libtpu.
+
+  Example:
+    >>> from kd_jax.cli import parsing
+    >>> words = ['--config=configs/digits.py', '--json=README.md']
+    >>> plan(parsing.parse('plan', words))
+    Traceback (most recent call last):
+    ...
+    ValueError: README.md exists: give --overwrite to replace it.
+  """
   path = pathlib.Path(values.json) if values.json else None
   if path and path.exists() and not values.overwrite:
     raise ValueError(f'{path} exists: give --overwrite to replace it.')
