@@ -100,9 +100,9 @@ def check_parity(
     batch: one batch, pre-processed.
     weight_rules: as given to `convert`.
     activation_rules: as given to `convert`.
-    observer: as given to `convert`; None for extremes of the batch.
-    weight_observer: likewise, of the weights; not read where they have learned
-      steps.
+    observer: as given to `convert`.
+    weight_observer: as given to `convert`; not read where the weights have
+      learned steps.
     interceptors: others of the network, such as `prune.resized(...)`.
     train_argument: see `adapters.from_linen`.
 
