@@ -190,7 +190,12 @@ def _outputs(
 
 
 def decibels(signal: float, noise: float) -> float:
-  """Signal-to-noise ratio of two sums of squares; inf without noise."""
+  """Signal-to-noise ratio of two sums of squares; inf without noise.
+
+  Example:
+    >>> round(decibels(100.0, 1.0), 4), decibels(1.0, 0.0), decibels(0.0, 1.0)
+    (20.0, inf, -inf)
+  """
   if noise == 0:
     return math.inf
   if signal == 0:
