@@ -94,6 +94,7 @@ def check(
     >>> from kd_jax.storage.workdir import Workdir
     >>> config = defaults.get_config(tiny=True)
     >>> config.student.model = {'name': 'mlp', 'hidden': (4,)}
+    >>> config.data.crop_padding = 0
     >>> workdir = Workdir(tempfile.mkdtemp(), config.to_dict())
     >>> run = Run(config, workdir, like=Rehearsal(config, examples=256))
     >>> check(run, ['alone'])
