@@ -52,10 +52,10 @@ def artefact_bytes(directory: str | os.PathLike[str]) -> int:
   Example:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
-    ...   for name in (*FILES, NAME):
-    ...     _ = (pathlib.Path(directory) / name).write_bytes(bytes(10))
-    ...   artefact_bytes(directory) == 10 * len({*FILES, NAME} - {GOLDEN})
-    True
+    ...   for i, name in enumerate((SYMBOLIC, FIXED, WEIGHTS, NAME, GOLDEN)):
+    ...     _ = pathlib.Path(directory, name).write_bytes(bytes(10**i))
+    ...   artefact_bytes(directory)
+    1111
   """
   counted = [pathlib.Path(directory) / n for n in (*FILES, NAME) if n != GOLDEN]
   try:

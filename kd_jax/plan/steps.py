@@ -90,6 +90,23 @@ def check(
 
   Raises:
     ValueError: what the stage would have raised.
+
+  Example:
+    >>> import tempfile
+    >>> from kd_jax import defaults
+    >>> from kd_jax.storage.workdir import Workdir
+    >>> config = defaults.get_config(tiny=True)
+    >>> config.student.model = {'name': 'mlp', 'hidden': (4,)}
+    >>> config.data.crop_padding = 0
+    >>> workdir = Workdir(tempfile.mkdtemp(), config.to_dict())
+    >>> run = Run(config, workdir, like=Rehearsal(config, examples=256))
+    >>> check(run, ['alone'])
+    >>> config.alone.train.optimizer.name = 'sdg'
+    >>> try:
+    ...   check(run, ['alone'])
+    ... except ValueError as e:
+    ...   print(str(e).partition('?')[0])
+    Unknown optimizer 'sdg': did you mean sgd
   """
   due = [
     stage

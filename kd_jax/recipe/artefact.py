@@ -60,6 +60,20 @@ def load_artefact(
 
   Raises:
     ValueError: if the files are missing or were not written by kd_jax.
+
+  Example:
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from kd_jax import models
+    >>> model = models.MLP(num_classes=1, hidden=(4,), reads='x')
+    >>> dense = {'kernel': np.ones((3, 2), 'f'), 'bias': np.zeros(2, 'f')}
+    >>> head = {'kernel': np.ones((2, 1), 'f'), 'bias': np.zeros(1, 'f')}
+    >>> variables = {'params': {'dense1': dense, 'head': head}}
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   save(Path(directory), variables, {'overrides': {}}, SHRUNK)
+    ...   forward, variables = load_artefact(directory, model)
+    >>> forward(variables, {'x': np.ones((1, 3), 'f')}).output.tolist()
+    [[6.0]]
   """
   path = mirror.resolve(directory)
   if not exists(path):

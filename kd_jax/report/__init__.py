@@ -66,9 +66,13 @@ def write_report(
 
   Example:
     >>> import tempfile
+    >>> report = {'format': 1, 'models': [
+    ...   {'name': 'teacher', 'accuracy': np.float32(0.75), 'loss': np.nan}]}
     >>> with tempfile.TemporaryDirectory() as directory:
-    ...   written = write_report({'format': 1, 'models': []}, directory)
-    >>> list(written)
+    ...   paths = write_report(report, directory)
+    ...   read_report(directory)['models']
+    [{'name': 'teacher', 'accuracy': 0.75, 'loss': None}]
+    >>> list(paths)
     ['report.json', 'report.md', 'report.html']
   """
   if '://' in os.fspath(directory):
@@ -105,10 +109,10 @@ def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
   Example:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
-    ...   _ = write_report(
-    ...     {'format': 1, 'models': [], 'hours': float('nan')}, directory)
+    ...   path = Path(directory, 'report.json')
+    ...   _ = path.write_text('{"format": 1, "models": [{"name": "int8"}]}')
     ...   read_report(directory)
-    {'format': 1, 'models': [], 'hours': None}
+    {'format': 1, 'models': [{'name': 'int8'}]}
   """
   path = Path(directory) / NAMES[0]
   try:

@@ -110,8 +110,8 @@ def html(report: Report) -> str:
     An HTML document that loads nothing and runs nothing.
 
   Example:
-    >>> page = html({'dataset': {'name': 'a < b'}, 'models': []})
-    >>> 'a &lt; b' in page, '<script' in page
+    >>> page = html({'dataset': {'name': 'a<b'}, 'models': []})
+    >>> '<h1>kd_jax report: a&lt;b</h1>' in page, '<script' in page
     (True, False)
   """
   lead, *more = summary(report)
