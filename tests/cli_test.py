@@ -1,12 +1,13 @@
 """Messages and exit codes of the command line."""
 
+import json
 import pathlib
 import re
 
 import pytest
 
 import kd_jax
-from kd_jax import cli, launch
+from kd_jax import cli, defaults, launch
 from kd_jax.cli import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -218,6 +219,18 @@ def test_a_file_that_is_no_such_configuration_is_named(
   assert cli.main([*words.split(), '--workdir=new']) == 2
   assert expected in capsys.readouterr().err
   assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize('command', ['run', 'evaluate', 'shrink', 'report'])
+def test_a_directory_of_an_earlier_version_is_refused(
+  command, capsys, tmp_path
+):
+  config = defaults.get_config().to_dict()
+  del config['data']['task']
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  assert cli.main([command, f'--workdir={tmp_path}']) == 2
+  error = capsys.readouterr().err
+  assert "has no field 'data.task'" in error and 'of an earlier kd_jax' in error
 
 
 def test_a_field_changes_only_with_a_file(capsys, tmp_path):
