@@ -14,10 +14,12 @@ from kd_jax import defaults, rules
 from kd_jax.data.resident import WHERE
 from kd_jax.storage.workdir import flatten
 
-# What is in them is the business of models, terms, optimizers and methods.
+# What is in them is the business of models, terms, optimizers and methods; a
+# task of one's own has its options in a dictionary of `data`.
 _OPEN = re.compile(
   r'((teacher|student)\.model|.*\.terms|.*\.train\.optimizer|teacher\.others'
-  r'|teacher\.weights|distill\.scheme\.assistants|method_options)\..*'
+  r'|teacher\.weights|distill\.scheme\.assistants|method_options'
+  r'|data\.(?!transfer\.)\w+)\..*'
 )
 _LEAST = {
   r'eval_batch_size|steps_per_dispatch|seeds|timing\.runs': 1,
@@ -50,6 +52,8 @@ def check(config: ml_collections.ConfigDict) -> None:
 
   Example:
     >>> config = defaults.get_config()
+    >>> config.data.patients = {'test': 80}
+    >>> check(config)
     >>> config.data.nme = 'digits'
     >>> check(config)
     Traceback (most recent call last):
