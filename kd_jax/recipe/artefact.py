@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax import adapters, deploy, prune, rules
+from kd_jax.quantize.stored import COLLECTION
 from kd_jax.recipe.words import SPECS
 from kd_jax.storage import mirror
 from kd_jax.storage.weights import load_weights, save_weights
@@ -96,6 +97,9 @@ def load_artefact(
     for p, name in about['activations']
   ]
   interceptors = [prune.resized(overrides) for overrides in about['overrides']]
+  if COLLECTION not in variables:
+    # Its recipe quantized nothing.
+    return deploy.evaluation(model, interceptors=interceptors)(), variables
   integers = deploy.integer_forward(
     model, interceptors=interceptors, dynamic=dynamic, **options
   )
