@@ -239,7 +239,18 @@ def _add_penalties(l1: float, l2: float) -> optax.GradientTransformation:
 
 
 class AverageState(NamedTuple):
-  """State of `average_params`: the average, and the wrapped state."""
+  """State of `average_params`.
+
+  Attributes:
+    average: of the parameters, in their shapes; float32 at least.
+    inner: the state of the wrapped optimizer.
+
+  Example:
+    >>> tx = average_params(optax.sgd(1.0), decay=0.9)
+    >>> state = tx.init({'w': jnp.ones(2, jnp.bfloat16)})
+    >>> state.average['w'].tolist(), state.average['w'].dtype.name
+    ([1.0, 1.0], 'float32')
+  """
 
   average: Any
   inner: Any
