@@ -34,6 +34,11 @@ class TapNames(NamedTuple):
   Attributes:
     student: for `adapters.from_linen(student, taps=objective.taps.student)`.
     teacher: likewise for the teacher.
+
+  Example:
+    >>> at = TapNames(('s1', 's2'), ('t1', 't2'))
+    >>> at.union(TapNames(('s1',), ('t9',)))
+    TapNames(student=('s1', 's2'), teacher=('t1', 't2', 't9'))
   """
 
   student: tuple[str, ...] = ()
@@ -60,6 +65,20 @@ class Objective(NamedTuple):
     apply: `(params, state, inputs) -> (loss, state, metrics)`; `loss` is a
       scalar or `[B]` per example, differentiable in `params` and the student.
     taps: the features that it reads.
+
+  Example:
+    A term that trains a bias and counts its steps:
+
+    >>> def init(inputs):
+    ...   return {'bias': jnp.zeros(())}, {'count': 0}
+    >>> def apply(params, state, inputs):
+    ...   error = jnp.square(inputs.student.output - params['bias'])
+    ...   return jnp.mean(error, axis=-1), {'count': state['count'] + 1}, {}
+    >>> objective = Objective(init, apply)
+    >>> inputs = Inputs(Forward(jnp.array([[1.0, 3.0]])), None, {}, None, None)
+    >>> loss, state, _ = objective.apply(*objective.init(inputs), inputs)
+    >>> loss.tolist(), state
+    ([5.0], {'count': 1})
   """
 
   init: Callable[[Inputs], tuple[Any, Any]]

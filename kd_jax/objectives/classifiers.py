@@ -39,18 +39,20 @@ def softmax_regression(
     Learning", 2021 (ICLR).
 
   Example:
+    After normalisation the student's feature is -1 and 1. The head makes logits
+    of -3 and 3 of it, so the errors are 1 and 9:
+
     >>> from kd_jax.types import Forward
-    >>> maps = jax.random.normal(jax.random.key(0), (4, 5, 5, 6))
-    >>> head = {'kernel': jnp.ones((6, 3)), 'bias': jnp.zeros(3)}
-    >>> student = Forward(jnp.zeros((4, 3)), {'s': maps[..., :2]})
-    >>> teacher = Forward(jnp.mean(maps, (1, 2)) @ head['kernel'], {'t': maps})
+    >>> student = Forward(jnp.zeros((2, 1)), {'s': jnp.array([[0.0], [100.0]])})
+    >>> teacher = Forward(jnp.zeros((2, 1)), {'t': jnp.zeros((2, 1))})
+    >>> head = {'kernel': jnp.array([[3.0]]), 'bias': jnp.zeros(1)}
     >>> inputs = base.Inputs(
-    ...   student, teacher, {}, jnp.int32(0), jax.random.key(1),
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0),
     ...   teacher_variables={'params': {'head': head}})
     >>> objective = softmax_regression(student='s', teacher='t')
-    >>> params, state = objective.init(inputs)
-    >>> objective.apply(params, state, inputs)[0].shape
-    (4,)
+    >>> loss, _, _ = objective.apply(*objective.init(inputs), inputs)
+    >>> [round(x, 2) for x in loss.tolist()]
+    [10.0, 10.0]
   """
   connect = connectors.make_connector('norm')
 
@@ -97,17 +99,23 @@ def class_attention(
     arXiv:2304.12777.
 
   Example:
+    The maps of class 0, (0.6, 0.8, 0, 0) and (0, 1, 0, 0), differ by 0.4 in
+    all. The student's head negates that of class 1, where they differ by 3.6:
+
     >>> from kd_jax.types import Forward
-    >>> x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
-    >>> head = {'kernel': jnp.eye(3), 'bias': jnp.zeros(3)}
-    >>> both = {'params': {'head': head}}
+    >>> s = jnp.array([3.0, 4.0, 0.0, 0.0]).reshape(1, 2, 2, 1)
+    >>> t = jnp.array([0.0, 5.0, 0.0, 0.0]).reshape(1, 2, 2, 1)
+    >>> heads = [
+    ...   {'params': {'head': {'kernel': jnp.array(k), 'bias': jnp.zeros(2)}}}
+    ...   for k in ([[1.0, -1.0]], [[1.0, 1.0]])]
     >>> inputs = base.Inputs(
-    ...   Forward(x, {'s': 5 * x}), Forward(x, {'t': x}), {}, jnp.int32(0),
-    ...   jax.random.key(0), student_variables=both, teacher_variables=both)
+    ...   Forward(None, {'s': s}), Forward(None, {'t': t}), {}, jnp.int32(0),
+    ...   jax.random.key(0), student_variables=heads[0],
+    ...   teacher_variables=heads[1])
     >>> objective = class_attention(student='s', teacher='t')
     >>> loss, _, _ = objective.apply(*objective.init(inputs), inputs)
-    >>> [abs(round(v, 4)) for v in loss.tolist()]
-    [0.0, 0.0]
+    >>> [round(x, 4) for x in loss.tolist()]
+    [0.5]
   """
 
   def compare(params, inputs, s, t, i):
@@ -123,8 +131,9 @@ def norm_direction(
 ) -> Objective:
   """KD++: embeddings point to the teacher's class means and grow in norm.
 
-  The class means are those of all teacher features seen so far: a running sum
-  in the state, where the paper makes a pass over the training set first.
+  The class means are those of all teacher features seen so far, the batch at
+  hand included: a running sum in the state, where the paper makes a pass over
+  the training set first.
 
   Args:
     student: tap of an embedding `[B, D]`.
@@ -136,6 +145,8 @@ def norm_direction(
     Norm and Direction", 2023, arXiv:2305.17007.
 
   Example:
+    The mean of class 1 is (2, 2):
+
     >>> from kd_jax.types import Forward
     >>> x = jnp.array([[3.0, 4.0], [1.0, 0.0]])
     >>> student, teacher = Forward(x, {'s': x}), Forward(x, {'t': x})
@@ -143,9 +154,11 @@ def norm_direction(
     >>> inputs = base.Inputs(
     ...   student, teacher, batch, jnp.int32(0), jax.random.key(0))
     >>> objective = norm_direction(student='s', teacher='t', num_classes=3)
-    >>> loss, state, _ = objective.apply(*objective.init(inputs), inputs)
-    >>> state['count'].tolist(), state['sum'][1].tolist()
-    ([0.0, 2.0, 0.0], [4.0, 4.0])
+    >>> params, state = objective.init(inputs)
+    >>> params['kernel'] = jnp.eye(2)
+    >>> loss, state, _ = objective.apply(params, state, inputs)
+    >>> state['count'].tolist(), [round(v, 4) for v in loss.tolist()]
+    ([0.0, 2.0, 0.0], [0.0101, 0.2929])
   """
   connect = connectors.make_connector('linear')
 
@@ -209,19 +222,25 @@ def self_distillation(
     Zhang et al., "Be Your Own Teacher", 2019, arXiv:1905.08094.
 
   Example:
+    With parameters of 1 the shallow classifier's hidden features are 0 and 2,
+    and the deepest features are 3:
+
     >>> from kd_jax.types import Forward
-    >>> features = {'stage1': jnp.ones((4, 5, 5, 2)), 'pool': jnp.ones((4, 6))}
-    >>> student = Forward(jnp.zeros((4, 3)), features)
-    >>> batch = {'label': jnp.array([0, 1, 2, 0])}
+    >>> maps = jnp.array([0.0, 100.0]).reshape(2, 1, 1, 1)
+    >>> features = {'stage1': maps, 'pool': jnp.full((2, 1), 3.0)}
+    >>> student = Forward(jnp.zeros((2, 4)), features)
+    >>> batch = {'label': jnp.array([0, 1])}
     >>> inputs = base.Inputs(
     ...   student, None, batch, jnp.int32(0), jax.random.key(0))
     >>> objective = self_distillation(
-    ...   student=['stage1'], deepest='pool', num_classes=3)
+    ...   student=['stage1'], deepest='pool', num_classes=4, label_weight=0.0,
+    ...   soft_weight=0.0, hint_weight=1.0)
     >>> params, state = objective.init(inputs)
     >>> params['0']['head']['kernel'].shape
-    (6, 3)
-    >>> objective.apply(params, state, inputs)[0].shape
-    (4,)
+    (1, 4)
+    >>> ones = jax.tree.map(jnp.ones_like, params)
+    >>> [round(x, 2) for x in objective.apply(ones, state, inputs)[0].tolist()]
+    [9.0, 1.0]
   """
   taps = base.names(student)
 

@@ -42,11 +42,23 @@ def on_features(
       `connectors.make_connector`.
     **options: of the loss; a callable among them is a schedule.
 
+  Raises:
+    ValueError: for an unknown connector, or if there are not as many taps of
+      one as of the other.
+
   Example:
+    Two pairs, the second of maps whose attention is elsewhere:
+
+    >>> from kd_jax.types import Forward
+    >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 2, 1)
+    >>> inputs = base.Inputs(
+    ...   Forward(None, {'s1': x, 's2': x}),
+    ...   Forward(None, {'t1': 7 * x, 't2': x[:, :, ::-1]}), {}, jnp.int32(0),
+    ...   jax.random.key(0))
     >>> at = on_features(
     ...   losses.attention_transfer, student=('s1', 's2'), teacher=('t1', 't2'))
-    >>> at.taps.student
-    ('s1', 's2')
+    >>> at.taps.student, at.apply(*at.init(inputs), inputs)[0].tolist()
+    (('s1', 's2'), [1.0])
   """
 
   def compare(inputs, s, t, i):
@@ -139,21 +151,25 @@ def hints(
     teacher: as many.
     connector: 'norm_relu' fits features that follow a ReLU.
 
+  Raises:
+    ValueError: as `on_features`.
+
   References:
     Romero et al., "FitNets: Hints for Thin Deep Nets", 2014, arXiv:1412.6550.
 
   Example:
+    With parameters of 1 the student's features become 0 and 2:
+
     >>> from kd_jax.types import Forward
-    >>> student = Forward(jnp.zeros(2), {'s': jnp.ones((2, 8, 8, 3))})
-    >>> teacher = Forward(jnp.zeros(2), {'t': jnp.ones((2, 4, 4, 5))})
+    >>> student = Forward(None, {'s': jnp.array([[0.0], [100.0]])})
+    >>> teacher = Forward(None, {'t': jnp.array([[1.0], [5.0]])})
     >>> inputs = base.Inputs(
     ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
-    >>> same = hints(student='t', teacher='t', connector='identity')
-    >>> same.apply({'0': {}}, {}, inputs._replace(student=teacher))[0].tolist()
-    [0.0, 0.0]
     >>> objective = hints(student='s', teacher='t')
-    >>> objective.apply(*objective.init(inputs), inputs)[0].shape
-    (2,)
+    >>> params, state = objective.init(inputs)
+    >>> ones = jax.tree.map(jnp.ones_like, params)
+    >>> [round(x, 2) for x in objective.apply(ones, state, inputs)[0].tolist()]
+    [1.0, 9.0]
   """
   return on_features(
     losses.hint, student=student, teacher=teacher, connector=connector
@@ -215,22 +231,27 @@ def variational_information(
     teacher: as many.
     init_variance: the variance at the start, > 1e-5.
 
+  Raises:
+    ValueError: if there are not as many taps of one as of the other.
+
   References:
     Ahn et al., "Variational Information Distillation for Knowledge Transfer",
     2019, arXiv:1904.05835.
 
   Example:
+    The mean is 0, so this is (3**2 / 5 + log 5) / 2:
+
     >>> from kd_jax.types import Forward
-    >>> student = Forward(jnp.zeros(2), {'s': jnp.ones((2, 4, 4, 3))})
-    >>> teacher = Forward(jnp.zeros(2), {'t': jnp.ones((2, 4, 4, 5))})
+    >>> student = Forward(None, {'s': jnp.zeros((1, 4, 4, 3))})
+    >>> teacher = Forward(None, {'t': jnp.full((1, 4, 4, 5), 3.0)})
     >>> inputs = base.Inputs(
     ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
     >>> objective = variational_information(student='s', teacher='t')
     >>> params, state = objective.init(inputs)
     >>> params['0']['variance'].shape
     (5,)
-    >>> objective.apply(params, state, inputs)[0].shape
-    (2,)
+    >>> round(float(objective.apply(params, state, inputs)[0][0]), 4)
+    1.7047
   """
   connect = connectors.make_connector('bottleneck')
   start = math.log(math.expm1(init_variance - 1e-5))
@@ -261,6 +282,9 @@ def activation_boundary(
     student: tap names of pre-activations, shallow to deep.
     teacher: as many.
     margin: see `losses.activation_boundary`.
+
+  Raises:
+    ValueError: if there are not as many taps of one as of the other.
 
   References:
     Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries
@@ -299,21 +323,31 @@ def overhaul(*, student: Names, teacher: Names, norms: Names) -> Objective:
     norms: for each of `teacher`, the path of the BatchNorm in the teacher's
       parameters whose scale and bias give the margins.
 
+  Raises:
+    ValueError: if there are not as many taps of one as of the other, or not as
+      many norms; when applied, for a norm that the teacher does not have.
+
   References:
     Heo et al., "A Comprehensive Overhaul of Feature Distillation", 2019,
     arXiv:1904.01866.
 
   Example:
+    With parameters of 1 the student's features become 0 and 2. The targets are
+    the margin -0.7979 and 1, and the squared errors are divided by 1000:
+
     >>> from kd_jax.types import Forward
-    >>> student = Forward(jnp.zeros(2), {'s': jnp.ones((2, 4, 4, 3))})
-    >>> teacher = Forward(jnp.zeros(2), {'t': jnp.ones((2, 4, 4, 5))})
-    >>> norm = {'scale': jnp.ones(5), 'bias': jnp.zeros(5)}
+    >>> student = Forward(None, {'s': jnp.array([[0.0], [100.0]])})
+    >>> teacher = Forward(None, {'t': jnp.array([[-3.0], [1.0]])})
+    >>> norm = {'scale': jnp.ones(1), 'bias': jnp.zeros(1)}
     >>> inputs = base.Inputs(
     ...   student, teacher, {}, jnp.int32(0), jax.random.key(0),
     ...   teacher_variables={'params': {'stage1': {'norm': norm}}})
     >>> objective = overhaul(student='s', teacher='t', norms='stage1/norm')
-    >>> objective.apply(*objective.init(inputs), inputs)[0].shape
-    (2,)
+    >>> params, state = objective.init(inputs)
+    >>> ones = jax.tree.map(jnp.ones_like, params)
+    >>> loss, _, _ = objective.apply(ones, state, inputs)
+    >>> [round(1000 * x, 3) for x in loss.tolist()]
+    [0.637, 1.0]
   """
   norms = base.names(norms)
   base.pairs(teacher, norms)

@@ -32,8 +32,8 @@ def input_gradients(
     reads: the entry of a batch that both networks see.
 
   References:
-    Czarnecki et al., "Sobolev Training for Neural Networks", 2017,
-    arXiv:1706.04859, for the gradient of one function of the output.
+    Zagoruyko, Komodakis, "Paying More Attention to Attention", 2016,
+    arXiv:1612.03928, section 3.2.
 
   Example:
     >>> from kd_jax.types import Forward

@@ -41,6 +41,14 @@ class Inputs(NamedTuple):
       step moves with part 0.
     tokens: the `attention_mask` of the step's whole batch, if it has one; None
       where that is `batch`.
+
+  Example:
+    >>> student, teacher = Forward(jnp.ones((1, 3))), Forward(jnp.zeros((1, 3)))
+    >>> inputs = Inputs(
+    ...   student, teacher, {'label': jnp.array([2])}, jnp.int32(0),
+    ...   jax.random.key(0))
+    >>> inputs.teacher.output.tolist(), inputs.axis_name
+    ([[0.0, 0.0, 0.0]], None)
   """
 
   student: Forward

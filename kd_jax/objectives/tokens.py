@@ -42,6 +42,9 @@ def on_tokens(
     power: of the count that the loss divides by: 1 for tokens, 2 for pairs.
     **options: of the loss; a callable among them is a schedule.
 
+  Raises:
+    ValueError: if there are not as many taps of one as of the other.
+
   Example:
     The second token only pads:
 
@@ -83,6 +86,9 @@ def patient(*, student: Names, teacher: Names, position: int = 0) -> Objective:
     student: tap names of hidden states `[B, L, D]`.
     teacher: as many, of the same width.
     position: the token; 0 is the class token.
+
+  Raises:
+    ValueError: if there are not as many taps of one as of the other.
 
   References:
     Sun et al., "Patient Knowledge Distillation for BERT Model Compression",
