@@ -19,7 +19,15 @@ from kd_jax import launch as launch_lib
 from kd_jax import metrics, models, tasks
 from kd_jax import plan as plan_lib
 from kd_jax import report as report_lib
-from kd_jax.recipe import assess, distillation, origin, search, shrunk, stages
+from kd_jax.recipe import (
+  assess,
+  distillation,
+  fields,
+  origin,
+  search,
+  shrunk,
+  stages,
+)
 from kd_jax.recipe import compare as compare_lib
 from kd_jax.recipe.run import Run
 from kd_jax.report import comparison, tradeoff
@@ -215,6 +223,7 @@ def plan(values: Any) -> int:
 def _stored(path: str, **options: Any) -> Run:
   workdir = Workdir(path)
   config = ml_collections.ConfigDict(frozen(workdir.config))
+  fields.check(config)
   for name, known in (
     (config.data.task, tasks.TASKS),
     (config.teacher.model.name, models.MODELS),

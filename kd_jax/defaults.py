@@ -14,7 +14,17 @@ TRAINED = ('teacher', 'alone', 'distill', 'compress')
 
 
 def training(epochs: int, learning_rate: float) -> ml_collections.ConfigDict:
-  """One training run: how long, and with which optimizer."""
+  """One training run: how long, and with which optimizer.
+
+  Args:
+    epochs: how often the train split is seen.
+    learning_rate: the rate after the warm-up.
+
+  Example:
+    >>> fields = training(20, 3e-3)
+    >>> fields.epochs, fields.learning_rate, fields.optimizer.name
+    (20, 0.003, 'adamw')
+  """
   return ml_collections.ConfigDict(
     {
       'epochs': epochs,
@@ -41,7 +51,12 @@ def training(epochs: int, learning_rate: float) -> ml_collections.ConfigDict:
 
 
 def kd() -> dict[str, dict]:
-  """The terms of plain KD; `kd_jax.methods` has those of other methods."""
+  """The terms of plain KD; `kd_jax.methods` has those of other methods.
+
+  Example:
+    >>> {name: term['weight'] for name, term in kd().items()}
+    {'kd': 0.9, 'ce': 0.1}
+  """
   return {
     'kd': {'name': 'soft_targets', 'weight': 0.9, 'temperature': 4.0},
     'ce': {'name': 'hard_labels', 'weight': 0.1},
@@ -49,7 +64,13 @@ def kd() -> dict[str, dict]:
 
 
 def scheme() -> dict:
-  """Who learns from whom: by default the student from the teacher."""
+  """Who learns from whom: by default the student from the teacher.
+
+  Example:
+    >>> fields = scheme()
+    >>> fields['generations'], fields['cohort'], fields['reuse_head']
+    (1, 1, False)
+  """
   return {
     # Networks between teacher and student, name -> model, in this order.
     'assistants': {},
@@ -67,7 +88,13 @@ def scheme() -> dict:
 
 
 def data() -> dict:
-  """What is learned from: `data.load_images` and augmentation."""
+  """What is learned from: `data.load_images` and augmentation.
+
+  Example:
+    >>> fields = data()
+    >>> fields['name'], fields['validation'], fields['transfer']['name']
+    ('digits', 0.1, '')
+  """
   return {
     'name': 'digits',
     # What kind of problem it is: one of `kd_jax.tasks.TASKS`. Without another
@@ -103,7 +130,13 @@ def data() -> dict:
 
 
 def teacher() -> dict:
-  """Who teaches, and how it is trained and run."""
+  """Who teaches, and how it is trained and run.
+
+  Example:
+    >>> fields = teacher()
+    >>> fields['model']['depth'], fields['train'].epochs, fields['precision']
+    (8, 20, 'float32')
+  """
   return {
     'model': {'name': 'resnet', 'depth': 8, 'width': 48},
     'train': training(20, 3e-3),
@@ -129,7 +162,13 @@ def teacher() -> dict:
 
 
 def prune() -> dict:
-  """Which weights become zero or leave, and when; see `kd_jax.prune`."""
+  """Which weights become zero or leave, and when; see `kd_jax.prune`.
+
+  Example:
+    >>> fields = prune()
+    >>> fields['structure'], fields['sparsity'], fields['end']
+    ('weights', 0.8, '50%')
+  """
   return {
     # gradual; sparse (SET, RigL); straight_through (dense weights behind
     # masks); preserve (what is zero at the start stays so).
@@ -161,7 +200,13 @@ def prune() -> dict:
 
 
 def quantize() -> dict:
-  """What is rounded, how and when; see `kd_jax.quantize`."""
+  """What is rounded, how and when; see `kd_jax.quantize`.
+
+  Example:
+    >>> fields = quantize()
+    >>> fields['weights'], fields['freeze']
+    ((('.*/kernel', 'int8'),), '100%')
+  """
   return {
     # int8, int4 or float, by parameter path.
     'weights': (('.*/kernel', 'int8'),),
@@ -229,6 +274,8 @@ def get_config(*, tiny: bool = False) -> ml_collections.ConfigDict:
       'teacher': 0.98,
       'parameter_share': 0.1,
       'drop': 0.015,
+      # Of the classes that an exported file and the integer student choose; an
+      # export below it ends the run.
       'export_agreement': 0.995,
       'size_share': 0.05,
     },
@@ -251,6 +298,10 @@ def comparison(*, tiny: bool = False) -> ml_collections.ConfigDict:
 
   Args:
     tiny: see `get_config`; also three methods and two seeds.
+
+  Example:
+    >>> comparison(tiny=True).methods, len(comparison().scales)
+    (('alone', 'kd', 'at'), 3)
   """
   config = get_config(tiny=tiny)
   # FSP needs teachers and students of equal widths.
@@ -279,6 +330,11 @@ def search(*, tiny: bool = False) -> ml_collections.ConfigDict:
 
   Args:
     tiny: see `get_config`; also few candidates.
+
+  Example:
+    >>> config = search()
+    >>> config.search.finalists, config.compress.teacher
+    (3, 'student')
   """
   config = get_config(tiny=tiny)
   config.compress.teacher = 'student'
@@ -310,8 +366,15 @@ def search(*, tiny: bool = False) -> ml_collections.ConfigDict:
 def is_tiny(variant: str) -> bool:
   """Whether the word after a configuration's colon is 'tiny'.
 
+  Args:
+    variant: that word, '' without one.
+
   Raises:
     ValueError: for a word other than 'tiny' or none.
+
+  Example:
+    >>> is_tiny(''), is_tiny('tiny')
+    (False, True)
   """
   if variant not in ('', 'tiny'):
     raise ValueError(f"There is no variant {variant!r}: use 'tiny' or none.")

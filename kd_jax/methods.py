@@ -18,6 +18,10 @@ class Method(NamedTuple):
     weights: who chose the weights: 'paper', 'code' (its authors' or the CRD
       benchmark's for CIFAR-100), or 'ours' where publications leave them open.
     scheme: changes to the run besides the terms; see `kd_jax.defaults`.
+
+  Example:
+    >>> METHODS['kd'].terms['ce'], METHODS['kd'].weights
+    ({'name': 'hard_labels', 'weight': 0.1}, 'code')
   """
 
   title: str

@@ -113,16 +113,14 @@ def check_weights(names: Iterable[str], weights: Mapping[str, Any]) -> None:
 
   Args:
     names: of the networks.
-    weights: name -> weight; only the names are looked at.
+    weights: name -> weight.
 
   Raises:
-    ValueError: if a network has no weight, or a weight no network.
+    ValueError: for a name without weight, or a weight without network.
 
   Example:
-    >>> check_weights(['a', 'b'], {'b': 0.0, 'a': 1.0})
     >>> check_weights(['a', 'b'], {'a': 1.0})
     Traceback (most recent call last):
-    ...
     ValueError: There are weights for a, but the networks are a, b.
   """
   if set(weights) != set(names):
@@ -169,17 +167,12 @@ def variables_of(variables: Variables, name: str) -> dict[str, Any]:
   """One network's variables out of those of `combine`.
 
   Args:
-    variables: collection -> name -> values, as `combine_variables` makes them.
+    variables: collection -> name -> values, see `combine_variables`.
     name: of the network.
 
-  Returns:
-    `{'params': ..., **collections}`, without the collections that the network
-    has not; empty for an unknown name.
-
   Example:
-    >>> both = {'params': {'a': 1, 'b': 2}, 'batch_stats': {'b': 3}}
-    >>> variables_of(both, 'a'), variables_of(both, 'b')
-    ({'params': 1}, {'params': 2, 'batch_stats': 3})
+    >>> variables_of({'params': {'a': 1, 'b': 2}, 'batch_stats': {'b': 3}}, 'b')
+    {'params': 2, 'batch_stats': 3}
   """
   return {
     collection: values[name]
@@ -242,15 +235,12 @@ def cast_params(variables: Variables, dtype: Any) -> dict[str, Any]:
 
   Args:
     variables: `{'params': ..., **collections}`.
-    dtype: such as 'bfloat16'. Parameters that are integers stay.
-
-  Returns:
-    New variables; the other collections are shared with those given.
+    dtype: such as 'bfloat16'.
 
   Example:
-    >>> teacher = {'params': {'w': jnp.ones(2)}, 'batch_stats': jnp.ones(2)}
-    >>> cast = cast_params(teacher, 'bfloat16')
-    >>> cast['params']['w'].dtype.name, cast['batch_stats'].dtype.name
+    >>> variables = {'params': jnp.ones(2), 'batch_stats': jnp.ones(2)}
+    >>> half = cast_params(variables, 'bfloat16')
+    >>> half['params'].dtype.name, half['batch_stats'].dtype.name
     ('bfloat16', 'float32')
   """
 

@@ -177,9 +177,20 @@ def make_optimizer(
   Raises:
     ValueError: for an unknown name, or an option that is out of range.
 
+  References:
+    Loshchilov, Hutter, "Decoupled Weight Decay Regularization", 2017,
+    arXiv:1711.05101 (adamw); Chen et al., "Symbolic Discovery of Optimization
+    Algorithms", 2023, arXiv:2302.06675 (lion); You et al., "Large Batch
+    Optimization for Deep Learning", 2019, arXiv:1904.00962 (lamb).
+
   Example:
-    >>> tx = make_optimizer('adamw', learning_rate=1e-3, l2=0.01)
-    >>> state = tx.init({'dense': {'kernel': jnp.ones((2, 2))}})
+    >>> params = {'dense': {'kernel': jnp.ones(1), 'bias': jnp.ones(1)}}
+    >>> grads = jax.tree.map(jnp.zeros_like, params)
+    >>> tx = make_optimizer('adamw', learning_rate=0.5, l2=0.5)
+    >>> updates, _ = tx.update(grads, tx.init(params), params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> {name: x.tolist() for name, x in params['dense'].items()}
+    {'bias': [1.0], 'kernel': [0.75]}
   """
   scale = rules.choose('optimizer', name, OPTIMIZERS)
   if accumulate < 1:
@@ -228,7 +239,18 @@ def _add_penalties(l1: float, l2: float) -> optax.GradientTransformation:
 
 
 class AverageState(NamedTuple):
-  """State of `average_params`: the average, and the wrapped state."""
+  """State of `average_params`.
+
+  Attributes:
+    average: of the parameters, in their shapes; float32 at least.
+    inner: the state of the wrapped optimizer.
+
+  Example:
+    >>> tx = average_params(optax.sgd(1.0), decay=0.9)
+    >>> state = tx.init({'w': jnp.ones(2, jnp.bfloat16)})
+    >>> state.average['w'].tolist(), state.average['w'].dtype.name
+    ([1.0, 1.0], 'float32')
+  """
 
   average: Any
   inner: Any
@@ -283,6 +305,9 @@ def average_params(
       itself is not pruned, `prune.apply_masks` does that.
     decay: in (0, 1), such as 0.999.
 
+  Raises:
+    ValueError: for another decay.
+
   Example:
     >>> tx = average_params(optax.sgd(1.0), decay=0.5)
     >>> params = jnp.zeros(())
@@ -311,7 +336,19 @@ def average_params(
 
 
 def averaged_params(opt_state: Any) -> Any:
-  """The averaged parameters inside any optimizer state, or None."""
+  """The averaged parameters inside any optimizer state, or None.
+
+  Args:
+    opt_state: such as `TrainState.opt_state`; the average may lie anywhere in
+      it, as in that of `prune.transform` around `average_params`.
+
+  Example:
+    >>> tx = average_params(optax.adam(0.1), decay=0.9)
+    >>> averaged_params(tx.init({'w': jnp.ones(2)}))['w'].tolist()
+    [1.0, 1.0]
+    >>> averaged_params(optax.adam(0.1).init({'w': jnp.ones(2)})) is None
+    True
+  """
 
   def is_average(node):
     return isinstance(node, AverageState)

@@ -184,6 +184,9 @@ PROTOCOLS: dict[str, Protocol] = {
 def protocol(name: str) -> Protocol:
   """A published recipe by name.
 
+  Args:
+    name: of `PROTOCOLS`, such as 'crd2020'.
+
   Raises:
     ValueError: for an unknown name.
 
@@ -217,6 +220,12 @@ def read_variant(variant: str, protocols: Sequence[str]) -> Variant:
 
   Raises:
     ValueError: for other words, or two of one kind.
+
+  Example:
+    >>> read_variant('tiny,crd', ['crd2020', 'funmatch'])
+    Variant(protocol='crd2020', method='crd', tiny=True)
+    >>> read_variant('funmatch', ['crd2020', 'funmatch']).method
+    'label_free'
   """
   words = variant.split(',') if variant else []
   named = [word for word in words if word in methods.METHODS]
@@ -261,6 +270,23 @@ def recipe(
       pair.
     protocols: of `PROTOCOLS`; the first is the one that trains the
       teacher, and the students' unless the variant names another.
+
+  Returns:
+    A configuration, see `kd_jax.defaults`, of CIFAR-100 until changed.
+
+  Raises:
+    ValueError: see `read_variant`.
+
+  Example:
+    >>> resnet56 = {'name': 'cifar_resnet', 'depth': 56}
+    >>> resnet20 = {'name': 'cifar_resnet', 'depth': 20}
+    >>> config = recipe(
+    ...   'crd', teacher=resnet56, student=resnet20, tiny_teacher=resnet20,
+    ...   tiny_student=resnet20, accuracies=(72.34, 70.66), own_weights={})
+    >>> config.distill.train.epochs, config.teacher.model.depth
+    (240, 56)
+    >>> sorted(config.distill.terms), round(config.aims.drop, 4)
+    (['ce', 'contrastive'], 0.0268)
   """
   chosen = read_variant(variant, protocols)
   tiny = chosen.tiny

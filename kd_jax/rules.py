@@ -38,12 +38,9 @@ def path_name(path: Any) -> str:
 def leaf_names(tree: Any) -> list[str]:
   """The path of every leaf, in the order of `jax.tree.leaves`.
 
-  Args:
-    tree: any pytree. None is no leaf.
-
   Example:
-    >>> leaf_names({'head': {'bias': 0, 'kernel': 1}, 'blocks': [2, None]})
-    ['blocks/0', 'head/bias', 'head/kernel']
+    >>> leaf_names({'conv': {'kernel': 1.0, 'bias': 0.5}})
+    ['conv/bias', 'conv/kernel']
   """
   return [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
@@ -91,12 +88,12 @@ def choose(kind: str, name: str, choices: Mapping[str, T]) -> T:
   """`choices[name]`, or a ValueError that names the valid ones.
 
   Args:
-    kind: what the choices are, for the message, such as 'optimizer'.
-    name: what was asked for.
+    kind: what is chosen, in words; begins the message.
+    name: of the choice.
     choices: name -> value.
 
   Raises:
-    ValueError: for another name; see `near_misses` for what it says.
+    ValueError: for a name that is not among them.
 
   Example:
     >>> choose('optimizer', 'adan', {'adam': 1, 'sgd': 2})
@@ -107,6 +104,31 @@ def choose(kind: str, name: str, choices: Mapping[str, T]) -> T:
   if name not in choices:
     raise ValueError(f'Unknown {kind} {name!r}: {near_misses(name, choices)}')
   return choices[name]
+
+
+def check_pairs(rules: Any, kind: str = 'rule') -> None:
+  """Raises ValueError unless rules are `(pattern, value)` pairs.
+
+  Args:
+    rules: what was given.
+    kind: what they are for; begins the message.
+
+  Example:
+    >>> check_pairs('.*/kernel')
+    Traceback (most recent call last):
+    ValueError: A rule is a pair of a pattern and a value, as in \
+[('.*/kernel', ...)]; given was '.*/kernel'.
+  """
+  if isinstance(rules, str | Mapping) or not all(
+    isinstance(pair, tuple | list)
+    and len(pair) == 2
+    and isinstance(pair[0], str)
+    for pair in rules
+  ):
+    raise ValueError(
+      f"A {kind} is a pair of a pattern and a value, as in [('.*/kernel', "
+      f'...)]; given was {rules!r}.'
+    )
 
 
 def match(
@@ -123,14 +145,15 @@ def match(
     path -> value for the paths that a rule with a value matched.
 
   Raises:
-    ValueError: if a rule matches no path at all, or its pattern is not a
-      regular expression.
+    ValueError: if a rule matches no path at all, its pattern is not a regular
+      expression, or for what is no sequence of pairs.
 
   Example:
     >>> rules = [('head/.*', None), ('.*/kernel', 8)]
     >>> match(rules, ['conv/kernel', 'conv/bias', 'head/kernel'])
     {'conv/kernel': 8}
   """
+  check_pairs(rules, kind)
   matched: dict[str, T] = {}
   used = [False] * len(rules)
   for name in names:
@@ -154,16 +177,13 @@ def first(rules: Rules[T], name: str) -> T | None:
   Unlike `match` it cannot tell a rule that matches nothing anywhere.
 
   Args:
-    rules: `(pattern, value)` pairs.
-    name: a path.
-
-  Raises:
-    ValueError: if a pattern that is tried is not a regular expression.
+    rules: `(pattern, value)` pairs; patterns are those of `re.fullmatch`.
+    name: '/'-joined path.
 
   Example:
-    >>> rules = [('head/.*', None), ('.*/kernel', 8)]
-    >>> [first(rules, n) for n in ('conv/kernel', 'head/kernel', 'kernel')]
-    [8, None, None]
+    >>> rules = [('head/.*', 8), ('.*/kernel', 4)]
+    >>> first(rules, 'head/kernel'), first(rules, 'conv/bias')
+    (8, None)
   """
   for pattern, value in rules:
     if _fullmatch(pattern, name, 'rule'):

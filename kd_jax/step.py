@@ -6,7 +6,6 @@ the parameters that arrive here are already masked. Owns neither compilation nor
 loops, data and files.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,25 +15,20 @@ import optax
 
 from kd_jax import loops
 from kd_jax.objectives import Inputs, Objective, mean
+from kd_jax.params_fn import with_step
 from kd_jax.types import (
   ATTENTION_MASK,
   CACHED,
   Batch,
   Forward,
-  Metrics,
   ObjectiveState,
   Params,
   StudentFn,
   TeacherFn,
   TrainState,
+  TrainStep,
   Variables,
 )
-
-_POSITIONAL = (
-  inspect.Parameter.POSITIONAL_ONLY,
-  inspect.Parameter.POSITIONAL_OR_KEYWORD,
-)
-TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -45,7 +39,7 @@ def make_train_step(
   teacher_fn: TeacherFn | None = None,
   params_fn: Callable[..., Params] = lambda params: params,
   axis_name: str | None = None,
-  num_shards: int = 1,
+  num_shards: int | None = None,
   objective_tx: optax.GradientTransformation | None = None,
   accumulate: int = 1,
 ) -> TrainStep:
@@ -63,7 +57,7 @@ def make_train_step(
       `prune.straight_through` asks for; which one is found out here, once.
     axis_name: the mapped axis under `shard_map` or `pmap`, None under `jit`.
     num_shards: under `jit`, the devices over which the batch is split: parts
-      of the batch for the terms with `scope='local'`.
+      of the batch for the terms with `scope='local'`, which need it.
     objective_tx: optimizer of the objective's own parameters; needed only if
       it has any. Usually the student's, without pruning.
     accumulate: into how many parts the batch is divided, which go through the
@@ -83,9 +77,8 @@ def make_train_step(
     what the objective owns, `grad_norm/objective`.
 
   Raises:
-    ValueError: when called, if `accumulate` does not divide the examples of a
-      batch; and what the terms of the objective raise, such as for an entry
-      that the batch has not.
+    ValueError: for a module in place of a function; when traced, for a state
+      without the teacher, no key, or if `accumulate` does not divide the batch.
 
   Example:
     >>> from kd_jax.objectives import term
@@ -100,6 +93,10 @@ def make_train_step(
     >>> state.params.tolist()
     [0.25, 0.25]
   """
+  if accumulate < 1:
+    raise ValueError(f'accumulate={accumulate} is not a number from 1 on.')
+  _check_function('student_fn', student_fn)
+  _check_function('teacher_fn', teacher_fn)
   params_at = with_step(params_fn)
   # Names that profiles and compiled programs show.
   student_fn = jax.named_scope('student')(student_fn)
@@ -107,6 +104,13 @@ def make_train_step(
     teacher_fn = jax.named_scope('teacher')(teacher_fn)
 
   def train_step(state, batch, rng):
+    if teacher_fn is not None and state.teacher is None:
+      raise ValueError(
+        'The step has a teacher_fn and the state no teacher: give init_state '
+        'teacher_fn and teacher too.'
+      )
+    if not hasattr(rng, 'dtype'):
+      raise ValueError(f'rng is a key, such as jax.random.key(0), not {rng!r}.')
     rng = jax.random.fold_in(rng, state.step)
     trainable = (state.params, state.objective.params)
     zeros = jax.tree.map(jnp.zeros_like, trainable)
@@ -177,7 +181,16 @@ def make_train_step(
       norms['grad_norm/objective'] = _norm(grads[1])
     return new_state, {'loss/total': loss} | metrics | norms
 
+  # What `sharding.compile_step` compares with its compiler.
+  vars(train_step)['axis_name'] = axis_name
   return train_step
+
+
+def _check_function(name: str, fn: Any) -> None:
+  if isinstance(fn, type) or (hasattr(fn, 'init') and hasattr(fn, 'apply')):
+    raise ValueError(
+      f'{name} is a module, not a function: kd_jax.from_linen(module) makes it.'
+    )
 
 
 def init_state(
@@ -209,22 +222,22 @@ def init_state(
 
   Raises:
     ValueError: if only one of `teacher_fn` and `teacher` is given, variables
-      have no 'params', or the objective has parameters and there is no
-      `objective_tx`.
+      have no 'params', the objective has parameters and there is no
+      `objective_tx`, or for a module in place of a function.
 
   Example:
-    >>> from kd_jax.objectives import hints
-    >>> def forward(v, batch, rng=None, *, train=False):
-    ...   return Forward(batch['x'], {'tap': batch['x'] @ v['params']})
-    >>> hint = hints(student='tap', teacher='tap', connector='linear')
-    >>> tx, batch = optax.sgd(0.1), {'x': jnp.ones((4, 3))}
+    >>> from kd_jax.objectives import regression
+    >>> student_fn = lambda v, batch, rng, *, train: Forward(
+    ...   batch['x'] @ v['params']['w'])
+    >>> batch = {'x': jnp.ones((4, 3)), 'target': jnp.ones((4, 2))}
     >>> state = init_state(
-    ...   forward, hint, tx,
-    ...   {'params': jnp.ones((3, 2))}, batch, teacher_fn=forward,
-    ...   teacher={'params': jnp.ones((3, 5))}, objective_tx=tx)
-    >>> jax.tree.map(jnp.shape, state.objective.params)
-    {'0': {'bias': (5,), 'kernel': (2, 5)}}
+    ...   student_fn, regression(), optax.sgd(0.1, momentum=0.9),
+    ...   {'params': {'w': jnp.ones((3, 2))}}, batch)
+    >>> int(state.step), [x.shape for x in jax.tree.leaves(state.opt_state)]
+    (0, [(3, 2)])
   """
+  _check_function('student_fn', student_fn)
+  _check_function('teacher_fn', teacher_fn)
   if (teacher_fn is None) != (teacher is None):
     raise ValueError('teacher_fn and teacher variables come together.')
   if 'params' not in variables:
@@ -296,19 +309,18 @@ def make_eval_step(
   Returns:
     `eval_step(variables, teacher, batch) -> sums`, a pytree that adds over
     batches and that `metrics.evaluate` turns into numbers. `batch['mask']`
-    `[B]` marks with 0 the examples that only pad the batch; without that entry
-    all of them count.
+    `[B]` marks with 0 the examples that only pad the batch.
 
   Example:
     >>> from kd_jax import metrics
-    >>> student_fn = lambda v, batch, rng, *, train: Forward(
-    ...   batch['x'] @ v['params'])
-    >>> eval_step = make_eval_step(student_fn, {'top1': metrics.accuracy()})
-    >>> batch = {'x': jnp.eye(3), 'label': jnp.array([0, 1, 0])}
-    >>> batch['mask'] = jnp.array([1.0, 1.0, 0.0])
-    >>> sums = eval_step({'params': jnp.eye(3)[:, ::-1]}, None, batch)
-    >>> {name: float(x) for name, x in sums['top1'].items()}
-    {'sum': 1.0, 'count': 2.0}
+    >>> measured = {'accuracy': metrics.accuracy()}
+    >>> student_fn = lambda v, batch, rng, *, train: Forward(batch['x'])
+    >>> eval_step = jax.jit(make_eval_step(student_fn, measured))
+    >>> batch = {'x': jnp.eye(3), 'label': jnp.array([0, 1, 0]),
+    ...          'mask': jnp.array([1, 1, 0])}
+    >>> sums = eval_step({'params': {}}, None, batch)['accuracy']
+    >>> float(sums['sum']), float(sums['count'])
+    (2.0, 2.0)
   """
 
   def eval_step(variables, teacher, batch):
@@ -324,30 +336,6 @@ def make_eval_step(
     }
 
   return eval_step
-
-
-def with_step(
-  params_fn: Callable[..., Params],
-) -> Callable[[Params, jax.Array], Params]:
-  """A map of parameters as a function of the parameters and the step.
-
-  Args:
-    params_fn: `params -> params` or `(params, step) -> params`.
-
-  Example:
-    >>> [int(fn(3, 2)) for fn in (with_step(lambda p: p), with_step(pow))]
-    [3, 9]
-  """
-  try:
-    arguments = list(inspect.signature(params_fn).parameters.values())
-  except ValueError:  # Some builtins have no signature.
-    arguments = []
-  needed = [
-    a for a in arguments if a.default is a.empty and a.kind in _POSITIONAL
-  ]
-  if len(needed) > 1:
-    return params_fn
-  return lambda params, step: params_fn(params)
 
 
 def _without_cached(batch: Batch) -> Batch:

@@ -209,6 +209,12 @@ def make_term(name: str, facts: Facts, **options: Any) -> Objective:
 
   Raises:
     ValueError: for an unknown name or option, or a missing teacher.
+
+  Example:
+    >>> facts = Facts(student=None, teacher=None, num_classes=10, total_steps=9)
+    >>> make_term('soft_target', facts)
+    Traceback (most recent call last):
+    ValueError: Unknown term 'soft_target': did you mean soft_targets?
   """
   kind = rules.choose('term', name, TERMS)
   if kind.teacher and isinstance(facts.teacher, Mapping):
@@ -244,6 +250,9 @@ def make_value(value: Any, total_steps: int) -> Any:
       shares of the run.
     total_steps: length of the run.
 
+  Raises:
+    ValueError: for a mapping that is no schedule.
+
   Example:
     >>> warm = make_value({'end': 2.0, 'until': 0.1}, total_steps=100)
     >>> float(warm(5)), float(warm(50))
@@ -276,9 +285,13 @@ def make_objective(
   Example:
     >>> facts = Facts(student=None, teacher=None, num_classes=10, total_steps=9)
     >>> objective = make_objective({
-    ...   'kd': {'name': 'soft_targets', 'weight': 0.9, 'temperature': 4.0},
-    ...   'ce': {'name': 'hard_labels', 'weight': 0.1},
+    ...   'half': {'name': 'hard_labels', 'weight': 0.5},
+    ...   'none': {'name': 'soft_targets', 'weight': 0},
     ... }, facts)
+    >>> import jax
+    >>> inputs = base.Inputs(None, None, {}, np.int32(0), jax.random.key(0))
+    >>> objective.init(inputs)
+    ({'half': {}}, {'half': {}})
   """
   made = {}
   for label, term in terms.items():
@@ -361,10 +374,10 @@ def describe(terms: Mapping[str, Mapping[str, Any]]) -> str:
 
   Example:
     >>> describe({
-    ...   'kd': {'name': 'soft_targets', 'weight': 0.9, 'temperature': 4.0},
-    ...   'ce': {'name': 'hard_labels', 'weight': 0.1},
+    ...   'kd': {'name': 'soft_targets', 'weight': 0.1 * 0.9},
+    ...   'ce': {'name': 'hard_labels', 'weight': 1, 'label_smoothing': 0.1},
     ... })
-    '0.9 x soft_targets(temperature=4.0) + 0.1 x hard_labels'
+    '0.09 x soft_targets + 1 x hard_labels(label_smoothing=0.1)'
   """
   return ' + '.join(
     _described(**term) for term in terms.values() if term['weight']
@@ -377,6 +390,9 @@ def _described(name: str, weight: Any, **options: Any) -> str:
 
 
 def _word(value: Any) -> str:
+  if isinstance(value, float):
+    # 0.1 * 0.9, which is 0.09000000000000001, reads 0.09.
+    return f'{float(f"{value:.6g}")}'
   if not isinstance(value, Mapping):
     return f'{value}'
   start, shape = value.get('start', 0.0), value.get('shape', 'linear')

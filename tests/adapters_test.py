@@ -174,6 +174,29 @@ def test_the_input_and_train_arguments_may_have_other_names():
   assert forward(variables, x, train=True).output.shape == (2, 2)
 
 
+@pytest.mark.parametrize(
+  'model', [nn.Sequential([nn.Dense(2)]), nn.Dense(2)], ids=['inside', 'itself']
+)
+def test_a_module_without_the_train_argument_is_named(model):
+  variables = model.init(jax.random.key(0), BATCH['image'])
+  forward = adapters.from_linen(model)
+  name = type(model).__name__
+  with pytest.raises(
+    ValueError, match=f"{name} takes no argument 'train': tra"
+  ):
+    forward(variables, BATCH)
+
+
+def test_another_error_of_type_stays_as_it_is():
+  class Wrong(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      return nn.Dense(2, wrong=3)(x)
+
+  with pytest.raises(TypeError, match="argument 'wrong'"):
+    adapters.from_linen(Wrong())({}, BATCH)
+
+
 def test_init_is_in_evaluation_mode_and_keyed():
   model = models.CNN(3, widths=(4,), dropout=0.5)
   made = [

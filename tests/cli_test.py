@@ -1,12 +1,13 @@
 """Messages and exit codes of the command line."""
 
+import json
 import pathlib
 import re
 
 import pytest
 
 import kd_jax
-from kd_jax import cli, launch
+from kd_jax import cli, defaults, launch
 from kd_jax.cli import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -106,7 +107,17 @@ def test_a_bad_field_gets_one_sentence(case, capsys, tmp_path, data_dir):
   [
     ('alone.train.epochs=-1', 'train.epochs=-1 is not a number from 1 on'),
     ('student.model.name=resnett', "Unknown model 'resnett': did you mean"),
-    ('distill.train.batch_size=0', 'batch_size is 0'),
+    ('distill.train.batch_size=0', 'batch_size=0 is not a number from 1 on'),
+    ('distill.train.accumulate=3', 'accumulate=3 does not divide train.batch'),
+    ('distill.scheme.generations=0', 'generations=0 is not a number from 1'),
+    ('teacher.train.evaluate_every_epochs=0', 'evaluate_every_epochs=0 is not'),
+    ('eval_batch_size=0', 'eval_batch_size=0 is not a number from 1 on'),
+    ('seed=-1', 'seed=-1 is not a number from 0 on'),
+    ('data.placement=gpu', "Unknown data.placement 'gpu'"),
+    ('teacher.cache=nowhere', 'nowhere is no teacher cache'),
+    ('teacher.pretrained=nowhere', 'teacher.pretrained=nowhere is no file'),
+    ("teacher.shard=('data',)", "Unknown axis of teacher.shard 'data'"),
+    ('distill.terms.ce.name=features', 'hint needs equal shapes, to which'),
     ('distill.train.schedule=cosin', "Unknown schedule 'cosin'"),
     ('distill.terms.kd.name=soft', "Unknown term 'soft'"),
     ('distill.scheme.ema=2.0', 'ema_teacher: decay=2.0 is not in'),
@@ -133,7 +144,32 @@ def test_a_bad_word_of_a_late_stage_is_refused_before_any_training(
   words += [f'--config.data.data_dir={data_dir}', f'--config.{flag}']
   assert cli.main(words) == 2
   assert expected in capsys.readouterr().err
-  assert not (place / 'teacher').exists()
+  assert not (place / 'config.json').exists()
+
+
+@pytest.mark.parametrize(
+  'flag, expected',
+  [
+    ('seeds=0', 'seeds=0 is not a number from 1 on'),
+    ('scales=()', 'scales=() leaves no factor'),
+    ('aims.drop=0.5', 'kd-jax compare does not read aims.drop=0.5'),
+    ('seed=3', 'kd-jax compare does not read seed=3'),
+    ("methods=('kdd',)", "Unknown entry of methods 'kdd': did you mean kd"),
+  ],
+)
+def test_what_no_comparison_can_do_is_refused(flag, expected, capsys, tmp_path):
+  words = ['compare', f'--config={ROOT}/configs/compare_digits.py:tiny']
+  words += [f'--workdir={tmp_path / "new"}', f'--config.{flag}']
+  assert cli.main(words) == 2
+  assert expected in capsys.readouterr().err
+  assert not (tmp_path / 'new').exists()
+
+
+def test_a_factor_is_not_chosen_without_a_validation_split(capsys, tmp_path):
+  words = ['compare', f'--config={ROOT}/configs/compare_digits.py:tiny']
+  words += [f'--workdir={tmp_path / "new"}', '--config.data.validation=0.0']
+  assert cli.main([*words, '--config.scales=(1.0, 0.1)']) == 2
+  assert 'data.validation=0 leaves none' in capsys.readouterr().err
 
 
 CONFIGURATIONS = {
@@ -148,6 +184,17 @@ CONFIGURATIONS = {
   ),
   'no function': ('run --config=empty.py', 'it has no get_config()'),
   'no variant': ('run --config=plain.py:tiny', "no variants, such as 'tiny'"),
+  'a dict': ('run --config=plain.py', 'of plain.py returned dict, and not an'),
+  'an error': ('run --config=wrong.py', 'wrong.py, line 2: ZeroDivisionError'),
+  'no Python': ('run --config=text.md', 'text.md, line 1: SyntaxError'),
+  'no such field': (
+    'run --config=field.py',
+    "Nothing reads the field 'data.nme': did you mean data.name",
+  ),
+  'an old one': (
+    'run --config=old.json',
+    "The configuration has no field 'aims.drop'. New ones begin with",
+  ),
 }
 
 
@@ -158,10 +205,39 @@ def test_a_file_that_is_no_such_configuration_is_named(
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'empty.py').write_text('')
   (tmp_path / 'plain.py').write_text('get_config = lambda: {}')
+  (tmp_path / 'wrong.py').write_text('def get_config():\n  return 1 / 0\n')
+  (tmp_path / 'text.md').write_text('It is no Python.')
+  (tmp_path / 'field.py').write_text(
+    'from kd_jax import defaults\n'
+    'def get_config():\n'
+    '  config = defaults.get_config(tiny=True)\n'
+    "  config.data.nme = 'digits'\n"
+    '  return config\n'
+  )
+  (tmp_path / 'old.json').write_text('{"seed": 0, "mesh": {}}')
   words, expected = CONFIGURATIONS[case]
   assert cli.main([*words.split(), '--workdir=new']) == 2
   assert expected in capsys.readouterr().err
   assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize('command', ['run', 'evaluate', 'shrink', 'report'])
+def test_a_directory_of_an_earlier_version_is_refused(
+  command, capsys, tmp_path
+):
+  config = defaults.get_config().to_dict()
+  del config['data']['task']
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  assert cli.main([command, f'--workdir={tmp_path}']) == 2
+  error = capsys.readouterr().err
+  assert "has no field 'data.task'" in error and 'of an earlier kd_jax' in error
+
+
+def test_a_field_changes_only_with_a_file(capsys, tmp_path):
+  (tmp_path / 'config.json').write_text('{}')
+  words = ['run', f'--workdir={tmp_path}', '--config.seed=1']
+  assert cli.main(words) == 2
+  assert '--config.seed=1 needs --config=FILE' in capsys.readouterr().err
 
 
 def test_the_version_is_that_of_the_package(capsys):

@@ -17,10 +17,10 @@ SOURCES = {
 }
 # The rooms of each floor, from the top of the README's table downwards.
 FLOORS = [
-  {name.rstrip('/') for name in re.findall('`([a-z/]+)`', row)}
+  {name.rstrip('/') for name in re.findall('`([a-z_/]+)`', row)}
   for row in re.findall(
-    r'^\| ((?:`[a-z/]+`(?:, )?)+) \|',
-    (PACKAGE.parent / 'README.md').read_text().split('## Architecture')[1],
+    r'^\| ((?:`[a-z_/]+`(?:, )?)+) \|',
+    (PACKAGE.parent / 'README.md').read_text().split('| room |')[1],
     re.MULTILINE,
   )
 ]

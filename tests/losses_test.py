@@ -4,6 +4,7 @@ A new loss is one row of the cases of its module in `loss_cases`.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -421,6 +422,12 @@ def test_skewing_bounds_the_divergence():
   student = np.float32([[1e4, -1e4]])
   loss = losses.skew_kl_divergence(student, -student, alpha=0.1)
   np.testing.assert_allclose(loss, -np.log(0.1), rtol=1e-6)
+
+
+def test_two_logits_are_standardized_to_their_order():
+  got = losses.standardize_logits(jnp.array([[3.0, 1.0], [-2.0, 5.0]]))
+  want = np.array([[1.0, -1.0], [-1.0, 1.0]]) / math.sqrt(2)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_equal_logits_are_standardized_to_zero_without_a_gradient():

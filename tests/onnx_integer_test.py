@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from small_models import INPUTS, WEIGHTS, calibrated
 
-from kd_jax import deploy, export, quantize
+from kd_jax import adapters, deploy, export, quantize
 from kd_jax.export import onnx as onnx_lib
 from kd_jax.models import layers
 from kd_jax.quantize import QuantSpec
@@ -84,7 +84,7 @@ def _words():
 
 def test_words_on_integers(tmp_path):
   model, variables, x = _words()
-  observed = deploy.adapters.from_linen(
+  observed = adapters.from_linen(
     model,
     interceptors=[quantize.quantize_activations(INPUTS)],
     train_argument=None,

@@ -92,7 +92,7 @@ def random_variables(name, *, dtype='float32'):
 
 def forward_of(model):
   """The forward of a model in evaluation mode, folded BatchNorms left out."""
-  return deploy.evaluation(model)()
+  return deploy.evaluation(model, train_argument=None)()
 
 
 @functools.cache

@@ -47,6 +47,40 @@ def test_static_int8_agrees_with_the_float_network(name):
   assert _agreement(model, integers, test, want) >= 0.99
 
 
+class _Required(nn.Module):
+  """Its caller must say whether it trains, under a name of its own."""
+
+  @nn.compact
+  def __call__(self, x, is_training):
+    x = nn.BatchNorm(not is_training)(nn.Dense(8)(x))
+    return nn.Dense(3)(nn.relu(x))
+
+
+@pytest.mark.parametrize(
+  'model, name',
+  [
+    (nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)]), None),
+    (_Required(), 'is_training'),
+  ],
+  ids=['none', 'another'],
+)
+def test_the_train_argument_may_have_another_name_or_none(model, name):
+  x = np.random.default_rng(0).normal(size=(16, 5)).astype('f')
+  options = {} if name is None else {name: True}
+  variables = model.init(jax.random.key(0), x, **options)
+  float_forward = adapters.from_linen(model, train_argument=name)
+  want = float_forward(variables, {'image': x}).output
+  batches = [{'image': x}]
+  integers = deploy.post_training_quantize(
+    model, variables, batches, correct=True, train_argument=name
+  )
+  assert 'int8' in integers
+  assert 'batch_stats' not in integers or not integers['batch_stats']
+  forward = deploy.integer_forward(model, train_argument=name)
+  got = forward(integers, {'image': x}).output
+  np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max())
+
+
 def test_the_whole_pipeline_runs_on_integers():
   """fold, equalise, smooth, calibrate, AdaRound, correct, convert: 4 bits."""
   model, variables, test, want = _network('cnn')
@@ -206,7 +240,9 @@ def test_sharded_kernels_stay_sharded(kind):
       functools.partial(quantize.adaround, steps=20),
       quantize.correct_biases,
     ) * (kind == 'Explicit'):
-      run = functools.partial(run, deploy.evaluation(model))
+      run = functools.partial(
+        run, deploy.evaluation(model, train_argument=None)
+      )
       one, many = (run(v, [x], cases.INT4) for v in (variables, placed))
       jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=1e-5), one, many

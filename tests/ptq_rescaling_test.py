@@ -164,6 +164,24 @@ def test_what_may_lie_between_two_layers(name):
   np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol)
 
 
+def test_a_bias_may_be_a_row():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Dense(8, use_bias=False, name='first')(x)
+      x = nn.relu(x + self.param('row', nn.initializers.normal(), (1, 8)))
+      return nn.Dense(3, name='second')(x)
+
+  x = {'image': np.random.default_rng(0).normal(size=(6, 5)).astype('f')}
+  variables = Net().init(jax.random.key(0), x['image'])
+  found = _scales(Net(), variables, x)
+  assert [set(s.multiplied) for s in found] == [
+    {'params/first/kernel', 'params/row'}
+  ]
+  got = cases.run(Net(), _shuffle(variables, found), x)
+  np.testing.assert_allclose(got, cases.run(Net(), variables, x), rtol=1e-4)
+
+
 def _two_layers(x, kernels):
   """The body of a scan that also returns what is inside."""
   a, b = kernels

@@ -38,12 +38,13 @@ def _kl(model, variables, test, want):
 # --- calibration
 
 
-def test_calibration_observes_every_batch_in_evaluation_mode():
+@pytest.mark.parametrize('default', [False, True])
+def test_calibration_observes_every_batch_in_evaluation_mode(default):
   """BatchNorm and Dropout are in the model; ranges are of its real inputs."""
 
   class Net(nn.Module):
     @nn.compact
-    def __call__(self, x, train=False):
+    def __call__(self, x, train=default):
       x = nn.BatchNorm(not train, name='norm')(nn.Dense(4, name='first')(x))
       x = nn.Dropout(0.5, deterministic=not train)(x)
       return nn.Dense(3, name='second')(x)
@@ -147,7 +148,7 @@ def test_batches_count_by_their_size():
   model = nn.Sequential([nn.Dense(4, use_bias=False)])
   x = rng.normal(size=(30, 6)).astype('f') + 1
   variables = model.init(jax.random.key(0), x)
-  make_forward = deploy.evaluation(model)
+  make_forward = deploy.evaluation(model, train_argument=None)
   batches = [{'image': x[:4]}, {'image': x[4:]}]
   got = quantize.correct_biases(make_forward, variables, batches, cases.INT4)
   w = variables['params']['layers_0']['kernel']
@@ -276,7 +277,7 @@ def test_adaround_minimises_the_error_of_a_layer():
     'params': {'layers_0': {'kernel': jnp.asarray(w), 'bias': jnp.ones(2)}}
   }
   got = quantize.adaround(
-    deploy.evaluation(model),
+    deploy.evaluation(model, train_argument=None),
     variables,
     [{'image': x}],
     cases.INT4,
@@ -378,7 +379,7 @@ def test_the_weight_that_sets_the_scale_keeps_its_code():
     return {'params': {'layers_0': {'kernel': kernel, 'bias': jnp.zeros(1)}}}
 
   got = quantize.adaround(
-    deploy.evaluation(model),
+    deploy.evaluation(model, train_argument=None),
     variables(7.0, 2.0),
     [{'image': np.ones((8, 2), 'f')}],
     cases.INT4,
@@ -388,6 +389,27 @@ def test_the_weight_that_sets_the_scale_keeps_its_code():
   codes = np.asarray(got['params']['layers_0']['kernel']) * 7 / w
   np.testing.assert_allclose(codes[0], 7, rtol=1e-6)
   np.testing.assert_allclose(codes, np.round(codes), atol=1e-5)
+
+
+def test_adaround_weighs_its_loss_alike_however_many_examples_there_are():
+  """Equal examples: what a step draws of them says the same."""
+  x = np.random.default_rng(0).normal(size=(1, 12)).astype('f')
+  model = nn.Sequential([nn.Dense(16)])
+  variables = model.init(jax.random.key(0), x)
+  few, many = (
+    quantize.adaround(
+      deploy.evaluation(model, train_argument=None),
+      variables,
+      [{'image': np.repeat(x, count, axis=0)}],
+      cases.INT4,
+      steps=100,
+      batch_size=4,
+    )['params']['layers_0']['kernel']
+    for count in (4, 400)
+  )
+  np.testing.assert_array_equal(few, many)
+  nearest = quantize.fake_quant_params(variables['params'], cases.INT4)
+  assert (few != nearest['layers_0']['kernel']).any()
 
 
 def test_adaround_draws_by_its_key():
@@ -400,7 +422,7 @@ def test_adaround_draws_by_its_key():
   variables = model.init(jax.random.key(0), batch['image'])
   run = functools.partial(
     quantize.adaround,
-    deploy.evaluation(model),
+    deploy.evaluation(model, train_argument=None),
     variables,
     [batch],
     cases.INT4,

@@ -350,24 +350,26 @@ def test_loops_and_branches_tie_what_they_carry():
   def apply(params, x):
     x = x @ params['w']
     x = jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(x) * params['s'], x)
+    _, x = jax.lax.while_loop(
+      lambda carry: carry[0] < 3,
+      lambda carry: (carry[0] + 1, jnp.sin(carry[1]) * params['t']),
+      (1, x),
+    )
     x = jax.lax.cond(
       x.sum() > 0, lambda x: x + params['a'], lambda x: x * params['b'], x
     )
     return jax.jit(lambda x: x @ params['v'])(x)
 
   rng = np.random.default_rng(0)
-  shapes = {'w': (5, 6), 's': (6,), 'a': (6,), 'b': (6,), 'v': (6, 3)}
+  shapes = {'w': (5, 6), **dict.fromkeys('stab', (1, 6)), 'v': (6, 3)}
   params = {k: rng.normal(size=s).astype('f') for k, s in shapes.items()}
-  params['s'], params['a'], params['b'] = (
-    params[k].reshape(1, 6) for k in 'sab'
-  )
   batch = {'image': rng.normal(size=(2, 5)).astype('f')}
   plan = prune.find_groups(
     adapters.from_apply(apply), {'params': params}, batch
   )
   (group,) = plan.groups
   assert _members(plan, group.name) == {
-    *('w[1]', 's[1]', 'a[1]', 'b[1]', 'v[0]')
+    *('w[1]', 's[1]', 't[1]', 'a[1]', 'b[1]', 'v[0]')
   }
   # x.sum() chooses the branch: a unit less may choose the other.
   assert not group.exact and 'reduce_sum' in group.reason

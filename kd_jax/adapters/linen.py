@@ -79,8 +79,9 @@ def from_linen(
     the same forward with more interceptors before the others.
 
   Raises:
-    ValueError: for a class in place of a module; when called, for a tap that is
-      no submodule's path, or a `remat` that matches none.
+    ValueError: for what is no linen module; when called, for a module
+      that lacks `train_argument`, a tap that is no submodule's path, or a
+      `remat` that matches none.
 
   References:
     Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
@@ -97,6 +98,11 @@ def from_linen(
   if isinstance(model, type):
     raise ValueError(
       f'from_linen takes a module, not the class: {model.__name__}(...).'
+    )
+  if not isinstance(model, nn.Module):
+    raise ValueError(
+      f'from_linen takes a flax.linen module, not {type(model).__name__}: '
+      'from_nnx is for nnx modules, from_apply for functions.'
     )
   return LinenForward(
     model=model,
@@ -166,6 +172,14 @@ class LinenForward:
       raise ValueError(
         f'{given} does not fit the parameters of {type(self.model).__name__}: '
         f'{str(e).split(" (https:")[0]}'
+      ) from e
+    except TypeError as e:
+      name = self.train_argument
+      if f'unexpected keyword argument {name!r}' not in str(e):
+        raise
+      raise ValueError(
+        f'{type(self.model).__name__} takes no argument {name!r}: '
+        'train_argument names the one that turns training on, or is None.'
       ) from e
     if train and self._recomputes and not recomputed:
       near = self._near_misses(self.remat, variables, inputs, train)
@@ -292,21 +306,12 @@ def init_linen(
     batch: one batch; only the inputs' shapes and dtypes matter.
     reads: see `from_linen`.
 
-  Returns:
-    `{'params': ..., **collections}`, as `batch_stats` of a model with
-    BatchNorm.
-
-  Raises:
-    ValueError: if the batch has not what is read.
-
   Example:
-    >>> batch = {'image': np.ones((2, 8, 8, 3), 'float32')}
-    >>> model = nn.Sequential([nn.Conv(4, (3, 3)), nn.BatchNorm(True)])
+    >>> model = nn.Sequential([nn.Dense(4), nn.Dense(3)])
+    >>> batch = {'image': np.ones((2, 5), np.float32)}
     >>> variables = init_linen(model, jax.random.key(0), batch)
-    >>> variables['params']['layers_0']['kernel'].shape
-    (3, 3, 3, 4)
-    >>> variables['batch_stats']['layers_1']['var'].tolist()
-    [1.0, 1.0, 1.0, 1.0]
+    >>> variables['params']['layers_1']['kernel'].shape
+    (4, 3)
   """
   given = entries(batch, _reads(model) if reads is None else reads)
   inputs = [jax.numpy.zeros(x.shape, x.dtype) for x in given]

@@ -30,11 +30,19 @@ def from_nnx(
     statistics, random streams). `rng` is not used: an nnx module carries its
     own streams.
 
+  Raises:
+    ValueError: for what is no nnx module.
+
   Example:
     >>> forward, variables = from_nnx(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
     >>> forward(variables, {'image': jax.numpy.ones((2, 4))}).output.shape
     (2, 3)
   """
+  if not isinstance(model, nnx.Module):
+    raise ValueError(
+      f'from_nnx takes an nnx module, not {type(model).__name__}: from_linen '
+      'is for linen modules, from_apply for functions.'
+    )
   graphs: dict[str, Any] = {}
   for mode in ('train', 'eval'):
     twin = nnx.clone(model)

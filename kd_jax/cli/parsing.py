@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -108,6 +109,9 @@ def _define_config(
     return words
   path, others = _taken(flag, words)
   if path is None and command == 'run' and _started(words):
+    for word in words:
+      if word.startswith(f'--{flag}.'):
+        raise ValueError(f'{word} needs --{flag}=FILE, whose field it changes.')
     return words
   if path is None:
     raise ValueError(
@@ -160,12 +164,36 @@ def _executed(path: str) -> Any:
   file, *variant = path.split(':', 1)
   if not os.path.isfile(file):
     raise ValueError(f'There is no configuration file {file!r}.')
-  made = runpy.run_path(file).get('get_config')
+  with _named(file):
+    made = runpy.run_path(file).get('get_config')
   if made is None:
     raise ValueError(f'{file} is no configuration: it has no get_config().')
   if variant and not inspect.signature(made).parameters:
     raise ValueError(f'{file} has no variants, such as {variant[0]!r}.')
-  return made(*variant)
+  with _named(file):
+    config = made(*variant)
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(
+      f'get_config() of {file} returned {type(config).__name__}, and not an '
+      'ml_collections.ConfigDict, as kd_jax.defaults.get_config() is.'
+    )
+  return config
+
+
+@contextlib.contextmanager
+def _named(file: str) -> Iterator[None]:
+  """Says of what a configuration file does wrong in which line it is."""
+  try:
+    yield
+  except ValueError:
+    raise  # Written for who chose the variant.
+  except Exception as e:
+    frames = traceback.extract_tb(e.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    if isinstance(e, SyntaxError):
+      lines = [e.lineno]
+    where = f', line {lines[-1]}' if lines else ''
+    raise ValueError(f'{file}{where}: {type(e).__name__}: {e}') from e
 
 
 def _alone(path: str) -> Any:

@@ -148,9 +148,7 @@ class ArrayData:
     key: tuple[int, int] | None = None,
   ) -> dict[str, np.ndarray]:
     """Some examples, as they are; see `ImageData.read`."""
-    rows = np.asarray(rows)
-    batch = {name: array[rows] for name, array in self.arrays.items()}
-    return batch | {'id': self.id[rows]}
+    return _rows(self, rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -259,9 +257,15 @@ class ImageData:
       `image` uint8 `[n, H, W, C]`, `id` int32 `[n]` and, if labelled, `label`
       int32 `[n]`.
     """
-    rows = np.asarray(rows)
-    batch = {name: array[rows] for name, array in self.arrays.items()}
-    return batch | {'id': self.id[rows]}
+    return _rows(self, rows)
+
+
+def _rows(
+  split: ArrayData | ImageData, rows: Sequence[int] | np.ndarray
+) -> dict[str, np.ndarray]:
+  rows = np.asarray(rows)
+  batch = {name: array[rows] for name, array in split.arrays.items()}
+  return batch | {'id': split.id[rows]}
 
 
 def _check_array(

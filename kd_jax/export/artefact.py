@@ -44,10 +44,25 @@ DTYPES = {
 class Artefact:
   """A model read from its files; `load_stablehlo` makes it.
 
+  Args:
+    manifest: as it was read.
+    call: `(weights, inputs) -> outputs`, compiled once per shape of inputs.
+    weights: what `call` takes first, on the devices.
+
   Attributes:
     manifest: what `manifest.json` says: `input`, `output`, `versions`,
       `metadata` and more.
     class_names: one name per entry of the last axis of outputs, or empty.
+
+  Example:
+    >>> manifest = {'class_names': ['left', 'right'], 'input': {
+    ...   'shape': ['batch', 2], 'dtype': 'float32', 'range': None}}
+    >>> artefact = Artefact(manifest, lambda w, x: w[0] * x, [jnp.float32(2)])
+    >>> inputs = np.array([[1.0, 3.0]], 'f')
+    >>> artefact.predict(inputs).tolist()
+    [[2.0, 6.0]]
+    >>> [(name, round(p, 3)) for name, p in artefact.classify(inputs)]
+    [('right', 0.982)]
   """
 
   def __init__(
@@ -137,6 +152,28 @@ def load_stablehlo(directory: str | os.PathLike[str]) -> Artefact:
   Raises:
     ArtefactError: if a file is missing, damaged or of a later format, this JAX
       cannot run the programs, or they compute something else here.
+
+  Example:
+    >>> import tempfile
+    >>> from kd_jax.export import export_stablehlo
+    >>> directory = export_stablehlo(
+    ...   lambda variables, x: x @ variables['w'],
+    ...   {'w': jnp.array([[1.0, 2.0]])},
+    ...   jax.ShapeDtypeStruct((1, 1), jnp.float32),
+    ...   pathlib.Path(tempfile.mkdtemp(), 'model'),
+    ...   class_names=(),
+    ...   golden=np.ones((1, 1), 'f'),
+    ... )
+    >>> inputs = np.array([[3.0], [0.5]], 'f')
+    >>> load_stablehlo(directory).predict(inputs).tolist()
+    [[3.0, 6.0], [0.5, 1.0]]
+    >>> with open(directory / manifest_lib.WEIGHTS, 'ab') as file:
+    ...   _ = file.write(b'0')
+    >>> try:
+    ...   load_stablehlo(directory)
+    ... except ArtefactError as e:
+    ...   print(str(e).rpartition(': ')[2])
+    the file is damaged or was replaced.
   """
   directory = pathlib.Path(directory)
   manifest, files = manifest_lib.read(directory)

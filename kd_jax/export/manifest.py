@@ -48,6 +48,14 @@ def artefact_bytes(directory: str | os.PathLike[str]) -> int:
 
   Raises:
     ArtefactError: if one of its files is missing.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   for i, name in enumerate((SYMBOLIC, FIXED, WEIGHTS, NAME, GOLDEN)):
+    ...     _ = pathlib.Path(directory, name).write_bytes(bytes(10**i))
+    ...   artefact_bytes(directory)
+    1111
   """
   counted = [pathlib.Path(directory) / n for n in (*FILES, NAME) if n != GOLDEN]
   try:

@@ -37,6 +37,21 @@ class Launch:
       shown while it runs if the second argument is true.
     say: prints a line.
     sleep: waits some seconds.
+
+  Example:
+    >>> from kd_jax.launch import plans
+    >>> machine = gcloud.Machine('a', 'us-central1-a', 'v6e-8')
+    >>> package = gcloud.Package('kd_jax[tpu]==0.1.0')
+    >>> made = plans.plan(machine, ['kd-jax', 'run'], package=package)
+    >>> verbs = []
+    >>> def execute(words, shown):
+    ...   verbs.append(words[4])
+    ...   answers = {'describe': 'READY', 'ssh': '3'}
+    ...   return 0, answers.get(words[4], '')
+    >>> Launch(made, execute=execute, say=lambda line: None)()
+    3
+    >>> verbs[0], verbs[-1]
+    ('describe', 'delete')
   """
 
   def __init__(

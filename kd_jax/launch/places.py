@@ -39,6 +39,17 @@ def launch(
   Raises:
     LaunchError: see `launches.Launch`.
     ValueError: for options that cannot be.
+
+  Example:
+    >>> import contextlib, io, types
+    >>> options = types.SimpleNamespace(
+    ...   name='a', workdir='gs://bucket/runs/a', zone='us-central1-a',
+    ...   accelerator='v6e-8', image='image', project='', cluster='c',
+    ...   restarts=2, dry_run=True)
+    >>> with contextlib.redirect_stdout(io.StringIO()) as shown:
+    ...   code = launch('xpk', options, {'seed': 0})
+    >>> code, shown.getvalue().splitlines()[:3]
+    (0, ['# configuration', "cat > a.json <<'END'", '{"seed":0}'])
   """
   jobset.check_name(options.name)
   if '://' not in options.workdir:

@@ -90,6 +90,19 @@ def plan(
     package: how every worker installs the library.
     files: to write here, and to copy to every worker before it.
     keep: whether the machine stays when the run has ended.
+
+  Returns:
+    The plan; nothing is run.
+
+  Example:
+    >>> made = plan(
+    ...   Machine('a', 'us-central1-a', 'v6e-8'), ['kd-jax', 'run'],
+    ...   package=Package('kd_jax[tpu]==0.1.0'),
+    ...   files=[File('configuration', 'a.json', '{}\\n')])
+    >>> lines = str(made).splitlines()
+    >>> [line[2:] for line in lines if line.startswith('# ')]
+    ['configuration', 'create', 'state', 'copy', 'set up', 'start', 'follow', \
+'exit code', 'delete']
   """
   copies = (*((f.path, f.path) for f in files), *package.files)
   return Plan(

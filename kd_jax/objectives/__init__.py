@@ -6,10 +6,8 @@ of `losses`; the other terms own parameters or state, or run a network again.
 Terms by the words of a configuration are in `kd_jax.terms`.
 """
 
-from kd_jax.objectives.base import Inputs as Inputs
 from kd_jax.objectives.base import Objective as Objective
 from kd_jax.objectives.base import TapNames as TapNames
-from kd_jax.objectives.base import mean as mean
 from kd_jax.objectives.base import term as term
 from kd_jax.objectives.base import value_at as value_at
 from kd_jax.objectives.base import weighted_sum as weighted_sum
@@ -40,6 +38,8 @@ from kd_jax.objectives.features import (
 from kd_jax.objectives.gradients import input_gradients as input_gradients
 from kd_jax.objectives.gradients import jacobians as jacobians
 from kd_jax.objectives.gradients import sobolev as sobolev
+from kd_jax.objectives.inputs import Inputs as Inputs
+from kd_jax.objectives.inputs import mean as mean
 from kd_jax.objectives.outputs import distillation_token as distillation_token
 from kd_jax.objectives.outputs import hard_labels as hard_labels
 from kd_jax.objectives.outputs import on_outputs as on_outputs

@@ -12,59 +12,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kd_jax import rules
+from kd_jax.objectives.inputs import Inputs, mean
 from kd_jax.types import (
-  ATTENTION_MASK,
-  Batch,
   Forward,
   Metrics,
   StudentFn,
   TeacherFn,
   Variables,
-  check_same_shape,
 )
 
 Schedule = Callable[[jax.Array], jax.Array]
 Scalar = float | Schedule
-
-
-class Inputs(NamedTuple):
-  """What an objective sees of one step.
-
-  Attributes:
-    student: the student's forward.
-    teacher: the teacher's forward, already constant; None without a teacher.
-    batch: the batch, with `label` `[B]` int for classification or `target`
-      `[B, D]` for regression.
-    step: int32 scalar, number of completed steps; drives schedules.
-    rng: a typed key of this step, the same on every device.
-    student_fn: the student's function, for terms that run it again.
-    student_variables: what it ran with: fake-quantized if the step does so.
-    teacher_fn: the teacher's function, or None.
-    teacher_variables: its variables, constant.
-    axis_name: the mapped axis when the step runs per device, else None.
-    num_shards: under `jit`, into how many equal parts a term with
-      `scope='local'` divides the batch.
-    part: which part of the step's batch this is, from 0; what moves once a
-      step moves with part 0.
-    tokens: the `attention_mask` of the step's whole batch, if it has one; None
-      where that is `batch`.
-  """
-
-  student: Forward
-  teacher: Forward | None
-  batch: Batch
-  step: jax.Array
-  rng: jax.Array
-  student_fn: StudentFn | None = None
-  student_variables: Variables = {}
-  teacher_fn: TeacherFn | None = None
-  teacher_variables: Variables | None = None
-  axis_name: str | None = None
-  num_shards: int = 1
-  part: jax.Array | int = 0
-  tokens: jax.Array | None = None
 
 
 class TapNames(NamedTuple):
@@ -73,6 +34,11 @@ class TapNames(NamedTuple):
   Attributes:
     student: for `adapters.from_linen(student, taps=objective.taps.student)`.
     teacher: likewise for the teacher.
+
+  Example:
+    >>> at = TapNames(('s1', 's2'), ('t1', 't2'))
+    >>> at.union(TapNames(('s1',), ('t9',)))
+    TapNames(student=('s1', 's2'), teacher=('t1', 't2', 't9'))
   """
 
   student: tuple[str, ...] = ()
@@ -99,6 +65,20 @@ class Objective(NamedTuple):
     apply: `(params, state, inputs) -> (loss, state, metrics)`; `loss` is a
       scalar or `[B]` per example, differentiable in `params` and the student.
     taps: the features that it reads.
+
+  Example:
+    A term that trains a bias and counts its steps:
+
+    >>> def init(inputs):
+    ...   return {'bias': jnp.zeros(())}, {'count': 0}
+    >>> def apply(params, state, inputs):
+    ...   error = jnp.square(inputs.student.output - params['bias'])
+    ...   return jnp.mean(error, axis=-1), {'count': state['count'] + 1}, {}
+    >>> objective = Objective(init, apply)
+    >>> inputs = Inputs(Forward(jnp.array([[1.0, 3.0]])), None, {}, None, None)
+    >>> loss, state, _ = objective.apply(*objective.init(inputs), inputs)
+    >>> loss.tolist(), state
+    ([5.0], {'count': 1})
   """
 
   init: Callable[[Inputs], tuple[Any, Any]]
@@ -122,7 +102,13 @@ def term(
     >>> def l1_of_logits(inputs):
     ...   gap = inputs.student.output - inputs.teacher.output
     ...   return jnp.mean(jnp.abs(gap), axis=-1)
-    >>> objective = weighted_sum({'l1': (1.0, term(l1_of_logits))})
+    >>> student, teacher = Forward(jnp.ones((1, 2))), Forward(jnp.zeros((1, 2)))
+    >>> inputs = Inputs(student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = weighted_sum({'l1': (0.5, term(l1_of_logits))})
+    >>> params, state = objective.init(inputs)
+    >>> loss, state, metrics = objective.apply(params, state, inputs)
+    >>> float(loss), float(metrics['loss/l1'])
+    (0.5, 1.0)
   """
 
   def apply(params, state, inputs):
@@ -131,57 +117,6 @@ def term(
     return loss, state, metrics
 
   return Objective(lambda inputs: ({}, {}), apply, taps)
-
-
-def mean(values: Any, inputs: Inputs) -> jax.Array:
-  """The mean of a loss or of hits, without the tokens that only pad.
-
-  Args:
-    values: a scalar, `[B]` of examples, or `[B, L]` of tokens. Those of tokens
-      where `batch['attention_mask']` `[B, L]` is 0 do not count, and each other
-      token of the global batch counts the same.
-    inputs: those of the step.
-
-  Returns:
-    A float32 scalar. On a part of the batch it is this part's share: the mean
-    over devices is that of the global batch. 0 where all tokens pad.
-
-  Raises:
-    ValueError: if values of tokens are not one for each of the mask.
-  """
-  values = jnp.asarray(values, jnp.float32)
-  mask = inputs.batch.get(ATTENTION_MASK)
-  if mask is None or values.ndim < 2:
-    return jnp.mean(values)
-  check_same_shape(
-    'a mean over tokens needs one mask entry per token',
-    values=values,
-    attention_mask=mask,
-  )
-  valid = mask != 0
-  whole = token_mask(inputs) != 0
-  share = over_devices(jnp.mean(whole, dtype=jnp.float32), inputs)
-  # where, not a product: the loss of what pads may be NaN.
-  kept = jnp.mean(jnp.where(valid, values, 0.0))
-  return kept / jnp.where(share > 0, share, 1.0)
-
-
-def token_mask(inputs: Inputs) -> Any:
-  """`batch['attention_mask']` of the whole step, or None without one.
-
-  With `accumulate` an objective sees one part of the batch at a time, and parts
-  have different numbers of tokens.
-  """
-  if inputs.tokens is not None:
-    return inputs.tokens
-  return inputs.batch.get(ATTENTION_MASK)
-
-
-def over_devices(value: jax.Array, inputs: Inputs) -> jax.Array:
-  """The mean over the mapped axis, if there is one."""
-  if inputs.axis_name is None:
-    return value
-  return jax.lax.pmean(value, inputs.axis_name)
 
 
 def of_labels(loss: Callable[[jax.Array], jax.Array], inputs: Inputs) -> Any:
@@ -211,12 +146,12 @@ def value_at(scalar: Scalar, step: jax.Array) -> jax.Array | float:
   """The value of a constant or of a schedule at a step.
 
   Args:
-    scalar: a number, or `(step) -> number`; whatever is callable is a schedule.
-    step: int32 scalar.
+    scalar: a number, or a function of the step.
+    step: number of completed steps.
 
   Example:
-    >>> value_at(0.9, 50), value_at(lambda step: step / 100, 50)
-    (0.9, 0.5)
+    >>> value_at(0.9, step=100), value_at(lambda step: step / 400, step=100)
+    (0.9, 0.25)
   """
   return scalar(step) if callable(scalar) else scalar
 
@@ -239,19 +174,30 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
     `loss/<name>` of every term, `loss/total`, and the terms' own metrics.
 
   Raises:
-    ValueError: without terms, or for a term named 'total'.
+    ValueError: without terms, for a term named 'total', or for what is no
+      pair; when applied, for parameters of other terms.
 
   Example:
     >>> from kd_jax import objectives
     >>> objective = weighted_sum({
-    ...   'kd': (0.9, objectives.soft_targets(temperature=4.0)),
+    ...   'kd': (0.9, objectives.soft_targets(temperature=1.0)),
     ...   'ce': (0.1, objectives.hard_labels()),
     ... })
+    >>> student = Forward(jnp.log(jnp.array([[0.5, 0.5]])))
+    >>> teacher = Forward(jnp.log(jnp.array([[0.75, 0.25]])))
+    >>> inputs = Inputs(
+    ...   student, teacher, {'label': jnp.array([0])}, jnp.int32(0),
+    ...   jax.random.key(0))
+    >>> loss, _, metrics = objective.apply(*objective.init(inputs), inputs)
+    >>> {name: round(float(x), 4) for name, x in sorted(metrics.items())}
+    {'accuracy': 1.0, 'loss/ce': 0.6931, 'loss/kd': 0.1308, 'loss/total': 0.187}
   """
   if not terms:
     raise ValueError('weighted_sum needs at least one term.')
   if 'total' in terms:
     raise ValueError("A term cannot be named 'total', which is their sum.")
+  for name, pair in terms.items():
+    _check_pair(name, pair)
 
   def keyed(inputs, index):
     return inputs._replace(rng=jax.random.fold_in(inputs.rng, index))
@@ -266,6 +212,11 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
     return params, state
 
   def apply(params, state, inputs):
+    if set(params) != set(terms):
+      raise ValueError(
+        f'The state was made for the terms {", ".join(params)}, and this '
+        f'objective has {", ".join(terms)}: give init_state the same one.'
+      )
     total, new_state = jnp.float32(0.0), {}
     metrics: Metrics = {}
     for i, (name, (weight, objective)) in enumerate(terms.items()):
@@ -281,6 +232,20 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
   for _, objective in terms.values():
     taps = taps.union(objective.taps)
   return Objective(init, apply, taps)
+
+
+def _check_pair(name: str, pair: Any) -> None:
+  objective = (
+    pair[1] if isinstance(pair, tuple | list) and len(pair) == 2 else 0
+  )
+  weight = pair[0] if isinstance(objective, Objective) else None
+  number = isinstance(weight, float | int | np.number | jax.Array)
+  if not number and not callable(weight):
+    raise ValueError(
+      f'weighted_sum: {name!r} is not (weight, objective), a number or a '
+      'schedule and what a function of kd_jax.objectives returned, such as '
+      '(0.9, soft_targets()).'
+    )
 
 
 OUTPUT = 'output'
@@ -373,7 +338,7 @@ def entry(inputs: Inputs, key: str) -> jax.Array:
   if key not in inputs.batch:
     raise ValueError(
       f'The objective needs batch[{key!r}]; the batch has '
-      f'{", ".join(map(repr, inputs.batch))}.'
+      f'{", ".join(map(repr, inputs.batch)) or "nothing"}.'
     )
   return inputs.batch[key]
 

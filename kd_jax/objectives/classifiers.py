@@ -37,6 +37,22 @@ def softmax_regression(
   References:
     Yang et al., "Knowledge Distillation via Softmax Regression Representation
     Learning", 2021 (ICLR).
+
+  Example:
+    After normalisation the student's feature is -1 and 1. The head makes logits
+    of -3 and 3 of it, so the errors are 1 and 9:
+
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.zeros((2, 1)), {'s': jnp.array([[0.0], [100.0]])})
+    >>> teacher = Forward(jnp.zeros((2, 1)), {'t': jnp.zeros((2, 1))})
+    >>> head = {'kernel': jnp.array([[3.0]]), 'bias': jnp.zeros(1)}
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0),
+    ...   teacher_variables={'params': {'head': head}})
+    >>> objective = softmax_regression(student='s', teacher='t')
+    >>> loss, _, _ = objective.apply(*objective.init(inputs), inputs)
+    >>> [round(x, 2) for x in loss.tolist()]
+    [10.0, 10.0]
   """
   connect = connectors.make_connector('norm')
 
@@ -81,6 +97,25 @@ def class_attention(
   References:
     Guo et al., "Class Attention Transfer Based Knowledge Distillation", 2023,
     arXiv:2304.12777.
+
+  Example:
+    The maps of class 0, (0.6, 0.8, 0, 0) and (0, 1, 0, 0), differ by 0.4 in
+    all. The student's head negates that of class 1, where they differ by 3.6:
+
+    >>> from kd_jax.types import Forward
+    >>> s = jnp.array([3.0, 4.0, 0.0, 0.0]).reshape(1, 2, 2, 1)
+    >>> t = jnp.array([0.0, 5.0, 0.0, 0.0]).reshape(1, 2, 2, 1)
+    >>> heads = [
+    ...   {'params': {'head': {'kernel': jnp.array(k), 'bias': jnp.zeros(2)}}}
+    ...   for k in ([[1.0, -1.0]], [[1.0, 1.0]])]
+    >>> inputs = base.Inputs(
+    ...   Forward(None, {'s': s}), Forward(None, {'t': t}), {}, jnp.int32(0),
+    ...   jax.random.key(0), student_variables=heads[0],
+    ...   teacher_variables=heads[1])
+    >>> objective = class_attention(student='s', teacher='t')
+    >>> loss, _, _ = objective.apply(*objective.init(inputs), inputs)
+    >>> [round(x, 4) for x in loss.tolist()]
+    [0.5]
   """
 
   def compare(params, inputs, s, t, i):
@@ -96,9 +131,9 @@ def norm_direction(
 ) -> Objective:
   """KD++: embeddings point to the teacher's class means and grow in norm.
 
-  The class means are those of all teacher features seen so far: a running sum
-  in the state, where the paper makes a pass over the training set first. A
-  class not seen yet adds nothing.
+  The class means are those of all teacher features seen so far, the batch at
+  hand included: a running sum in the state, where the paper makes a pass over
+  the training set first.
 
   Args:
     student: tap of an embedding `[B, D]`.
@@ -108,6 +143,22 @@ def norm_direction(
   References:
     Wang et al., "Improving Knowledge Distillation via Regularizing Feature
     Norm and Direction", 2023, arXiv:2305.17007.
+
+  Example:
+    The mean of class 1 is (2, 2):
+
+    >>> from kd_jax.types import Forward
+    >>> x = jnp.array([[3.0, 4.0], [1.0, 0.0]])
+    >>> student, teacher = Forward(x, {'s': x}), Forward(x, {'t': x})
+    >>> batch = {'label': jnp.array([1, 1])}
+    >>> inputs = base.Inputs(
+    ...   student, teacher, batch, jnp.int32(0), jax.random.key(0))
+    >>> objective = norm_direction(student='s', teacher='t', num_classes=3)
+    >>> params, state = objective.init(inputs)
+    >>> params['kernel'] = jnp.eye(2)
+    >>> loss, state, _ = objective.apply(params, state, inputs)
+    >>> state['count'].tolist(), [round(v, 4) for v in loss.tolist()]
+    ([0.0, 2.0, 0.0], [0.0101, 0.2929])
   """
   connect = connectors.make_connector('linear')
 
@@ -169,6 +220,27 @@ def self_distillation(
 
   References:
     Zhang et al., "Be Your Own Teacher", 2019, arXiv:1905.08094.
+
+  Example:
+    With parameters of 1 the shallow classifier's hidden features are 0 and 2,
+    and the deepest features are 3:
+
+    >>> from kd_jax.types import Forward
+    >>> maps = jnp.array([0.0, 100.0]).reshape(2, 1, 1, 1)
+    >>> features = {'stage1': maps, 'pool': jnp.full((2, 1), 3.0)}
+    >>> student = Forward(jnp.zeros((2, 4)), features)
+    >>> batch = {'label': jnp.array([0, 1])}
+    >>> inputs = base.Inputs(
+    ...   student, None, batch, jnp.int32(0), jax.random.key(0))
+    >>> objective = self_distillation(
+    ...   student=['stage1'], deepest='pool', num_classes=4, label_weight=0.0,
+    ...   soft_weight=0.0, hint_weight=1.0)
+    >>> params, state = objective.init(inputs)
+    >>> params['0']['head']['kernel'].shape
+    (1, 4)
+    >>> ones = jax.tree.map(jnp.ones_like, params)
+    >>> [round(x, 2) for x in objective.apply(ones, state, inputs)[0].tolist()]
+    [9.0, 1.0]
   """
   taps = base.names(student)
 

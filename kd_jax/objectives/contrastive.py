@@ -20,8 +20,9 @@ import numpy as np
 from kd_jax import losses
 from kd_jax.losses import numerics
 from kd_jax.objectives import base, connectors
-from kd_jax.objectives.base import Inputs, Objective
-from kd_jax.objectives.scopes import check_scope
+from kd_jax.objectives.base import Objective
+from kd_jax.objectives.inputs import Inputs
+from kd_jax.objectives.scopes import check_scope, local_parts
 
 # Rows are padded to a multiple of this, so that they divide over devices.
 ROWS = 128
@@ -97,7 +98,7 @@ def _draw_local(
 ) -> tuple[jax.Array, int]:
   """Negatives from the share of each example's device, and how many shares."""
   axis, key = inputs.axis_name, inputs.rng
-  parts = inputs.num_shards if axis is None else jax.lax.axis_size(axis)
+  parts = local_parts(inputs) if axis is None else jax.lax.axis_size(axis)
   shares = _shares(labels, parts)
   draws = [
     functools.partial(share.draw, jax.random.fold_in(key, i), count=count)
@@ -153,6 +154,27 @@ def contrastive(
   References:
     Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2019,
     arXiv:1910.10699.
+
+  Example:
+    Both banks are 0 here, so all scores are 1 and both directions lose
+    log 5 + 4 log(5 / 4), and the rows of the batch's ids get unit embeddings:
+
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(None, {'s': jnp.eye(2)})
+    >>> teacher = Forward(None, {'t': jnp.ones((2, 3))})
+    >>> batch = {'label': jnp.array([0, 1]), 'id': jnp.array([2, 3])}
+    >>> inputs = Inputs(
+    ...   student, teacher, batch, jnp.int32(0), jax.random.key(0))
+    >>> objective = contrastive(
+    ...   student='s', teacher='t', labels=[0, 1, 0, 1], negatives=4, size=8)
+    >>> params, state = objective.init(inputs)
+    >>> state = jax.tree.map(jnp.zeros_like, state)
+    >>> loss, state, _ = objective.apply(params, state, inputs)
+    >>> [round(x, 3) for x in loss.tolist()]
+    [5.004, 5.004]
+    >>> lengths = jnp.linalg.norm(state['bank_student'], axis=1)
+    >>> [round(x, 3) for x in lengths[:5].tolist()]
+    [0.0, 0.0, 1.0, 1.0, 0.0]
   """
   if labels is None:
     raise ValueError(

@@ -42,11 +42,23 @@ def on_features(
       `connectors.make_connector`.
     **options: of the loss; a callable among them is a schedule.
 
+  Raises:
+    ValueError: for an unknown connector, or if there are not as many taps of
+      one as of the other.
+
   Example:
+    Two pairs, the second of maps whose attention is elsewhere:
+
+    >>> from kd_jax.types import Forward
+    >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 2, 1)
+    >>> inputs = base.Inputs(
+    ...   Forward(None, {'s1': x, 's2': x}),
+    ...   Forward(None, {'t1': 7 * x, 't2': x[:, :, ::-1]}), {}, jnp.int32(0),
+    ...   jax.random.key(0))
     >>> at = on_features(
     ...   losses.attention_transfer, student=('s1', 's2'), teacher=('t1', 't2'))
-    >>> at.taps.student
-    ('s1', 's2')
+    >>> at.taps.student, at.apply(*at.init(inputs), inputs)[0].tolist()
+    (('s1', 's2'), [1.0])
   """
 
   def compare(inputs, s, t, i):
@@ -68,6 +80,19 @@ def over_pairs(
     teacher: as many.
     init_pair: `(key, student_shape, teacher_shape) -> params` of one pair.
     compare: `(params, inputs, s, t, index) -> [B]` of one pair.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> features = {'a': jnp.ones((2, 3)), 'b': jnp.ones((2, 5))}
+    >>> student, teacher = Forward(jnp.zeros(2), features), Forward(jnp.ones(2))
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = over_pairs(
+    ...   ('a', 'b'), ('output', 'output'),
+    ...   lambda key, student_shape, teacher_shape: jnp.float32(3.0),
+    ...   lambda scale, inputs, s, t, index: scale * index * s[:, 0] * t)
+    >>> objective.apply(*objective.init(inputs), inputs)[0].tolist()
+    [3.0, 3.0]
   """
   matched = base.pairs(student, teacher)
 
@@ -125,6 +150,26 @@ def hints(
     student: tap names.
     teacher: as many.
     connector: 'norm_relu' fits features that follow a ReLU.
+
+  Raises:
+    ValueError: as `on_features`.
+
+  References:
+    Romero et al., "FitNets: Hints for Thin Deep Nets", 2014, arXiv:1412.6550.
+
+  Example:
+    With parameters of 1 the student's features become 0 and 2:
+
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(None, {'s': jnp.array([[0.0], [100.0]])})
+    >>> teacher = Forward(None, {'t': jnp.array([[1.0], [5.0]])})
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = hints(student='s', teacher='t')
+    >>> params, state = objective.init(inputs)
+    >>> ones = jax.tree.map(jnp.ones_like, params)
+    >>> [round(x, 2) for x in objective.apply(ones, state, inputs)[0].tolist()]
+    [1.0, 9.0]
   """
   return on_features(
     losses.hint, student=student, teacher=teacher, connector=connector
@@ -139,6 +184,23 @@ def flow(*, student: Sequence[str], teacher: Sequence[str]) -> Objective:
   Args:
     student: at least two tap names, shallow to deep.
     teacher: as many.
+
+  Raises:
+    ValueError: for fewer than two stages, or not as many of both.
+
+  References:
+    Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network
+    Minimization and Transfer Learning", 2017 (CVPR).
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> one = jnp.ones((1, 2, 2, 1))
+    >>> student = Forward(jnp.zeros(1), {'s1': one, 's2': one})
+    >>> teacher = Forward(jnp.zeros(1), {'t1': one, 't2': 3 * one})
+    >>> inputs = base.Inputs(student, teacher, {}, jnp.int32(0), None)
+    >>> objective = flow(student=('s1', 's2'), teacher=('t1', 't2'))
+    >>> objective.apply({}, {}, inputs)[0].tolist()
+    [4.0]
   """
   matched = base.pairs(student, teacher)
   if len(matched) < 2:
@@ -168,6 +230,28 @@ def variational_information(
     student: tap names.
     teacher: as many.
     init_variance: the variance at the start, > 1e-5.
+
+  Raises:
+    ValueError: if there are not as many taps of one as of the other.
+
+  References:
+    Ahn et al., "Variational Information Distillation for Knowledge Transfer",
+    2019, arXiv:1904.05835.
+
+  Example:
+    The mean is 0, so this is (3**2 / 5 + log 5) / 2:
+
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(None, {'s': jnp.zeros((1, 4, 4, 3))})
+    >>> teacher = Forward(None, {'t': jnp.full((1, 4, 4, 5), 3.0)})
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = variational_information(student='s', teacher='t')
+    >>> params, state = objective.init(inputs)
+    >>> params['0']['variance'].shape
+    (5,)
+    >>> round(float(objective.apply(params, state, inputs)[0][0]), 4)
+    1.7047
   """
   connect = connectors.make_connector('bottleneck')
   start = math.log(math.expm1(init_variance - 1e-5))
@@ -198,6 +282,26 @@ def activation_boundary(
     student: tap names of pre-activations, shallow to deep.
     teacher: as many.
     margin: see `losses.activation_boundary`.
+
+  Raises:
+    ValueError: if there are not as many taps of one as of the other.
+
+  References:
+    Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries
+    Formed by Hidden Neurons", 2018, arXiv:1811.03233.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> x = jnp.array([[-2.0], [2.0]])
+    >>> student, teacher = Forward(x, {'s': x}), Forward(x, {'t': -x})
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = activation_boundary(student='s', teacher='t')
+    >>> params, state = objective.init(inputs)
+    >>> params['0']['kernel'] = jnp.ones((1, 1))
+    >>> loss, _, _ = objective.apply(params, state, inputs)
+    >>> [round(v, 4) for v in loss.tolist()]
+    [0.004, 0.004]
   """
   count = len(base.names(student))
 
@@ -219,9 +323,31 @@ def overhaul(*, student: Names, teacher: Names, norms: Names) -> Objective:
     norms: for each of `teacher`, the path of the BatchNorm in the teacher's
       parameters whose scale and bias give the margins.
 
+  Raises:
+    ValueError: if there are not as many taps of one as of the other, or not as
+      many norms; when applied, for a norm that the teacher does not have.
+
   References:
     Heo et al., "A Comprehensive Overhaul of Feature Distillation", 2019,
     arXiv:1904.01866.
+
+  Example:
+    With parameters of 1 the student's features become 0 and 2. The targets are
+    the margin -0.7979 and 1, and the squared errors are divided by 1000:
+
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(None, {'s': jnp.array([[0.0], [100.0]])})
+    >>> teacher = Forward(None, {'t': jnp.array([[-3.0], [1.0]])})
+    >>> norm = {'scale': jnp.ones(1), 'bias': jnp.zeros(1)}
+    >>> inputs = base.Inputs(
+    ...   student, teacher, {}, jnp.int32(0), jax.random.key(0),
+    ...   teacher_variables={'params': {'stage1': {'norm': norm}}})
+    >>> objective = overhaul(student='s', teacher='t', norms='stage1/norm')
+    >>> params, state = objective.init(inputs)
+    >>> ones = jax.tree.map(jnp.ones_like, params)
+    >>> loss, _, _ = objective.apply(ones, state, inputs)
+    >>> [round(1000 * x, 3) for x in loss.tolist()]
+    [0.637, 1.0]
   """
   norms = base.names(norms)
   base.pairs(teacher, norms)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from kd_jax import losses
 from kd_jax.objectives import base
-from kd_jax.objectives.base import Inputs, Objective
+from kd_jax.objectives.base import Objective
+from kd_jax.objectives.inputs import Inputs
 from kd_jax.objectives.scopes import draw_global
 
 # input -> logits
@@ -29,6 +30,25 @@ def input_gradients(
   Args:
     normalize: whether each gradient is scaled to unit length (saliency).
     reads: the entry of a batch that both networks see.
+
+  References:
+    Zagoruyko, Komodakis, "Paying More Attention to Attention", 2016,
+    arXiv:1612.03928, section 3.2.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> def linear(variables, batch, rng=None, *, train=False):
+    ...   return Forward(batch['x'] @ variables['w'])
+    >>> batch = {'x': jnp.ones((1, 2)), 'label': jnp.array([0])}
+    >>> w = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> for scale in (1.0, 3.0):
+    ...   inputs = Inputs(
+    ...     linear({'w': w}, batch), linear({'w': scale * w}, batch), batch,
+    ...     jnp.int32(0), None, student_fn=linear, student_variables={'w': w},
+    ...     teacher_fn=linear, teacher_variables={'w': scale * w})
+    ...   input_gradients(reads='x').apply({}, {}, inputs)[0].tolist()
+    [0.0]
+    [1.0]
   """
 
   def loss_fn(inputs):
@@ -54,6 +74,20 @@ def sobolev(*, projections: int = 1, reads: str = 'image') -> Objective:
   References:
     Czarnecki et al., "Sobolev Training for Neural Networks", 2017,
     arXiv:1706.04859.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> def linear(variables, batch, rng=None, *, train=False):
+    ...   return Forward(batch['x'] @ variables['w'])
+    >>> batch, w = {'x': jnp.ones((1, 2))}, jnp.eye(2)
+    >>> inputs = Inputs(
+    ...   linear({'w': w}, batch), linear({'w': 3 * w}, batch), batch,
+    ...   jnp.int32(0), jax.random.key(0), student_fn=linear,
+    ...   student_variables={'w': w}, teacher_fn=linear,
+    ...   teacher_variables={'w': 3 * w})
+    >>> loss, _, _ = sobolev(reads='x').apply({}, {}, inputs)
+    >>> [round(x, 4) for x in loss.tolist()]
+    [2.0]
   """
 
   def loss_fn(inputs):
@@ -81,6 +115,20 @@ def jacobians(*, reads: str = 'image') -> Objective:
   References:
     Srinivas, Fleuret, "Knowledge Transfer with Jacobian Matching", 2018,
     arXiv:1803.00443.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> def linear(variables, batch, rng=None, *, train=False):
+    ...   return Forward(batch['x'] @ variables['w'])
+    >>> batch, w = {'x': jnp.ones((1, 2))}, jnp.eye(2)
+    >>> turned = w[::-1]
+    >>> inputs = Inputs(
+    ...   linear({'w': w}, batch), linear({'w': turned}, batch), batch,
+    ...   jnp.int32(0), None, student_fn=linear, student_variables={'w': w},
+    ...   teacher_fn=linear, teacher_variables={'w': turned})
+    >>> loss, _, _ = jacobians(reads='x').apply({}, {}, inputs)
+    >>> [round(x, 4) for x in loss.tolist()]
+    [2.0]
   """
 
   def loss_fn(inputs):

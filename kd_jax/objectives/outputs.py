@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from kd_jax import losses, rules
 from kd_jax.objectives import base
 from kd_jax.objectives.base import Objective, Scalar
+from kd_jax.objectives.inputs import mean
 
 
 def on_outputs(
@@ -27,8 +28,17 @@ def on_outputs(
     **options: of the loss; a callable among them is a schedule `step -> value`.
 
   Example:
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.log(jnp.array([[0.5, 0.5]])))
+    >>> teacher = Forward(jnp.log(jnp.array([[0.75, 0.25]])))
+    >>> inputs = base.Inputs(student, teacher, {}, jnp.int32(2), None)
+    >>> kd = on_outputs(losses.kl_divergence, temperature=lambda step: step / 2)
+    >>> [round(x, 4) for x in kd.apply({}, {}, inputs)[0].tolist()]
+    [0.1308]
     >>> dkd = on_outputs(losses.decoupled_kd, with_label=True, beta=8.0)
-    >>> kd = on_outputs(losses.kl_divergence, temperature=lambda step: 4.0)
+    >>> dkd.apply({}, {}, inputs)
+    Traceback (most recent call last):
+    ValueError: The objective needs batch['label']; the batch has nothing.
   """
 
   def loss_fn(inputs):
@@ -58,6 +68,15 @@ def soft_targets(
 
   Raises:
     ValueError: for a constant temperature that is not positive.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.log(jnp.array([[0.5, 0.5]])))
+    >>> teacher = Forward(jnp.log(jnp.array([[0.75, 0.25]])))
+    >>> inputs = base.Inputs(student, teacher, {}, jnp.int32(0), None)
+    >>> loss, _, _ = soft_targets(temperature=1.0).apply({}, {}, inputs)
+    >>> [round(x, 4) for x in loss.tolist()]
+    [0.1308]
   """
   if not callable(temperature) and temperature <= 0:
     raise ValueError(f'soft_targets: temperature={temperature} is not > 0.')
@@ -87,6 +106,15 @@ def hard_labels(
   Args:
     label_smoothing: see `losses.cross_entropy`.
     student: 'output', or the tap of another head `[B, C]`.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.log(jnp.array([[0.75, 0.25], [0.75, 0.25]])))
+    >>> batch = {'label': jnp.array([0, 1])}
+    >>> inputs = base.Inputs(student, None, batch, jnp.int32(0), None)
+    >>> loss, _, metrics = hard_labels().apply({}, {}, inputs)
+    >>> [round(x, 4) for x in loss.tolist()], float(metrics['accuracy'])
+    ([0.2877, 1.3863], 0.5)
   """
 
   def loss_fn(inputs):
@@ -98,7 +126,7 @@ def hard_labels(
       inputs,
     )
     hits = jnp.argmax(logits, axis=-1) == base.entry(inputs, 'label')
-    return loss, {'accuracy': base.mean(hits, inputs)}
+    return loss, {'accuracy': mean(hits, inputs)}
 
   return base.term(loss_fn, taps=base.read_taps(student, ()))
 
@@ -112,6 +140,20 @@ def regression(
     to: 'target' for `batch['target']` `[B, D]`, 'teacher' for the teacher's
       output of the same shape as the student's (also logit matching).
     huber_delta: where the Huber loss turns linear; None for squared error.
+
+  Raises:
+    ValueError: for another `to`; when applied, for outputs and targets of
+      different shapes.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.array([[3.0]]))
+    >>> batch = {'target': jnp.array([[1.0]])}
+    >>> inputs = base.Inputs(student, None, batch, jnp.int32(0), None)
+    >>> for objective in (regression(), regression(huber_delta=1.0)):
+    ...   objective.apply({}, {}, inputs)[0].tolist()
+    [4.0]
+    [1.5]
   """
   if to not in ('target', 'teacher'):
     raise ValueError(f"regression: to={to!r} is not 'target' or 'teacher'.")
@@ -136,6 +178,15 @@ def teacher_free(
   Args:
     correct_probability: what the virtual teacher gives the label.
     temperature: T > 0, or a schedule.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.log(jnp.array([[0.99, 0.01], [0.01, 0.99]])))
+    >>> batch = {'label': jnp.array([0, 0])}
+    >>> inputs = base.Inputs(student, None, batch, jnp.int32(0), None)
+    >>> loss, _, _ = teacher_free(temperature=1.0).apply({}, {}, inputs)
+    >>> [round(x, 3) for x in loss.tolist()]
+    [0.0, 4.503]
   """
 
   def loss_fn(inputs):
@@ -166,6 +217,15 @@ def top_k_targets(
 
   Raises:
     ValueError: when applied, for a k that is not in 1..C.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.log(jnp.array([[0.5, 0.25, 0.25]])))
+    >>> teacher = Forward(jnp.log(jnp.array([[0.4, 0.2, 0.4]])))
+    >>> inputs = base.Inputs(student, teacher, {}, jnp.int32(0), None)
+    >>> loss, _, _ = top_k_targets(k=3).apply({}, {}, inputs)
+    >>> [round(x, 4) for x in loss.tolist()]
+    [0.0541]
   """
 
   def loss_fn(inputs):
@@ -203,6 +263,17 @@ def distillation_token(
   References:
     Touvron et al., "Training data-efficient image transformers & distillation
     through attention", 2020, arXiv:2012.12877.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> token = jnp.log(jnp.array([[0.75, 0.25]]))
+    >>> student = Forward(jnp.zeros((1, 2)), {'head_dist': token})
+    >>> teacher = Forward(jnp.array([[0.0, 2.0]]))
+    >>> inputs = base.Inputs(student, teacher, {}, jnp.int32(0), None)
+    >>> objective = distillation_token()
+    >>> loss, _, _ = objective.apply({}, {}, inputs)
+    >>> objective.taps.student, [round(x, 4) for x in loss.tolist()]
+    (('head_dist',), [1.3863])
   """
 
   def loss_fn(inputs):

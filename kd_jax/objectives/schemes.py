@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from kd_jax import losses, networks
 from kd_jax.objectives import base
-from kd_jax.objectives.base import Inputs, Objective, Scalar, TapNames
+from kd_jax.objectives.base import Objective, Scalar, TapNames
+from kd_jax.objectives.inputs import Inputs, mean
 from kd_jax.types import Forward, Metrics
 
 
@@ -31,15 +32,29 @@ def each_teacher(
       taps are that teacher's own.
     weights: name -> weight, a float or a schedule; equal when None.
 
+  Raises:
+    ValueError: for weights of other names, negative ones, or a sum of 0; when
+      applied, for a name that is not among the combined teachers.
+
   Example:
     >>> from kd_jax.objectives import soft_targets
-    >>> kd = soft_targets(temperature=4.0)
-    >>> objective = each_teacher({'resnet': kd, 'vgg': kd})
+    >>> student = Forward(jnp.log(jnp.array([[0.5, 0.5]])))
+    >>> sure = jnp.log(jnp.array([[0.75, 0.25]]))
+    >>> both = {'resnet/output': student.output, 'vgg/output': sure}
+    >>> teacher = Forward(sure, both)
+    >>> inputs = Inputs(student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> kd = soft_targets(temperature=1.0)
+    >>> for weights in (None, {'resnet': 0.0, 'vgg': 1.0}):
+    ...   objective = each_teacher({'resnet': kd, 'vgg': kd}, weights=weights)
+    ...   params, state = objective.init(inputs)
+    ...   round(float(objective.apply(params, state, inputs)[0]), 4)
+    0.0654
+    0.1308
   """
 
   def own(inputs, name):
     teacher = _member(base.teacher_of(inputs, 'each_teacher'), name)
-    variables = networks.variables_of(inputs.teacher_variables, name)
+    variables = networks.variables_of(inputs.teacher_variables or {}, name)
     return inputs._replace(teacher=teacher, teacher_variables=variables)
 
   taps = [
@@ -59,6 +74,22 @@ def each_student(
   Args:
     objectives: student's name in `networks.combine` -> its objective.
     weights: name -> weight, a float or a schedule; equal when None.
+
+  Raises:
+    ValueError: as `each_teacher`.
+
+  Example:
+    >>> from kd_jax.objectives import hard_labels
+    >>> outputs = {
+    ...   'a/output': jnp.log(jnp.array([[0.75, 0.25]])),
+    ...   'b/output': jnp.log(jnp.array([[0.25, 0.75]]))}
+    >>> student = Forward(outputs['a/output'], outputs)
+    >>> batch, key = {'label': jnp.array([0])}, jax.random.key(0)
+    >>> inputs = Inputs(student, None, batch, jnp.int32(0), key)
+    >>> objective = each_student({'a': hard_labels(), 'b': hard_labels()})
+    >>> loss, _, metrics = objective.apply(*objective.init(inputs), inputs)
+    >>> round(float(loss), 4), {k: float(v) for k, v in metrics.items()}
+    (0.837, {'accuracy/a': 1.0, 'accuracy/b': 0.0, 'accuracy': 0.5})
   """
 
   def own(inputs, name):
@@ -129,7 +160,7 @@ def _mean_over(
         params[name], state[name], keyed(inputs, i, name)
       )
       weight = base.value_at(weights[name], inputs.step)
-      total += weight * base.mean(loss, inputs)
+      total += weight * mean(loss, inputs)
       share += weight
       metrics |= {f'{key}/{name}': value for key, value in extra.items()}
       if 'accuracy' in extra:
@@ -157,8 +188,22 @@ def mutual(names: Sequence[str], *, temperature: Scalar = 1.0) -> Objective:
     names: the students' names in `networks.combine`, two at least.
     temperature: T > 0, or a schedule; the paper's is 1.
 
+  Raises:
+    ValueError: for fewer than two names; when applied, for a name that is not
+      among the combined students.
+
   References:
     Zhang et al., "Deep Mutual Learning", 2017, arXiv:1706.00384.
+
+  Example:
+    >>> outputs = {
+    ...   'a/output': jnp.log(jnp.array([[0.75, 0.25]])),
+    ...   'b/output': jnp.log(jnp.array([[0.5, 0.5]]))}
+    >>> student = Forward(outputs['a/output'], outputs)
+    >>> inputs = Inputs(student, None, {}, jnp.int32(0), None)
+    >>> loss, _, _ = mutual(['a', 'b']).apply({}, {}, inputs)
+    >>> [round(v, 4) for v in loss.tolist()]
+    [0.1373]
   """
   if len(names) < 2:
     raise ValueError(f'mutual needs two students at least, not {names}.')
@@ -194,6 +239,22 @@ def ema_teacher(objective: Objective, *, decay: Scalar = 0.999) -> Objective:
   References:
     Tarvainen, Valpola, "Mean teachers are better role models", 2017,
     arXiv:1703.01780.
+
+  Example:
+    >>> from kd_jax.objectives import regression
+    >>> def student_fn(variables, batch, rng=None, *, train=False):
+    ...   return Forward(variables['params']['w'] * batch['x'])
+    >>> batch = {'x': jnp.ones((1, 1))}
+    >>> def inputs_of(w):
+    ...   now = {'params': {'w': jnp.full((1, 1), w)}}
+    ...   return Inputs(
+    ...     student_fn(now, batch), None, batch, jnp.int32(0),
+    ...     jax.random.key(0), student_fn=student_fn, student_variables=now)
+    >>> objective = ema_teacher(regression(to='teacher'), decay=0.5)
+    >>> params, state = objective.init(inputs_of(0.0))
+    >>> loss, state, _ = objective.apply(params, state, inputs_of(4.0))
+    >>> state['average']['w'].tolist(), loss.tolist()
+    ([[2.0]], [4.0])
   """
   if not callable(decay) and not 0 <= decay < 1:
     raise ValueError(f'ema_teacher: decay={decay} is not in [0, 1).')

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kd_jax.objectives.base import Inputs
+from kd_jax.objectives.inputs import Inputs
 
 
 def check_scope(scope: str) -> None:
@@ -35,23 +35,33 @@ def over_batch(
     *arrays: `[B, ...]`, the batch that this program sees.
 
   Raises:
-    ValueError: for another scope, or a batch that does not divide into
-      `inputs.num_shards` parts.
+    ValueError: for another scope, a batch that does not divide into
+      `inputs.num_shards` parts, or 'local' where these are not known.
   """
   check_scope(scope)
   if scope == 'global':
     if inputs.axis_name is not None:
       arrays = jax.lax.all_gather(arrays, inputs.axis_name, tiled=True)
     return loss(*arrays)
-  if inputs.axis_name is not None or inputs.num_shards == 1:
+  if inputs.axis_name is not None:
     return loss(*arrays)
-  parts, size = inputs.num_shards, arrays[0].shape[0]
+  parts, size = local_parts(inputs), arrays[0].shape[0]
   if size % parts:
     raise ValueError(f'A batch of {size} has no {parts} equal local parts.')
   split = jax.tree.map(
     lambda x: x.reshape(parts, size // parts, *x.shape[1:]), arrays
   )
   return jnp.mean(jax.vmap(loss)(*split))
+
+
+def local_parts(inputs: Inputs) -> int:
+  """How many parts a batch has under `jit`, which does not know of devices."""
+  if inputs.num_shards is None:
+    raise ValueError(
+      "scope='local' under jit needs make_train_step(num_shards=N), the number "
+      'of devices that the batch is split over.'
+    )
+  return inputs.num_shards
 
 
 def draw_global(

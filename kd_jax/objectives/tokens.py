@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from kd_jax import losses
 from kd_jax.losses import numerics
 from kd_jax.objectives import base, connectors
-from kd_jax.objectives.base import Inputs, Objective
+from kd_jax.objectives.base import Objective
 from kd_jax.objectives.features import Names, over_pairs
+from kd_jax.objectives.inputs import Inputs, over_devices, token_mask
 from kd_jax.types import ATTENTION_MASK
 
 
@@ -41,11 +42,22 @@ def on_tokens(
     power: of the count that the loss divides by: 1 for tokens, 2 for pairs.
     **options: of the loss; a callable among them is a schedule.
 
+  Raises:
+    ValueError: if there are not as many taps of one as of the other.
+
   Example:
+    The second token only pads:
+
+    >>> from kd_jax.types import Forward
+    >>> student = Forward(jnp.zeros(1), {'block1': jnp.ones((1, 2, 4))})
+    >>> teacher = Forward(jnp.zeros(1), {'block3': jnp.full((1, 2, 4), 4.0)})
+    >>> batch = {'attention_mask': jnp.array([[1, 0]])}
+    >>> inputs = Inputs(
+    ...   student, teacher, batch, jnp.int32(0), jax.random.key(0))
     >>> hidden = on_tokens(
-    ...   losses.hidden_squared_error,
-    ...   student=('block1', 'block2'), teacher=('block2', 'block4'),
-    ...   project=True)
+    ...   losses.hidden_squared_error, student='block1', teacher='block3')
+    >>> hidden.apply(*hidden.init(inputs), inputs)[0].tolist()
+    [9.0]
   """
   connect = connectors.make_connector('linear' if project else 'identity')
 
@@ -60,11 +72,11 @@ def on_tokens(
 
 def _mean_count(x: jax.Array, inputs: Inputs, power: int) -> jax.Array:
   """Valid tokens of an example, to a power, averaged over the global batch."""
-  mask = base.token_mask(inputs)
+  mask = token_mask(inputs)
   if mask is None:
     return jnp.float32(x.shape[-2] ** power)
   counts = jnp.sum(numerics.float32(mask != 0), axis=-1)
-  return base.over_devices(jnp.mean(counts**power), inputs)
+  return over_devices(jnp.mean(counts**power), inputs)
 
 
 def patient(*, student: Names, teacher: Names, position: int = 0) -> Objective:
@@ -74,6 +86,23 @@ def patient(*, student: Names, teacher: Names, position: int = 0) -> Objective:
     student: tap names of hidden states `[B, L, D]`.
     teacher: as many, of the same width.
     position: the token; 0 is the class token.
+
+  Raises:
+    ValueError: if there are not as many taps of one as of the other.
+
+  References:
+    Sun et al., "Patient Knowledge Distillation for BERT Model Compression",
+    2019, arXiv:1908.09355.
+
+  Example:
+    >>> from kd_jax.types import Forward
+    >>> x = jnp.array([[[3.0, 4.0], [1.0, 0.0]]])
+    >>> student, teacher = Forward(x, {'s': x}), Forward(x, {'t': x[:, ::-1]})
+    >>> inputs = Inputs(student, teacher, {}, jnp.int32(0), jax.random.key(0))
+    >>> objective = patient(student='s', teacher='t')
+    >>> loss, _, _ = objective.apply(*objective.init(inputs), inputs)
+    >>> [round(v, 3) for v in loss.tolist()]
+    [0.8]
   """
 
   def compare(params, inputs, s, t, i):

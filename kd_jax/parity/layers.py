@@ -100,7 +100,9 @@ def check_parity(
     batch: one batch, pre-processed.
     weight_rules: as given to `convert`.
     activation_rules: as given to `convert`.
-    observer: as given to `convert`, and so is `weight_observer`.
+    observer: as given to `convert`.
+    weight_observer: as given to `convert`; not read where the weights have
+      learned steps.
     interceptors: others of the network, such as `prune.resized(...)`.
     train_argument: see `adapters.from_linen`.
 
@@ -108,7 +110,25 @@ def check_parity(
     The layers that `convert` changed, and the outputs from end to end.
 
   Raises:
-    ValueError: if the model's output is not `[B, C]`.
+    ValueError: if the model's output has no two axes.
+
+  Example:
+    >>> from kd_jax import models
+    >>> from kd_jax.deploy import WEIGHT_RULES
+    >>> model = models.MLP(num_classes=2, hidden=(), reads='x')
+    >>> kernel = jnp.array([[3.0, 0.5], [2.0, 0.26]])
+    >>> variables = {'params': {'head': {
+    ...   'kernel': kernel, 'bias': jnp.zeros(2)}}}
+    >>> integers = quantize.convert(variables, WEIGHT_RULES, ())
+    >>> report = check_parity(
+    ...   model, variables, integers, {'x': jnp.array([[0.0, 1.0]])},
+    ...   weight_rules=WEIGHT_RULES)
+    >>> report.layers[0].layer, report.layers[0].execution
+    ('head', 'weights')
+    >>> round(report.fake.max_abs_error, 4)  # 2 is the code 85 of 3 / 127
+    0.0079
+    >>> report.exact.max_abs_error < 1e-6
+    True
 
   References:
     Jacob et al., 2017, arXiv:1712.05877, for the arithmetic that is compared.

@@ -35,12 +35,33 @@ class Parity(NamedTuple):
 
 
 def most_likely(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-  """Whether the most likely classes of `[..., C]` are the same."""
+  """Whether the most likely classes of two outputs are the same.
+
+  Args:
+    found: `[..., C]` of any real dtype; of equal entries the first counts.
+    expected: likewise.
+
+  Returns:
+    bool `[...]`.
+
+  Example:
+    >>> found = np.array([[0.1, 0.9], [0.6, 0.4]])
+    >>> expected = np.array([[0.4, 0.6], [0.0, 1.0]])
+    >>> most_likely(found, expected).tolist()
+    [True, False]
+  """
   return found.argmax(-1) == expected.argmax(-1)
 
 
 def within(tolerance: float) -> Agree:
   """Whether no output of `[..., D]` differs by more.
+
+  Args:
+    tolerance: the largest difference that still agrees, in the output's unit;
+      0 asks for equality.
+
+  Returns:
+    `(found, expected) -> bool [...]`, for `compare`. NaN never agrees.
 
   Example:
     >>> found, expected = np.array([[1.0], [2.0]]), np.array([[1.05], [3.0]])
@@ -128,7 +149,10 @@ def require(parity: Parity, *, name: str, agreement: float = 0.995) -> None:
   Args:
     parity: what `compare` returned.
     name: what was compared; begins the message.
-    agreement: the share of examples to agree on, at least.
+    agreement: the share of predictions to agree on, at least.
+
+  Raises:
+    ValueError: with the share, the largest error and the decibels.
 
   Example:
     >>> require(Parity(0.98, 0.7, 21.4, 500), name='integer (ONNX)')
@@ -166,7 +190,12 @@ def _outputs(
 
 
 def decibels(signal: float, noise: float) -> float:
-  """Signal-to-noise ratio of two sums of squares; inf without noise."""
+  """Signal-to-noise ratio of two sums of squares; inf without noise.
+
+  Example:
+    >>> round(decibels(100.0, 1.0), 4), decibels(1.0, 0.0), decibels(0.0, 1.0)
+    (20.0, inf, -inf)
+  """
   if noise == 0:
     return math.inf
   if signal == 0:

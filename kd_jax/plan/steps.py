@@ -6,13 +6,14 @@ trained.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from kd_jax import rules
+from kd_jax import data, rules, sharding
 from kd_jax.data import cache_form
 from kd_jax.objectives import Objective
 from kd_jax.plan.rehearsal import Rehearsal
@@ -79,6 +80,8 @@ def check(
   """Makes the train steps of a run in shapes, before any of them trains.
 
   A wrong word of a late stage is found in seconds, not after hours of training.
+  All steps but the first, which is compiled next, are traced too: what cannot
+  be compared shows there.
 
   Args:
     run: whose configuration, examples and devices.
@@ -87,12 +90,48 @@ def check(
 
   Raises:
     ValueError: what the stage would have raised.
+
+  Example:
+    >>> import tempfile
+    >>> from kd_jax import defaults
+    >>> from kd_jax.storage.workdir import Workdir
+    >>> config = defaults.get_config(tiny=True)
+    >>> config.student.model = {'name': 'mlp', 'hidden': (4,)}
+    >>> config.data.crop_padding = 0
+    >>> workdir = Workdir(tempfile.mkdtemp(), config.to_dict())
+    >>> run = Run(config, workdir, like=Rehearsal(config, examples=256))
+    >>> check(run, ['alone'])
+    >>> config.alone.train.optimizer.name = 'sdg'
+    >>> try:
+    ...   check(run, ['alone'])
+    ... except ValueError as e:
+    ...   print(str(e).partition('?')[0])
+    Unknown optimizer 'sdg': did you mean sgd
   """
-  for stage in STAGES:
-    due = overwrite or not run.workdir.finished(stage)
-    if due and (not stages or stage in stages):
-      devices = list(run.mesh.devices.flat)
-      rehearse(Rehearsal(run.config, devices, source=run), stage)
+  due = [
+    stage
+    for stage in STAGES
+    if (not stages or stage in stages)
+    and (overwrite or not run.workdir.finished(stage))
+  ]
+  _check_files(run, due)
+  for stage in due:
+    devices = list(run.mesh.devices.flat)
+    step = rehearse(Rehearsal(run.config, devices, source=run), stage)
+    if stage != due[0]:
+      compiled = sharding.compile_step(
+        step.step, run.mesh, run.config.compiler, layout=run.layout
+      )
+      jax.eval_shape(compiled, step.state, dict(step.batch), step.rng)
+
+
+def _check_files(run: Run, due: Sequence[str]) -> None:
+  """Refuses a run that would end at a file that is not there."""
+  c = run.config.teacher
+  if 'teacher' in due and c.pretrained and not os.path.isfile(c.pretrained):
+    raise ValueError(f'teacher.pretrained={c.pretrained} is no file.')
+  if c.cache and not {'distill', 'compress'}.isdisjoint(due):
+    data.TeacherCache(c.cache)
 
 
 def rehearse(run: Rehearsal, stage: str, *, cached: bool = False) -> Step:

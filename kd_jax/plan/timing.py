@@ -35,6 +35,35 @@ def measure_step(
     `seconds` (median), `low` and `high` (quartiles), `runs`,
     `examples_per_second`, `flops_per_second` of a device, `utilization` of its
     published peak and `peak_bytes` of its memory, both where they are known.
+
+  Raises:
+    ValueError: for a program without FLOPs, which was not compiled.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from kd_jax import defaults
+    >>> from kd_jax.plan.rehearsal import Rehearsal
+    >>> from kd_jax.types import TrainState
+    >>> def train(state, batch, rng):
+    ...   return state, {'sum': batch['id'].sum()}
+    >>> step = Step(
+    ...   run=Rehearsal(defaults.get_config(tiny=True), examples=256),
+    ...   step=train,
+    ...   state=None,
+    ...   batch={'id': jax.ShapeDtypeStruct((8,), np.int32)},
+    ...   total_steps=1,
+    ...   start=lambda: TrainState(jnp.int32(0), {}, {}, (), {}, None),
+    ...   networks=(None, None),
+    ...   reads=(),
+    ... )
+    >>> program = Program('compiled', flops=16.0)
+    >>> found = measure_step(step, program, chips.present())
+    >>> found['runs'], found['low'] <= found['seconds'] <= found['high']
+    (20, True)
+    >>> found['examples_per_second'] == 8 / found['seconds']
+    True
+    >>> found['flops_per_second'] == 16.0 / found['seconds']
+    True
   """
   if program.flops is None:
     raise ValueError('measure_step: the program has to be compiled before.')

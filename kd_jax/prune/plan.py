@@ -22,6 +22,11 @@ class Member(NamedTuple):
     axis: which one.
     size: its size before anything is removed.
     positions: for each unit, the positions that leave with it.
+
+  Example:
+    >>> heads = Member('params/query/kernel', 1, 4, ((0, 1), (2, 3)))
+    >>> heads.positions[1]  # what leaves with the second of two heads
+    (2, 3)
   """
 
   path: str

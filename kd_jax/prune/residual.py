@@ -29,6 +29,14 @@ class ResidualBlocks(NamedTuple):
     names: '/'-joined paths of the modules, in the order of the computation.
     frozen: path -> why a module stays that also returns the shape it is given.
     shapes: path -> shape of every parameter and state of the model.
+
+  Example:
+    >>> shapes = {'params/block/kernel': (2, 3), 'params/head/kernel': (3, 1)}
+    >>> blocks = ResidualBlocks(('block',), {}, shapes)
+    >>> blocks.params('block'), blocks.size('block')
+    (['block/kernel'], 6)
+    >>> blocks.gone({'block/kernel': np.zeros((2, 3), bool)})
+    ['block']
   """
 
   names: tuple[str, ...]
@@ -186,7 +194,7 @@ def without_blocks(
       node, is_leaf=lambda child: child is not node
     )
     if children and not children[0][0]:
-      return None if leaves(path.lstrip('/')) else node
+      return None if leaves(path) else node
     made = [
       of(child, f'{path}/{rules_lib.path_name(key)}') for key, child in children
     ]

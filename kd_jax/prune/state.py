@@ -24,6 +24,15 @@ class PruneState(NamedTuple):
     score: memory of the score.
     dense: parameter path -> weights before masking, with
       `revive='gradient'`; else empty. Those of kept weights are not read.
+
+  Example:
+    >>> import optax
+    >>> from kd_jax import prune
+    >>> params = {'w': jnp.array([1.0, -3.0, 2.0, 4.0])}
+    >>> tx = prune.prune(optax.sgd(0.1), lambda step: 0.5, [('w', True)])
+    >>> _, state = tx.update(params, tx.init(params), params)
+    >>> int(state.step), float(state.sparsity), state.masks['w'].tolist()
+    (1, 0.5, [False, True, False, True])
   """
 
   step: jax.Array

@@ -343,8 +343,8 @@ def masks_from(
 
   Raises:
     ValueError: if a score is NaN and this is not being compiled; compiled, NaN
-      counts as the smallest score. Also for an unknown scope, and what the
-      structure raises.
+      counts as the smallest score; likewise for a sparsity outside of [0, 1).
+      Also for an unknown scope, and what the structure raises.
 
   Example:
     >>> masks = masks_from({'w': jnp.array([3.0, 1.0])}, 0.5)
@@ -355,6 +355,9 @@ def masks_from(
   for name, score in scores.items():
     if _is_true(jnp.any(jnp.isnan(score))):
       raise ValueError(f'masks_from: the scores of {name!r} contain NaN.')
+  share = jnp.asarray(sparsity)
+  if _is_true(jnp.any((share < 0) | (share >= 1))):
+    raise ValueError(f'A sparsity is a share in [0, 1), not {sparsity}.')
   structure = unstructured() if structure is None else structure
   return structure(scores, sparsity, scope)
 

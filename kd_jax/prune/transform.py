@@ -64,7 +64,8 @@ def prune(
     A transformation whose `update` needs `params`.
 
   Raises:
-    ValueError: for an unknown scope or way to revive; in `init`, for a rule
+    ValueError: for an unknown scope or way to revive, or a number in place of
+      a schedule; in `init`, for a rule
       that matches nothing and for shapes that the structure cannot divide.
 
   Example:
@@ -81,6 +82,10 @@ def prune(
     Guo, Yao, Chen, "Dynamic Network Surgery", 2016, arXiv:1608.04493, is
     'gradient'.
   """
+  if not callable(schedule):
+    raise ValueError(
+      f'prune takes a schedule, such as constant({schedule}), not {schedule!r}.'
+    )
   tx = optax.with_extra_args_support(tx)
   score = magnitude() if score is None else score
   scope = scopes.resolve(scope)

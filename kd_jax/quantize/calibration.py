@@ -65,7 +65,7 @@ def calibrate(
   def observe(stats, variables, batch):
     variables = {**variables, COLLECTION: stats}
     state = forward(variables, batch, None, train=True).model_state
-    return state.get(COLLECTION, {})
+    return state[COLLECTION]
 
   observe = jax.jit(observe, donate_argnums=0)
   stats = None

@@ -27,12 +27,16 @@ def quantize_model(
 
   Args:
     model: a linen or nnx module, which is not changed.
-    weight_rules: see `to_qwix`, and so are `activation_rules` and `options`.
+    weight_rules: `(pattern, spec or None)` pairs on parameter paths, see
+      `to_qwix`.
+    activation_rules: likewise on layer paths; none by default, so that weights
+      alone are quantized.
     provider: 'train' rounds in forward and, with `bwd_qtype`, in backward
       passes of float weights (QAT, quantized training); 'serve' runs on
       integer weights, which `qwix.quantize_params` makes.
     inputs: arguments of the model's call; for nnx modules, which Qwix runs
       once.
+    **options: fields of `qwix.QtRule` for all rules, see `to_qwix`.
 
   Returns:
     A module of the same kind. Static ranges are in its collection

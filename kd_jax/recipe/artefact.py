@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax import adapters, deploy, prune, rules
+from kd_jax.quantize.stored import COLLECTION
 from kd_jax.recipe.words import SPECS
 from kd_jax.storage import mirror
 from kd_jax.storage.weights import load_weights, save_weights
@@ -60,6 +61,20 @@ def load_artefact(
 
   Raises:
     ValueError: if the files are missing or were not written by kd_jax.
+
+  Example:
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from kd_jax import models
+    >>> model = models.MLP(num_classes=1, hidden=(4,), reads='x')
+    >>> dense = {'kernel': np.ones((3, 2), 'f'), 'bias': np.zeros(2, 'f')}
+    >>> head = {'kernel': np.ones((2, 1), 'f'), 'bias': np.zeros(1, 'f')}
+    >>> variables = {'params': {'dense1': dense, 'head': head}}
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   save(Path(directory), variables, {'overrides': {}}, SHRUNK)
+    ...   forward, variables = load_artefact(directory, model)
+    >>> forward(variables, {'x': np.ones((1, 3), 'f')}).output.tolist()
+    [[6.0]]
   """
   path = mirror.resolve(directory)
   if not exists(path):
@@ -82,6 +97,9 @@ def load_artefact(
     for p, name in about['activations']
   ]
   interceptors = [prune.resized(overrides) for overrides in about['overrides']]
+  if COLLECTION not in variables:
+    # Its recipe quantized nothing.
+    return deploy.evaluation(model, interceptors=interceptors)(), variables
   integers = deploy.integer_forward(
     model, interceptors=interceptors, dynamic=dynamic, **options
   )

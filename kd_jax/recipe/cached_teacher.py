@@ -31,7 +31,7 @@ def open_teacher(run: Run) -> Network:
     ValueError: if the stage is not finished, or the cache cannot be read or is
       one of another teacher, other data or another augmentation.
   """
-  teacher, path = run.teacher(), run.config.teacher.get('cache', '')
+  teacher, path = run.teacher(), run.config.teacher.cache
   if not path:
     return teacher
   cache = data.TeacherCache(path)

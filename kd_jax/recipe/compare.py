@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -19,16 +20,19 @@ import jax
 import ml_collections
 import numpy as np
 
-from kd_jax import methods, metrics, rules, sharding
+from kd_jax import defaults, methods, metrics, rules, sharding
 from kd_jax.data import train_batches
-from kd_jax.recipe import distillation, evaluation, fit, origin
+from kd_jax.recipe import distillation, evaluation, fields, fit, origin
 from kd_jax.recipe.network import TEACHER
 from kd_jax.recipe.run import Run
 from kd_jax.report import comparison, measure
 from kd_jax.sharding import hosts
 from kd_jax.storage import lock, mirror, weights
-from kd_jax.storage.workdir import Workdir, read_json, write_json
+from kd_jax.storage.workdir import Workdir, flatten, read_json, write_json
 from kd_jax.terms import describe
+
+# Of the fields of `kd-jax run`.
+_UNREAD = re.compile(r'seed$|(alone|compress|aims|distill\.terms)\.')
 
 
 def compare(
@@ -51,14 +55,40 @@ def compare(
     The comparison, as written to `comparison.json`; see `report.comparison`.
 
   Raises:
-    ValueError: for an unknown method, schemes that do not go together, a
-      directory of another configuration or other data, or if another process
-      runs here.
+    ValueError: for an unknown method, several scales without a validation
+      split, fields that a comparison does not read, schemes that do not go
+      together, a directory of another configuration or other data, or if
+      another process runs here.
   """
-  for name in config.methods:
-    rules.choose('entry of methods', name, methods.METHODS)
+  _check(config)
   with lock.exclusive(path):
     return _compare(config, path, say)
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+  """Refuses what a comparison cannot do, and fields that it does not read."""
+  fields.check(config)
+  for name in config.methods:
+    rules.choose('entry of methods', name, methods.METHODS)
+  if not config.scales:
+    raise ValueError('scales=() leaves no factor: (1.0,) is the published one.')
+  if len(config.scales) > 1 and not config.data.validation:
+    raise ValueError(
+      f'Of scales={tuple(config.scales)} the validation split chooses one, and '
+      'data.validation=0 leaves none: give one scale.'
+    )
+  given, *defaulted = (
+    flatten(c.to_dict())
+    for c in (config, defaults.comparison(), defaults.comparison(tiny=True))
+  )
+  for field, value in given.items():
+    own = [default.get(field) for default in defaulted]
+    if _UNREAD.match(field) and value not in own:
+      raise ValueError(
+        f'kd-jax compare does not read {field}={value!r}: it has the seeds '
+        'from 0 on, the terms of each method, and distill.train for the '
+        'student alone too.'
+      )
 
 
 def _compare(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import optax
 
-from kd_jax import adapters, deploy, prune
+from kd_jax import adapters, deploy, prune, quantize
 from kd_jax.parity import check_parity
 from kd_jax.recipe.pruning import Pruning
 from kd_jax.recipe.quantization import Quantization
@@ -180,15 +180,22 @@ class Compression:
   def integer_forward(
     self, overrides: prune.Overrides, **options: Any
   ) -> StudentFn:
-    """The forward of `Converted`.
+    """The forward of `Converted`; in float where nothing is quantized.
 
     Args:
       overrides: of it.
       **options: others of `deploy.integer_forward`.
     """
+    model, interceptors = self._network.model, self.interceptors(overrides)
+    if not self.quantization.anything:
+      return adapters.from_linen(
+        model,
+        taps=options.get('taps', ()),
+        interceptors=(*interceptors, quantize.skip_folded_batch_norms),
+      )
     return deploy.integer_forward(
-      self._network.model,
-      interceptors=self.interceptors(overrides),
+      model,
+      interceptors=interceptors,
       dynamic=self.quantization.rules('activations'),
       **options,
     )

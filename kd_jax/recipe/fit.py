@@ -19,12 +19,13 @@ from kd_jax import data, deploy, models, optim, prune, rules, sharding
 from kd_jax import train as train_lib
 from kd_jax.guard import drop_nonfinite
 from kd_jax.objectives import Objective
+from kd_jax.params_fn import with_step
 from kd_jax.recipe import evaluation
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
 from kd_jax.recipe.words import Training
 from kd_jax.sharding import hosts, layout
-from kd_jax.step import init_state, make_train_step, with_step
+from kd_jax.step import init_state, make_train_step
 from kd_jax.storage.checkpoint import Checkpoints
 from kd_jax.storage.weights import save_weights
 from kd_jax.train.feed import Several

@@ -69,6 +69,9 @@ def compared(config: ml_collections.ConfigDict) -> list[str]:
     >>> print(*compared(config))  # doctest: +NORMALIZE_WHITESPACE
     student alone and distilled start from the same weights, for 60 and 90
     epochs.
+    >>> config.distill.scheme.reuse_head = True
+    >>> compared(config)
+    []
   """
   if config.distill.scheme.reuse_head:
     return []

@@ -25,6 +25,7 @@ from kd_jax import (
   sharding,
   tasks,
 )
+from kd_jax.recipe import fields
 from kd_jax.recipe.compression import Compression
 from kd_jax.recipe.network import TEACHER, Network, ensemble
 from kd_jax.recipe.words import Training, Uncompressed
@@ -34,6 +35,15 @@ from kd_jax.sharding import layout
 from kd_jax.storage.weights import load_weights
 from kd_jax.storage.workdir import Workdir
 from kd_jax.types import Batch, StudentFn, Variables
+
+
+def _layout(shard: Sequence[str]) -> layout.Layout:
+  """How parameters are split over the mesh, the teacher's too."""
+  for axis in shard:
+    axes = dict.fromkeys((layout.FSDP, layout.TENSOR))
+    rules.choose('axis of teacher.shard', axis, axes)
+  return layout.DEFAULT._replace(teacher=tuple(shard))
+
 
 # Stages whose networks start from the same random weights share a number.
 _RNG = {'teacher': 0, 'alone': 1, 'distill': 1, 'compress': 2}
@@ -49,6 +59,10 @@ class Run:
     like: a run of the same data, whose examples in memory are used.
     devices: of the mesh; all of them when None.
     profile: whether trainings measure where their time goes.
+
+  Raises:
+    ValueError: for a configuration that `fields.check` refuses, devices that do
+      not make its mesh, or an axis of `teacher.shard` that there is not.
   """
 
   def __init__(
@@ -60,6 +74,7 @@ class Run:
     devices: Sequence[jax.Device] | None = None,
     profile: bool = False,
   ):
+    fields.check(config)
     self.config, self.profile = config, profile
     self._workdir = workdir
     if like is not None:
@@ -67,6 +82,7 @@ class Run:
       vars(self).update(splits=like.splits, transfer=like.transfer)
     self.mesh = sharding.make_mesh(devices, **config.mesh.to_dict())
     self.axis_name = sharding.axis_name(config.compiler)
+    self.layout = _layout(config.teacher.shard)
 
   @property
   def workdir(self) -> Workdir:
@@ -78,14 +94,6 @@ class Run:
   def with_config(self, config: ml_collections.ConfigDict) -> 'Run':
     """The same files and examples, with another configuration."""
     return Run(config, self._workdir, like=self)
-
-  @functools.cached_property
-  def layout(self) -> layout.Layout:
-    """How parameters are split over the mesh, the teacher's too."""
-    shard, axes = self.config.teacher.shard, (layout.FSDP, layout.TENSOR)
-    for axis in shard:
-      rules.choose('axis of teacher.shard', axis, dict.fromkeys(axes))
-    return layout.DEFAULT._replace(teacher=tuple(shard))
 
   @functools.cached_property
   def own_mesh(self) -> jax.sharding.Mesh:

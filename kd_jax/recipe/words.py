@@ -100,10 +100,16 @@ class Training(NamedTuple):
       examples: of the train split, or those to transfer with.
 
     Raises:
-      ValueError: without an epoch, or for a batch of no or too many examples.
+      ValueError: without an epoch, for a batch of no or too many examples, or
+        one that `accumulate` does not divide.
     """
     if c.epochs < 1:
       raise ValueError(f'train.epochs={c.epochs} is not a number from 1 on.')
+    if c.accumulate < 1 or c.batch_size % c.accumulate:
+      raise ValueError(
+        f'train.accumulate={c.accumulate} does not divide '
+        f'train.batch_size={c.batch_size}.'
+      )
     epoch_steps = data.batches_per_epoch(examples, c.batch_size)
     return cls(c.epochs * epoch_steps, epoch_steps, c.accumulate)
 

@@ -63,6 +63,17 @@ def write_report(
     TypeError: if the report holds something that JSON cannot.
     ValueError: if the report is of another format, or the directory is not
       local.
+
+  Example:
+    >>> import tempfile
+    >>> report = {'format': 1, 'models': [
+    ...   {'name': 'teacher', 'accuracy': np.float32(0.75), 'loss': np.nan}]}
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   paths = write_report(report, directory)
+    ...   read_report(directory)['models']
+    [{'name': 'teacher', 'accuracy': 0.75, 'loss': None}]
+    >>> list(paths)
+    ['report.json', 'report.md', 'report.html']
   """
   if '://' in os.fspath(directory):
     raise ValueError(f'{directory} is not a local directory: write, then copy.')
@@ -94,6 +105,14 @@ def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
   Raises:
     ValueError: if it is missing, damaged or of another format.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   path = Path(directory, 'report.json')
+    ...   _ = path.write_text('{"format": 1, "models": [{"name": "int8"}]}')
+    ...   read_report(directory)
+    {'format': 1, 'models': [{'name': 'int8'}]}
   """
   path = Path(directory) / NAMES[0]
   try:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from kd_jax.report import names, plots
 from kd_jax.report.looks import Look, looks_of, quality_of
@@ -143,9 +145,6 @@ def markdown(comparison: Comparison) -> str:
 
 def print_table(comparison: Comparison) -> None:
   """Prints the table and the notes; narrow terminals get fewer columns."""
-  from rich.console import Console  # noqa: PLC0415
-  from rich.table import Table  # noqa: PLC0415
-
   console = Console()
   if not console.is_terminal and not console.is_jupyter:
     console = Console(width=_WIDTH)

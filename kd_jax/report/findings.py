@@ -21,6 +21,13 @@ def summary(report: Report) -> list[str]:
   The first is about the last model measured, which is what would be shipped;
   then come its speed, what distillation gained, and the aims.
 
+  Args:
+    report: the report; reads `models`, `aims` and `dropped`, and leaves out
+      the sentences for which it has no numbers.
+
+  Returns:
+    At least one sentence.
+
   Example:
     >>> summary({'models': [
     ...   {'name': 'teacher', 'accuracy': 0.99, 'bytes': 1000},

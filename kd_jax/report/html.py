@@ -108,6 +108,11 @@ def html(report: Report) -> str:
 
   Returns:
     An HTML document that loads nothing and runs nothing.
+
+  Example:
+    >>> page = html({'dataset': {'name': 'a<b'}, 'models': []})
+    >>> '<h1>kd_jax report: a&lt;b</h1>' in page, '<script' in page
+    (True, False)
   """
   lead, *more = summary(report)
   created = report.get('created')

@@ -183,6 +183,11 @@ def markdown(report: Report) -> str:
 
   Returns:
     Markdown text that ends with a newline.
+
+  Example:
+    >>> row = {'name': 'a', 'accuracy': 0.97}
+    >>> '| a | 97.0 % |' in markdown({'models': [row]})
+    True
   """
   columns = model_columns(report)
   notes = [m.get('note') or '' for m in models_of(report)]

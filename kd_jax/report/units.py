@@ -12,7 +12,12 @@ DASH = '-'
 
 
 def number(value: Any) -> float | None:
-  """`value` as a finite float, or None when there is no such number."""
+  """`value` as a finite float, or None when there is no such number.
+
+  Example:
+    >>> number(3), number(None), number(float('inf'))
+    (3.0, None, None)
+  """
   value = math.nan if value is None else float(value)
   return value if math.isfinite(value) else None
 
@@ -72,7 +77,12 @@ def fraction(value: Any, of: Any) -> str:
 
 
 def milliseconds(value: Any) -> str:
-  """A time in ms with three significant digits, without the unit."""
+  """A time in ms with three significant digits, without the unit.
+
+  Example:
+    >>> milliseconds(0.12345), milliseconds(12.345), milliseconds(1234.5)
+    ('0.123', '12.3', '1234')
+  """
   value = number(value)
   if value is None:
     return DASH
@@ -81,7 +91,12 @@ def milliseconds(value: Any) -> str:
 
 
 def seconds(value: Any) -> str:
-  """A duration: seconds up to two minutes, then minutes, then hours."""
+  """A duration: seconds up to two minutes, then minutes, then hours.
+
+  Example:
+    >>> seconds(90), seconds(600), seconds(9000)
+    ('90 s', '10 min', '2.5 h')
+  """
   value = number(value)
   if value is None:
     return DASH

@@ -33,26 +33,24 @@ def place_state(
   """Puts a train state on the devices as a step of that `compiler` wants it.
 
   Args:
-    state: from `step.init_state`, its teacher included.
+    state: of arrays in host memory or on any device.
     mesh: from `make_mesh`.
-    compiler: of `compile_step`. 'jit' splits what `layout` says; the other two
-      have the whole state on every device, 'pmap' on those of this process.
-    layout: how parameters are split; the one `compile_step` gets.
+    compiler: of `compile_step`: 'jit' splits what `layout` says, the others
+      copy the state to every device.
+    layout: how parameters are split under 'jit'.
 
   Returns:
-    The same values; nothing is donated.
+    The state with the same values.
 
   Example:
-    >>> from kd_jax.sharding.meshes import make_mesh
+    >>> from kd_jax.sharding import make_mesh
     >>> from kd_jax.types import ObjectiveState
     >>> state = TrainState(
-    ...   step=jax.numpy.int32(0), params={'w': jax.numpy.ones((64, 128))},
-    ...   model_state={}, opt_state=(), objective=ObjectiveState({}, {}, ()))
-    >>> for compiler in ('jit', 'shard_map'):
-    ...   placed = place_state(state, make_mesh(fsdp=4), compiler)
-    ...   print(placed.params['w'].sharding.shard_shape((64, 128)))
-    (64, 32)
-    (64, 128)
+    ...   jax.numpy.int32(0), {'w': jax.numpy.ones((64, 128))}, {}, (),
+    ...   ObjectiveState({}, {}, ()), None)
+    >>> mesh = make_mesh(jax.devices()[:1])
+    >>> place_state(state, mesh).params['w'].sharding.mesh.shape['data']
+    1
   """
   if compiler == 'shard_map':
     return replicate(state, mesh)
@@ -173,17 +171,14 @@ def axis_name(compiler: str) -> str | None:
   """The `axis_name` that a step of this compiler must be made with.
 
   Args:
-    compiler: one of `COMPILERS`.
-
-  Returns:
-    None for 'jit', whose step sees the global batch; 'data' for the others.
+    compiler: 'jit', 'shard_map' or 'pmap'.
 
   Raises:
-    ValueError: for an unknown compiler.
+    ValueError: for another compiler.
 
   Example:
-    >>> [axis_name(compiler) for compiler in ('jit', 'shard_map', 'pmap')]
-    [None, 'data', 'data']
+    >>> axis_name('jit'), axis_name('shard_map')
+    (None, 'data')
   """
   rules.choose('compiler', compiler, COMPILERS)
   return None if compiler == 'jit' else DATA
@@ -252,25 +247,37 @@ def compile_step(
     the batch with every trace, see `CompiledStep`.
 
   Raises:
-    ValueError: for an unknown compiler; for 'shard_map' and 'pmap' also on a
-      mesh whose axes 'fsdp' and 'tensor' are not 1. The compiled function
-      raises JAX's own errors for a batch that does not divide over the devices.
+    ValueError: for an unknown compiler, a step that was made for another, or
+      for 'shard_map' or 'pmap' on a mesh with more than one device along 'fsdp'
+      or 'tensor'.
 
   Example:
+    >>> import numpy as np
     >>> import optax
-    >>> from kd_jax import Forward, init_state, make_mesh, make_train_step, term
+    >>> from kd_jax.objectives import term
+    >>> from kd_jax.sharding import make_mesh, shard_batch
+    >>> from kd_jax.step import init_state, make_train_step
+    >>> from kd_jax.types import Forward
+    >>> mesh = make_mesh()
     >>> student_fn = lambda v, batch, rng, *, train: Forward(
-    ...   v['params'] * batch['x'])
-    >>> objective, tx = term(lambda i: i.student.output), optax.sgd(1.0)
-    >>> w, batch = jax.numpy.float32(0), {'x': jax.numpy.arange(8.0)}
-    >>> state = init_state(student_fn, objective, tx, {'params': w}, batch)
-    >>> step = make_train_step(student_fn, objective, tx)
-    >>> run = compile_step(step, make_mesh(fsdp=2))
-    >>> state, metrics = run(state, batch, jax.random.key(0))
-    >>> float(state.params), run.traces  # the mean of x; the global batch
-    (-3.5, [{'x': (8,)}])
+    ...   batch['x'] * v['params'].reshape(1))
+    >>> objective = term(lambda inputs: inputs.student.output)
+    >>> tx, batch = optax.sgd(1.0), {'x': np.ones(8 * mesh.size, np.float32)}
+    >>> state = init_state(
+    ...   student_fn, objective, tx, {'params': jax.numpy.array([3.0])}, batch)
+    >>> step = compile_step(make_train_step(student_fn, objective, tx), mesh)
+    >>> state, metrics = step(
+    ...   place_state(state, mesh), shard_batch(batch, mesh), jax.random.key(0))
+    >>> float(metrics['loss/total']), state.params.tolist(), len(step.traces)
+    (3.0, [2.0], 1)
   """
-  compiled = rules.choose('compiler', compiler, COMPILERS)
+  expected = axis_name(compiler)
+  if getattr(step, 'axis_name', expected) != expected:
+    raise ValueError(
+      f'compiler={compiler!r} needs a step that was made with '
+      f'make_train_step(axis_name={expected!r}); see axis_name(compiler).'
+    )
+  compiled = COMPILERS[compiler]
   traces: list[dict[str, tuple[int, ...]]] = []
 
   def train_step(state, teacher, batch, rng):

@@ -130,18 +130,16 @@ def state_shardings(state: Any, mesh: Mesh, layout: Layout = DEFAULT) -> Any:
     The tree of `state`, of `NamedSharding`.
 
   Example:
-    >>> import optax
     >>> from kd_jax.types import ObjectiveState, TrainState
-    >>> params = {'w': jax.ShapeDtypeStruct((64, 128), 'float32')}
-    >>> state = TrainState(
-    ...   step=jax.ShapeDtypeStruct((), 'int32'), params=params, model_state={},
-    ...   opt_state=jax.eval_shape(optax.adam(0.1).init, params),
-    ...   objective=ObjectiveState({}, {}, ()))
-    >>> found = state_shardings(state, jax.make_mesh((2, 4, 1), AXES))
-    >>> [tuple(x.spec) for x in (found.params['w'], found.opt_state[0].mu['w'])]
-    [(None, 'fsdp'), (None, 'fsdp')]
-    >>> tuple(found.step.spec)
-    ()
+    >>> w = jax.ShapeDtypeStruct((256, 64), 'float32')
+    >>> objective, moments = ObjectiveState({}, {}, ()), {'trace': {'w': w}}
+    >>> state = TrainState(w, {'w': w}, {}, moments, objective, None)
+    >>> mesh = jax.sharding.AbstractMesh((4, 2, 1), AXES)
+    >>> placed = state_shardings(state, mesh)
+    >>> tuple(placed.params['w'].spec)
+    ('fsdp', None)
+    >>> placed.opt_state['trace']['w'].spec == placed.params['w'].spec
+    True
   """
   params = rules_lib.named_leaves(state.params)
   shapes = {name: tuple(leaf.shape) for name, leaf in params.items()}
@@ -168,21 +166,18 @@ def teacher_shardings(
   """Where each array of a teacher lies; see `state_shardings`.
 
   Args:
-    teacher: its variables, of arrays or shapes, or None.
+    teacher: its variables `{'params': ..., **collections}`, or their shapes.
     mesh: from `sharding.make_mesh`.
-    layout: the rules; by default the whole teacher is on every device.
-
-  Returns:
-    The tree of `teacher`, of `NamedSharding`. Only parameters are ever split.
+    layout: whose `teacher` names the axes that split it; everywhere otherwise.
 
   Example:
-    >>> mesh = jax.make_mesh((2, 4, 1), AXES)
-    >>> teacher = {'params': {'w': jax.ShapeDtypeStruct((64, 128), 'float32')}}
+    >>> mesh = jax.sharding.AbstractMesh((4, 2, 1), AXES)
+    >>> w = jax.ShapeDtypeStruct((64, 256), 'float32')
+    >>> teacher = {'params': {'w': w}}
     >>> for layout in (DEFAULT, Layout(teacher=('fsdp',))):
-    ...   found = teacher_shardings(teacher, mesh, layout)['params']['w']
-    ...   print(found.shard_shape((64, 128)))
-    (64, 128)
-    (64, 32)
+    ...   tuple(teacher_shardings(teacher, mesh, layout)['params']['w'].spec)
+    (None, None)
+    (None, 'fsdp')
   """
 
   def spec(path, leaf):
@@ -200,14 +195,10 @@ def batch_parts(mesh: Mesh) -> int:
   """Over how many devices the batch is split.
 
   Args:
-    mesh: from `sharding.make_mesh`.
-
-  Returns:
-    The devices along 'data' times those along 'fsdp'; devices along 'tensor'
-    work on the same examples.
+    mesh: with the axes of `AXES`; 'data' and 'fsdp' split it, 'tensor' not.
 
   Example:
-    >>> batch_parts(jax.make_mesh((2, 2, 2), AXES))
-    4
+    >>> batch_parts(jax.sharding.AbstractMesh((4, 2, 3), AXES))
+    8
   """
   return mesh.shape[DATA] * mesh.shape[FSDP]

@@ -25,6 +25,14 @@ def write(path: Path, data: bytes) -> None:
   Raises:
     OSError: if it cannot be written, such as on a full disk; what was at
       `path` before is still there.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   write(Path(directory, 'a'), b'one')
+    ...   write(Path(directory, 'a'), b'two')
+    ...   [(path.name, path.read_bytes()) for path in Path(directory).iterdir()]
+    [('a', b'two')]
   """
   half = path.with_name(path.name + '.tmp')
   try:
@@ -39,7 +47,22 @@ def write(path: Path, data: bytes) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-  """The `sha256` and the `bytes` of a file."""
+  """The `sha256` and the `bytes` of a file.
+
+  Args:
+    path: a local file, which is read in pieces.
+
+  Returns:
+    The digest in hexadecimal, and the length.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   _ = Path(directory, 'a').write_bytes(b'abc')
+    ...   about = describe(Path(directory, 'a'))
+    >>> about['sha256'][:8], about['bytes']
+    ('ba7816bf', 3)
+  """
   with open(path, 'rb') as file:
     digest = hashlib.file_digest(file, 'sha256').hexdigest()
     return {'sha256': digest, 'bytes': file.tell()}
@@ -101,7 +124,15 @@ def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
 
 
 def version(package: str) -> str | None:
-  """The installed version of a package, or None."""
+  """The installed version of a package, or None.
+
+  Args:
+    package: as pip names it.
+
+  Example:
+    >>> version('jax') is None, version('no-such-package') is None
+    (False, True)
+  """
   with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     return importlib.metadata.version(package)
   return None

@@ -34,6 +34,15 @@ def save_weights(path: Path, variables: Mapping[str, Any]) -> None:
 
   Raises:
     OSError: if the file cannot be written; one that was there stays.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   path = Path(directory, 'a.safetensors')
+    ...   save_weights(path, {'params': {'head': {'bias': np.ones(2, 'f')}}})
+    ...   with safetensors.safe_open(path, framework='numpy') as file:
+    ...     list(file.keys())
+    ['params/head/bias']
   """
   flat = traverse_util.flatten_dict(variables, sep='/')
   flat = {k: jax.numpy.asarray(v) for k, v in flat.items()}
@@ -45,11 +54,29 @@ def save_weights(path: Path, variables: Mapping[str, Any]) -> None:
 def load_weights(path: Path) -> dict[str, Any]:
   """Reads what `save_weights` wrote.
 
+  Args:
+    path: the file.
+
   Returns:
-    Nested dicts of `jax.Array`.
+    Nested dicts of `jax.Array`, of the dtypes that were saved.
 
   Raises:
     ValueError: if the file is missing, damaged, or not written by kd_jax.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   path = Path(directory, 'a.safetensors')
+    ...   save_weights(path, {'params': {'w': np.array([1, -2], np.int8)}})
+    ...   w = load_weights(path)['params']['w']
+    ...   _ = path.write_bytes(path.read_bytes()[:-1] + bytes([7]))
+    ...   try:
+    ...     load_weights(path)
+    ...   except ValueError as e:
+    ...     print(str(e).partition(' is ')[2])
+    damaged: its arrays are not what was written, by their SHA-256.
+    >>> w.tolist(), w.dtype.name
+    ([1, -2], 'int8')
   """
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
@@ -87,6 +114,13 @@ def count(variables: Mapping[str, Any]) -> tuple[int, int]:
   Args:
     variables: with `params`, and `int8` after `quantize.convert`; two codes of
       4 bits in a byte are two parameters.
+
+  Returns:
+    `(all, nonzero)`.
+
+  Example:
+    >>> count({'params': {'w': np.array([[0.0, 1.0, 2.0]])}})
+    (3, 2)
   """
   params = quantize.dequantize_params(variables)['params']
   leaves = jax.tree.leaves(params)

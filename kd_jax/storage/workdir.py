@@ -303,7 +303,15 @@ def _artefacts(directory: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """A JSON file, or a ValueError that names it."""
+  """A JSON file, or a ValueError that names it.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   write_json(Path(directory, 'a.json'), {'sizes': (1, 2)})
+    ...   read_json(Path(directory, 'a.json'))
+    {'sizes': [1, 2]}
+  """
   try:
     return json.loads(path.read_text())
   except (OSError, json.JSONDecodeError) as e:
@@ -311,7 +319,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-  """Writes a JSON file, whole or not at all."""
+  """Writes a JSON file, whole or not at all.
+
+  Raises:
+    TypeError: for what JSON does not have.
+    ValueError: for NaN and infinities.
+
+  Example:
+    >>> try:
+    ...   write_json(Path('loss.json'), {'loss': float('nan')})
+    ... except ValueError as e:
+    ...   Path('loss.json').exists()
+    False
+  """
   write_text(path, json.dumps(value, indent=1, allow_nan=False) + '\n')
 
 

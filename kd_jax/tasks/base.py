@@ -50,6 +50,20 @@ class Task(NamedTuple):
     stand_in: `(config.data, split, count) -> examples` whose values do not
       matter, for plans of runs whose data is not here; `count` is 0 for as many
       as are known to be there. None to load them.
+
+  Example:
+    >>> import numpy as np
+    >>> from kd_jax import data, metrics, objectives
+    >>> def load(c, split):
+    ...   return data.ArrayData(
+    ...     {'x': np.ones((4, 3), 'f'), 'target': np.zeros((4, 1), 'f')},
+    ...     id=np.arange(4, dtype=np.int32), reads='x', num_classes=1)
+    >>> def labels():
+    ...   terms = {'mse': (1.0, objectives.regression())}
+    ...   return objectives.weighted_sum(terms)
+    >>> task = Task('x', load, {'mse': metrics.mean_squared_error()}, labels)
+    >>> task.quality, task.worth(0.5), task.load(None, 'train').input.shape
+    ('mse', -0.5, (3,))
   """
 
   reads: str

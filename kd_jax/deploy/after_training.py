@@ -1,121 +1,20 @@
-"""What a trained student becomes: folded, converted, wrapped with its input.
+"""A trained linen model, quantized without further training.
 
-Owns the path from trained variables to a function of raw inputs; nothing
-about files, which is `export`.
+Owns the order of folding, rescaling, calibration, rounding and correction; the
+algorithms are `quantize`'s, and the forwards that run the result `forwards`'.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
-
-import jax
 
 from kd_jax import adapters, quantize
 from kd_jax import rules as rules_lib
-from kd_jax.adapters.plain import names_of
-from kd_jax.types import Batch, Reads, StudentFn, Variables
+from kd_jax.deploy.forwards import Rules, evaluation
+from kd_jax.types import Batch, Variables
 
-Rules = rules_lib.Rules[quantize.QuantSpec]
 WEIGHT_RULES: Rules = (('.*/kernel', quantize.INT8_WEIGHTS),)
 ACTIVATION_RULES: Rules = (('.*', quantize.INT8_ACTIVATIONS),)
-Preprocess = Callable[..., Batch]
-
-
-def integer_forward(
-  model: adapters.LinenModule,
-  *,
-  simulate: bool = False,
-  dynamic: Rules = (),
-  convolution: str = 'auto',
-  taps: Sequence[str] = (),
-  axis_name: str | None = None,
-  interceptors: Sequence[adapters.Interceptor] = (),
-) -> StudentFn:
-  """The forward of a linen model whose layers `quantize.convert` replaced.
-
-  Args:
-    model: the module that was trained; it is not edited. Its `__call__` takes
-      `train`.
-    simulate: runs the same values in float32, for runtimes that read
-      quantize -> dequantize -> layer; see `quantize.execute_integers`.
-    dynamic: activation rules, of which the dynamic ones find their ranges in
-      the batch at hand.
-    convolution: how integer convolutions run, see `execute_integers`.
-    taps: '/'-joined paths of submodules, as for `adapters.from_linen`.
-    axis_name: the mapped axis under `shard_map` or `pmap`.
-    interceptors: others, which go first, such as `prune.resized(...)` for a
-      shrunk model.
-
-  Returns:
-    The forward, see `adapters.from_linen`; its variables are those of
-    `quantize.convert` or `post_training_quantize`.
-
-  Raises:
-    ValueError: for an unknown `convolution`, or a class in place of a module.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> from kd_jax import models
-    >>> model = models.make_model('mlp', num_classes=2, hidden=())
-    >>> params = {'head': {
-    ...   'kernel': jnp.array([[3.0, 1.0], [2.0, 1.0]]), 'bias': jnp.zeros(2)}}
-    >>> variables = quantize.convert({'params': params}, WEIGHT_RULES, ())
-    >>> batch = {'image': jnp.array([[0.0, 127.0]])}
-    >>> output = integer_forward(model)(variables, batch).output
-    >>> [round(y, 3) for y in output[0].tolist()]
-    [255.0, 127.0]
-  """
-  return adapters.from_linen(
-    model,
-    taps=taps,
-    interceptors=(
-      *interceptors,
-      quantize.skip_folded_batch_norms,
-      quantize.execute_integers(
-        simulate=simulate, dynamic=dynamic, convolution=convolution
-      ),
-    ),
-    axis_name=axis_name,
-  )
-
-
-def evaluation(
-  model: adapters.LinenModule,
-  *,
-  interceptors: Sequence[adapters.Interceptor] = (),
-) -> Callable[..., StudentFn]:
-  """The `make_forward` that post-training algorithms take, of a linen model.
-
-  Args:
-    model: the module; folded BatchNorms are left out when it runs. It sees
-      the entries of a batch that its attribute `reads` names, or 'image'.
-    interceptors: others, as for `integer_forward`.
-
-  Returns:
-    `(*interceptors) -> forward`. Without its train argument the model stays in
-    evaluation mode, also when `train=True` tells observers to learn.
-
-  Raises:
-    ValueError: when called, for a class in place of a module.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> from flax import linen as nn
-    >>> forward = evaluation(nn.Sequential([nn.Dense(1)]))()
-    >>> kernel, bias = jnp.array([[2.0], [3.0]]), jnp.ones(1)
-    >>> variables = {'params': {'layers_0': {'kernel': kernel, 'bias': bias}}}
-    >>> forward(variables, {'image': jnp.array([[1.0, 5.0]])}).output.tolist()
-    [[18.0]]
-  """
-
-  def make_forward(*others: adapters.Interceptor) -> StudentFn:
-    return adapters.from_linen(
-      model,
-      interceptors=(*interceptors, quantize.skip_folded_batch_norms, *others),
-      train_argument=None,
-    )
-
-  return make_forward
 
 
 def calibrated(
@@ -133,6 +32,7 @@ def calibrated(
   adaround_steps: int = 1000,
   correct: bool = False,
   interceptors: Sequence[adapters.Interceptor] = (),
+  train_argument: str | None = 'train',
 ) -> dict[str, Any]:
   """A trained linen model prepared for integers, in float.
 
@@ -141,7 +41,7 @@ def calibrated(
   other settings call the functions of `quantize` with `evaluation(model)`.
 
   Args:
-    model: the module; its `__call__` takes `train`.
+    model: the module.
     variables: its trained variables.
     batches: pre-processed batches to calibrate with; a few are enough.
     weight_rules: `(pattern, QuantSpec or None)` pairs on parameter paths.
@@ -155,6 +55,7 @@ def calibrated(
     adaround_steps: of each layer.
     correct: whether biases are corrected, see `quantize.correct_biases`.
     interceptors: others, as for `integer_forward`.
+    train_argument: as for `evaluation`.
 
   Returns:
     What `quantize.convert` turns into integers and `parity.check_parity`
@@ -180,9 +81,17 @@ def calibrated(
   example, batches = _first_and_all(batches)
   if learn or correct or smooth is not None:
     batches = list(batches)
-  make_forward = evaluation(model, interceptors=interceptors)
+  make_forward = evaluation(
+    model, interceptors=interceptors, train_argument=train_argument
+  )
   rules = weight_rules, activation_rules
-  variables = fold(model, variables, example, interceptors=interceptors)
+  variables = fold(
+    model,
+    variables,
+    example,
+    interceptors=interceptors,
+    train_argument=train_argument,
+  )
   if equalize:
     variables = quantize.equalize(make_forward(), variables, example)
   if smooth is not None:
@@ -268,8 +177,8 @@ def post_training_quantize(
     activation_rules: on layer paths.
     observer: of the ranges of activations.
     weight_observer: of those of weights.
-    **options: `equalize`, `smooth`, `rounding`, `adaround_steps`, `correct`
-      and `interceptors` of `calibrated`.
+    **options: `equalize`, `smooth`, `rounding`, `adaround_steps`,
+      `correct`, `interceptors` and `train_argument` of `calibrated`.
 
   Returns:
     What `integer_forward` runs with.
@@ -313,14 +222,16 @@ def fold(
   batch: Batch,
   *,
   interceptors: Sequence[adapters.Interceptor] = (),
+  train_argument: str | None = 'train',
 ) -> dict[str, Any]:
   """Folds every BatchNorm that directly follows a layer of a linen model.
 
   Args:
-    model: the module; its `__call__` takes `train`.
+    model: the module.
     variables: its variables.
     batch: one batch; only its shapes and dtypes matter.
     interceptors: others, as for `integer_forward`.
+    train_argument: as for `evaluation`.
 
   Returns:
     The variables without these BatchNorms; `evaluation` and `integer_forward`
@@ -353,40 +264,11 @@ def fold(
   """
 
   def make_forward(interceptor):
-    return adapters.from_linen(model, interceptors=(*interceptors, interceptor))
+    return adapters.from_linen(
+      model,
+      interceptors=(*interceptors, interceptor),
+      train_argument=train_argument,
+    )
 
   norms = quantize.foldable_batch_norms(make_forward, variables, batch)
   return quantize.fold_batch_norm(variables, norms)
-
-
-def from_raw(
-  forward: StudentFn, preprocess: Preprocess, *, reads: Reads = 'image'
-) -> Callable[..., jax.Array]:
-  """`(variables, *raw inputs) -> output`, pre-processing included.
-
-  Args:
-    forward: a student or teacher function.
-    preprocess: `(batch, *, train) -> batch`, see `data.make_preprocess`.
-    reads: the entry of a batch that is the input, such as uint8 images, or the
-      entries in the order of the inputs.
-
-  Returns:
-    The function, which takes one array for each entry of `reads`.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> from kd_jax.types import Forward
-    >>> forward = lambda variables, batch: Forward(variables['w'] * batch['x'])
-    >>> half = lambda batch, *, train: {'x': batch['x'] / 2}
-    >>> fn = from_raw(forward, half, reads='x')
-    >>> fn({'w': jnp.array(3.0)}, jnp.array([2.0, 4.0])).tolist()
-    [3.0, 6.0]
-  """
-
-  names = names_of(reads)
-
-  def fn(variables: Mapping[str, Any], *raw: jax.Array) -> jax.Array:
-    batch = preprocess(dict(zip(names, raw, strict=True)), train=False)
-    return forward(variables, batch).output
-
-  return fn

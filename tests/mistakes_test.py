@@ -1,0 +1,148 @@
+"""Mistakes in Python: each gets one sentence that names it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import kd_jax
+from kd_jax import deploy, losses, metrics, models, objectives, prune, quantize
+
+CE = kd_jax.weighted_sum({'ce': (1.0, kd_jax.hard_labels())})
+KD = kd_jax.weighted_sum({'kd': (1.0, kd_jax.soft_targets())})
+BATCH = {'image': np.ones((4, 3), 'f'), 'label': np.arange(4)}
+LINEAR = nn.Dense(5)
+VARIABLES = LINEAR.init(jax.random.key(0), BATCH['image'])
+TX = optax.sgd(0.1)
+
+
+def _fn():
+  return kd_jax.from_linen(LINEAR, train_argument=None)
+
+
+def _state(objective=CE, **options):
+  return kd_jax.init_state(_fn(), objective, TX, VARIABLES, BATCH, **options)
+
+
+def _train(objective=CE, state=None, rng=None, **options):
+  step = kd_jax.make_train_step(_fn(), objective, TX, **options)
+  rng = jax.random.key(0) if rng is None else rng
+  return step(_state() if state is None else state, BATCH, rng)
+
+
+def _sum(pair):
+  return kd_jax.weighted_sum({'ce': pair})
+
+
+def _compiled(compiler, **options):
+  step = kd_jax.make_train_step(_fn(), CE, TX, **options)
+  return kd_jax.compile_step(step, kd_jax.make_mesh(), compiler)
+
+
+def _local(**options):
+  term = objectives.on_batch(losses.dist, scope='local')
+  objective = kd_jax.weighted_sum({'dist': (1.0, term)})
+  taught = {'teacher_fn': _fn(), 'teacher': VARIABLES}
+  state = _state(objective, **taught)
+  return _train(objective, state, teacher_fn=_fn(), **options)
+
+
+def _compared():
+  step = kd_jax.make_eval_step(_fn(), {'kl': metrics.kl()})
+  return step(VARIABLES, None, BATCH)
+
+
+PAIR = r"'ce' is not \(weight, objective\)"
+MISTAKES = {
+  'an objective alone': (lambda: _sum(kd_jax.hard_labels()), PAIR),
+  'a pair the wrong way': (lambda: _sum((kd_jax.hard_labels(), 1.0)), PAIR),
+  'a function of a term': (lambda: _sum((1.0, kd_jax.hard_labels)), PAIR),
+  'no weight': (lambda: _sum((None, kd_jax.hard_labels())), PAIR),
+  'a weight as text': (lambda: _sum(('1', kd_jax.hard_labels())), PAIR),
+  'a module as student': (
+    lambda: kd_jax.make_train_step(LINEAR, CE, TX),
+    'student_fn is a module, not a function: kd_jax.from_linen',
+  ),
+  'a module as teacher': (
+    lambda: _train(teacher_fn=LINEAR),
+    'teacher_fn is a module, not a function',
+  ),
+  'a module to start': (
+    lambda: kd_jax.init_state(LINEAR, CE, TX, VARIABLES, BATCH),
+    'student_fn is a module, not a function',
+  ),
+  'a state without teacher': (
+    lambda: _train(KD, _state(), teacher_fn=_fn()),
+    'a teacher_fn and the state no teacher',
+  ),
+  'a state of other terms': (
+    lambda: _train(_sum((1.0, kd_jax.hard_labels())), _state(NAMED)),
+    'made for the terms labels, and this objective has ce',
+  ),
+  'a number as key': (lambda: _train(rng=3), r'jax.random.key\(0\), not 3'),
+  'no part': (lambda: _train(accumulate=0), 'accumulate=0 is not a number'),
+  'nnx for linen': (
+    lambda: kd_jax.from_linen(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
+    'takes a flax.linen module, not Linear: from_nnx',
+  ),
+  'linen for nnx': (
+    lambda: kd_jax.from_nnx(LINEAR),
+    'takes an nnx module, not Dense: from_linen',
+  ),
+  'no comparison without teacher': (_compared, 'give make_eval_step a teacher'),
+  'local scope without parts': (_local, r"scope='local' under jit needs"),
+  'a step of shard_map under jit': (
+    lambda: _compiled('jit', axis_name='data'),
+    r"compiler='jit' needs a step .*axis_name=None",
+  ),
+  'a step of jit under shard_map': (
+    lambda: _compiled('shard_map'),
+    r"compiler='shard_map' needs a step .*axis_name='data'",
+  ),
+  'a number as schedule': (
+    lambda: prune.prune(TX, 0.5, [('.*', True)]),
+    r'takes a schedule, such as constant\(0.5\)',
+  ),
+  'a pattern as rules': (
+    lambda: prune.prune(TX, prune.constant(0.5), '.*/kernel').init(VARIABLES),
+    'is a pair of a pattern and a value',
+  ),
+  'percent as sparsity': (
+    lambda: prune.masks_from({'w': jnp.ones(3)}, 80),
+    r'share in \[0, 1\), not 80',
+  ),
+  'float variables on integers': (
+    lambda: deploy.integer_forward(models.MLP(5))(VARIABLES, BATCH),
+    'These variables hold no integers',
+  ),
+  'a dictionary as rules': (
+    lambda: quantize.fake_quant_params(VARIABLES, {'kernel': 8}),
+    'is a pair of a pattern and a value',
+  ),
+}
+NAMED = kd_jax.weighted_sum({'labels': (1.0, kd_jax.hard_labels())})
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_a_mistake_is_named(name):
+  run, message = MISTAKES[name]
+  with pytest.raises(ValueError, match=message):
+    run()
+
+
+@pytest.mark.parametrize('parts', [1, 2])
+def test_local_scope_under_jit_relates_the_examples_of_a_part(parts):
+  state, metrics = _local(num_shards=parts)
+  assert int(state.step) == 1
+  assert np.isfinite(metrics['loss/dist'])
+
+
+def test_a_wrapped_step_may_be_compiled_for_any_mesh():
+  step = kd_jax.make_train_step(_fn(), CE, TX)
+  wrapped = functools.partial(step)
+  assert kd_jax.compile_step(wrapped, kd_jax.make_mesh(), 'jit').traces == []
