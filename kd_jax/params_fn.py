@@ -23,7 +23,8 @@ def with_step(
   """A map of parameters as a function of the parameters and the step.
 
   Args:
-    params_fn: `params -> params` or `(params, step) -> params`.
+    params_fn: `params -> params` or `(params, step) -> params`. Other arguments
+      have defaults, and keep them.
 
   Example:
     >>> [int(fn(3, 2)) for fn in (with_step(lambda p: p), with_step(pow))]
@@ -34,7 +35,9 @@ def with_step(
   except ValueError:  # Some builtins have no signature.
     arguments = []
   needed = [
-    a for a in arguments if a.default is a.empty and a.kind in _POSITIONAL
+    a
+    for a in arguments
+    if a.kind in _POSITIONAL and (a.default is a.empty or a.name == 'step')
   ]
   if len(needed) > 1:
     return params_fn

@@ -52,8 +52,8 @@ def make_train_step(
     teacher_fn: `(variables, batch) -> Forward`, or None without a teacher.
     params_fn: map from the trained parameters to those the student runs with,
       `(params) -> params`, such as `fake_quant_params`; differentiated through.
-      If it has a second positional argument without a default, it is called as
-      `(params, step)` with the int32 scalar `state.step`, as
+      If its second positional argument has no default or is called `step`, it
+      is called as `(params, step)` with the int32 scalar `state.step`, as
       `prune.straight_through` asks for; which one is found out here, once.
     axis_name: the mapped axis under `shard_map` or `pmap`, None under `jit`.
     num_shards: under `jit`, the devices over which the batch is split: parts
