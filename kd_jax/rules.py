@@ -38,6 +38,9 @@ def path_name(path: Any) -> str:
 def leaf_names(tree: Any) -> list[str]:
   """The path of every leaf, in the order of `jax.tree.leaves`.
 
+  Args:
+    tree: any pytree.
+
   Example:
     >>> leaf_names({'conv': {'kernel': 1.0, 'bias': 0.5}})
     ['conv/bias', 'conv/kernel']
@@ -112,6 +115,9 @@ def check_pairs(rules: Any, kind: str = 'rule') -> None:
   Args:
     rules: what was given.
     kind: what they are for; begins the message.
+
+  Raises:
+    ValueError: for a string, a mapping, or an entry that is no such pair.
 
   Example:
     >>> check_pairs('.*/kernel')

@@ -370,7 +370,7 @@ def _check_top(
 
 
 def describe(terms: Mapping[str, Mapping[str, Any]]) -> str:
-  """The terms of a configuration as one line, for reports.
+  """The terms of a configuration as one line, without those of weight 0.
 
   Example:
     >>> describe({
