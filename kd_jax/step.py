@@ -28,6 +28,9 @@ from kd_jax.types import (
   TrainState,
   TrainStep,
   Variables,
+  check_function,
+  check_has,
+  check_variables,
 )
 
 
@@ -77,8 +80,9 @@ def make_train_step(
     what the objective owns, `grad_norm/objective`.
 
   Raises:
-    ValueError: for a module in place of a function; when traced, for a state
-      without the teacher, no key, or if `accumulate` does not divide the batch.
+    ValueError: for a module in place of a function, or what is no objective or
+      optimizer; when traced, for a state without the teacher, no key, or if
+      `accumulate` does not divide the batch.
 
   Example:
     >>> from kd_jax.objectives import term
@@ -95,8 +99,7 @@ def make_train_step(
   """
   if accumulate < 1:
     raise ValueError(f'accumulate={accumulate} is not a number from 1 on.')
-  _check_function('student_fn', student_fn)
-  _check_function('teacher_fn', teacher_fn)
+  _check_parts(student_fn, teacher_fn, objective, tx)
   params_at = with_step(params_fn)
   # Names that profiles and compiled programs show.
   student_fn = jax.named_scope('student')(student_fn)
@@ -186,11 +189,14 @@ def make_train_step(
   return train_step
 
 
-def _check_function(name: str, fn: Any) -> None:
-  if isinstance(fn, type) or (hasattr(fn, 'init') and hasattr(fn, 'apply')):
-    raise ValueError(
-      f'{name} is a module, not a function: kd_jax.from_linen(module) makes it.'
-    )
+def _check_parts(
+  student_fn: Any, teacher_fn: Any, objective: Any, tx: Any
+) -> None:
+  check_function('student_fn', student_fn)
+  check_function('teacher_fn', teacher_fn)
+  what = 'what a function of kd_jax.objectives returns'
+  check_has('objective', objective, ('init', 'apply'), what)
+  check_has('tx', tx, ('init', 'update'), 'an optimizer of optax')
 
 
 def init_state(
@@ -223,7 +229,7 @@ def init_state(
   Raises:
     ValueError: if only one of `teacher_fn` and `teacher` is given, variables
       have no 'params', the objective has parameters and there is no
-      `objective_tx`, or for a module in place of a function.
+      `objective_tx`, or for a module in place of a function and the like.
 
   Example:
     >>> from kd_jax.objectives import regression
@@ -236,15 +242,10 @@ def init_state(
     >>> int(state.step), [x.shape for x in jax.tree.leaves(state.opt_state)]
     (0, [(3, 2)])
   """
-  _check_function('student_fn', student_fn)
-  _check_function('teacher_fn', teacher_fn)
+  _check_parts(student_fn, teacher_fn, objective, tx)
   if (teacher_fn is None) != (teacher is None):
     raise ValueError('teacher_fn and teacher variables come together.')
-  if 'params' not in variables:
-    raise ValueError(
-      "Variables are {'params': ..., **collections}, and there is no 'params' "
-      f'among {", ".join(map(repr, variables))}.'
-    )
+  check_variables(variables)
   variables = jax.tree.map(jnp.array, dict(variables))
   params = variables['params']
   model_state = {k: v for k, v in variables.items() if k != 'params'}
@@ -311,6 +312,10 @@ def make_eval_step(
     batches and that `metrics.evaluate` turns into numbers. `batch['mask']`
     `[B]` marks with 0 the examples that only pad the batch.
 
+  Raises:
+    ValueError: for metrics without names; when called, for variables without
+      'params'.
+
   Example:
     >>> from kd_jax import metrics
     >>> measured = {'accuracy': metrics.accuracy()}
@@ -323,7 +328,14 @@ def make_eval_step(
     (2.0, 2.0)
   """
 
+  check_function('student_fn', student_fn)
+  check_has('metrics', metrics, ('items',), 'name -> metric')
+  for name, metric in metrics.items():
+    what = 'a Metric, such as metrics.accuracy()'
+    check_has(f'metrics[{name!r}]', metric, ('update', 'result'), what)
+
   def eval_step(variables, teacher, batch):
+    check_variables(variables)
     variables = {**variables, 'params': params_fn(variables['params'])}
     student: Forward = student_fn(variables, batch, None, train=False)
     forward = None if teacher_fn is None else teacher_fn(teacher, batch)

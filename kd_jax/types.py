@@ -164,3 +164,73 @@ def check_same_shape(what: str, **arrays: Any) -> None:
       f'{what}: {a} has shape {tuple(x.shape)} but {b} has shape '
       f'{tuple(y.shape)}.'
     )
+
+
+def check_function(name: str, fn: Any) -> None:
+  """Raises ValueError for a module where its function is asked for.
+
+  Args:
+    name: of the argument; begins the message.
+    fn: what was given; None is no module.
+
+  Raises:
+    ValueError: for a module of linen or nnx, or the class of one.
+
+  Example:
+    >>> from flax import linen
+    >>> check_function('student_fn', linen.Dense(10))
+    Traceback (most recent call last):
+    ...
+    ValueError: student_fn is a module, not a function: \
+kd_jax.from_linen(module) makes it.
+  """
+  if isinstance(fn, type) or (hasattr(fn, 'init') and hasattr(fn, 'apply')):
+    raise ValueError(
+      f'{name} is a module, not a function: kd_jax.from_linen(module) makes it.'
+    )
+
+
+def check_has(name: str, value: Any, methods: Sequence[str], what: str) -> None:
+  """Raises ValueError for what cannot be used as the argument it is given as.
+
+  Args:
+    name: of the argument; begins the message.
+    value: what was given.
+    methods: names of what it has to have.
+    what: what the argument is, in words.
+
+  Raises:
+    ValueError: if one of them is missing.
+
+  Example:
+    >>> check_has('tx', 0.1, ('init', 'update'), 'an optimizer of optax')
+    Traceback (most recent call last):
+    ...
+    ValueError: tx is an optimizer of optax, not float.
+  """
+  if not all(hasattr(value, method) for method in methods):
+    raise ValueError(f'{name} is {what}, not {type(value).__name__}.')
+
+
+def check_variables(variables: Any) -> None:
+  """Raises ValueError for parameters where variables are asked for.
+
+  Args:
+    variables: what was given.
+
+  Raises:
+    ValueError: for what is no mapping with an entry 'params'.
+
+  Example:
+    >>> check_variables({'kernel': np.ones(3), 'bias': np.ones(1)})
+    Traceback (most recent call last):
+    ...
+    ValueError: Variables are {'params': ..., **collections}, and there is no \
+'params' among 'kernel', 'bias'.
+  """
+  check_has('variables', variables, ('keys',), "{'params': ..., **collections}")
+  if 'params' not in variables:
+    raise ValueError(
+      "Variables are {'params': ..., **collections}, and there is no 'params' "
+      f'among {", ".join(map(repr, variables))}.'
+    )

@@ -602,6 +602,21 @@ def test_correlations_ignore_the_size_of_the_probabilities(offset):
   np.testing.assert_allclose(loss, 1 / 5, rtol=1e-4)
 
 
+@pytest.mark.parametrize('label', [-100, -1, 3])
+def test_a_label_that_is_no_class_has_no_loss(label):
+  logits, labels = jnp.zeros((2, 3)), jnp.array([label, 0])
+  loss = losses.cross_entropy(logits, labels, label_smoothing=0.1)
+  assert np.isnan(loss).tolist() == [True, False]
+
+  def kept(logits):
+    loss = losses.cross_entropy(logits, labels)
+    return jnp.sum(jnp.where(labels == label, 0.0, loss))
+
+  gradient = jax.grad(kept)(logits)
+  assert not gradient[0].any()
+  assert gradient[1].any()
+
+
 def test_shapes_that_differ_are_named():
   x = np.zeros
   for f, arrays, message in (

@@ -52,6 +52,16 @@ def _local(**options):
   return _train(objective, state, teacher_fn=_fn(), **options)
 
 
+def _eval(measured, variables=VARIABLES):
+  return kd_jax.make_eval_step(_fn(), measured)(variables, None, BATCH)
+
+
+def _quantized(variables, batches):
+  return deploy.post_training_quantize(
+    LINEAR, variables, batches, train_argument=None
+  )
+
+
 def _compared():
   step = kd_jax.make_eval_step(_fn(), {'kl': metrics.kl()})
   return step(VARIABLES, None, BATCH)
@@ -64,6 +74,48 @@ MISTAKES = {
   'a function of a term': (lambda: _sum((1.0, kd_jax.hard_labels)), PAIR),
   'no weight': (lambda: _sum((None, kd_jax.hard_labels())), PAIR),
   'a weight as text': (lambda: _sum(('1', kd_jax.hard_labels())), PAIR),
+  'a list of terms': (
+    lambda: kd_jax.weighted_sum([(1.0, kd_jax.hard_labels())]),
+    r'terms is name -> \(weight, objective\), not list',
+  ),
+  'a function as objective': (
+    lambda: kd_jax.make_train_step(_fn(), lambda inputs: 0.0, TX),
+    'objective is what a function of kd_jax.objectives returns, not function',
+  ),
+  'a rate as optimizer': (
+    lambda: kd_jax.init_state(_fn(), CE, 0.1, VARIABLES, BATCH),
+    'tx is an optimizer of optax, not float',
+  ),
+  'parameters to start': (
+    lambda: kd_jax.init_state(_fn(), CE, TX, VARIABLES['params'], BATCH),
+    "there is no 'params' among 'kernel', 'bias'",
+  ),
+  'parameters to measure': (
+    lambda: _eval({'top1': metrics.accuracy()}, VARIABLES['params']),
+    "there is no 'params' among 'kernel', 'bias'",
+  ),
+  'names of metrics': (
+    lambda: _eval(['accuracy']),
+    'metrics is name -> metric, not list',
+  ),
+  'a function of a metric': (
+    lambda: _eval({'top1': metrics.accuracy}),
+    r"metrics\['top1'\] is a Metric, such as .*, not function",
+  ),
+  'parameters to quantize': (
+    lambda: _quantized(VARIABLES['params'], [BATCH]),
+    "there is no 'params' among 'kernel', 'bias'",
+  ),
+  'a batch to calibrate with': (
+    lambda: _quantized(VARIABLES, BATCH),
+    r'batches are several: give \[batch\]',
+  ),
+  'more than all smoothed': (
+    lambda: losses.cross_entropy(
+      jnp.ones((2, 3)), jnp.arange(2), label_smoothing=1.5
+    ),
+    r'label_smoothing=1.5 is not in \[0, 1\)',
+  ),
   'a module as student': (
     lambda: kd_jax.make_train_step(LINEAR, CE, TX),
     'student_fn is a module, not a function: kd_jax.from_linen',

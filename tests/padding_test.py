@@ -28,9 +28,10 @@ def _batch():
   rng = np.random.default_rng(0)
   lengths = np.append(rng.integers(0, LENGTH, BATCH - 1), LENGTH)
   mask = np.arange(LENGTH) < lengths[:, None]
+  label = rng.integers(0, VOCABULARY, (BATCH, LENGTH))
   return {
     'states': rng.normal(size=(BATCH, LENGTH, WIDTH)).astype('f'),
-    'label': rng.integers(0, VOCABULARY, (BATCH, LENGTH)).astype('i4'),
+    'label': np.where(mask, label, -100).astype('i4'),
     'attention_mask': mask.astype('i4'),
   }
 

@@ -5,13 +5,13 @@ algorithms are `quantize`'s, and the forwards that run the result `forwards`'.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kd_jax import adapters, quantize
 from kd_jax import rules as rules_lib
 from kd_jax.deploy.forwards import Rules, evaluation
-from kd_jax.types import Batch, Variables
+from kd_jax.types import Batch, Variables, check_variables
 
 WEIGHT_RULES: Rules = (('.*/kernel', quantize.INT8_WEIGHTS),)
 ACTIVATION_RULES: Rules = (('.*', quantize.INT8_ACTIVATIONS),)
@@ -63,8 +63,8 @@ def calibrated(
     activation rules.
 
   Raises:
-    ValueError: without any batch, for an unknown rounding, or for 'adaround'
-      with a `weight_observer`.
+    ValueError: without any batch, for one in place of several, for what `fold`
+      refuses, an unknown rounding, or 'adaround' with a `weight_observer`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -143,6 +143,8 @@ def _first_and_all(
   batches: Iterable[Batch],
 ) -> tuple[Batch, Iterable[Batch]]:
   """The first batch, and all of them; each is made once."""
+  if isinstance(batches, Mapping):
+    raise ValueError('batches are several: give [batch] for a single one.')
   batches = iter(batches)
   first = next(batches, None)
   if first is None:
@@ -238,8 +240,8 @@ def fold(
     run with them.
 
   Raises:
-    ValueError: for a class in place of a module, or what
-      `quantize.fold_batch_norm` raises.
+    ValueError: for a class in place of a module, parameters in place of
+      variables, or what `quantize.fold_batch_norm` raises.
 
   Example:
     >>> import jax.numpy as jnp
@@ -262,6 +264,8 @@ def fold(
     >>> float(dense['kernel'][0, 0]), float(dense['bias'][0])
     (1.5, -0.5)
   """
+
+  check_variables(variables)
 
   def make_forward(interceptor):
     return adapters.from_linen(

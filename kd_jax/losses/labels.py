@@ -18,7 +18,8 @@ def cross_entropy(
 
   Args:
     logits: `[..., C]` unnormalised scores, any float dtype.
-    label: `[...]` integer class ids in [0, C).
+    label: `[...]` integer class ids in [0, C); the loss of others is NaN, also
+      of negative ones.
     label_smoothing: share of the target spread evenly over all C classes,
       in [0, 1) (Szegedy et al. 2015, arXiv:1512.00567).
 
@@ -27,7 +28,7 @@ def cross_entropy(
 
   Raises:
     ValueError: if `label` does not have the shape of `logits` without its
-      last axis.
+      last axis, or for `label_smoothing` out of its bounds.
 
   Example:
     -log(3/4), and with smoothing of 0.2 for the target (0.1, 0.9):
@@ -38,8 +39,12 @@ def cross_entropy(
     >>> round(loss.item(), 4)
     0.3975
   """
+  if not 0 <= label_smoothing < 1:
+    raise ValueError(f'label_smoothing={label_smoothing} is not in [0, 1).')
   logits = numerics.float32(logits)
   label = numerics.label_of(logits, label)
+  # Indices from the end are none of a class: -1 often marks what has no label.
+  label = jnp.where(label < 0, logits.shape[-1], label)
   log_p = jax.nn.log_softmax(logits)
   picked = jnp.take_along_axis(log_p, label[..., None], axis=-1)[..., 0]
   if not label_smoothing:

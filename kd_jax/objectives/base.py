@@ -22,6 +22,7 @@ from kd_jax.types import (
   StudentFn,
   TeacherFn,
   Variables,
+  check_has,
 )
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -174,8 +175,8 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
     `loss/<name>` of every term, `loss/total`, and the terms' own metrics.
 
   Raises:
-    ValueError: without terms, for a term named 'total', or for what is no
-      pair; when applied, for parameters of other terms.
+    ValueError: without terms or names, for a term named 'total', or for what
+      is no pair; when applied, for parameters of other terms.
 
   Example:
     >>> from kd_jax import objectives
@@ -192,6 +193,7 @@ def weighted_sum(terms: Mapping[str, tuple[Scalar, Objective]]) -> Objective:
     >>> {name: round(float(x), 4) for name, x in sorted(metrics.items())}
     {'accuracy': 1.0, 'loss/ce': 0.6931, 'loss/kd': 0.1308, 'loss/total': 0.187}
   """
+  check_has('terms', terms, ('items',), 'name -> (weight, objective)')
   if not terms:
     raise ValueError('weighted_sum needs at least one term.')
   if 'total' in terms:
