@@ -89,6 +89,13 @@ def _taught(teacher: Forward | None) -> jax.Array:
   return teacher.output
 
 
+def _entry(batch: Batch, key: str) -> jax.Array:
+  if key not in batch:
+    there = ', '.join(map(repr, batch))
+    raise ValueError(f'A metric needs batch[{key!r}]; the batch has {there}.')
+  return batch[key]
+
+
 def _equal(a: jax.Array, b: jax.Array) -> jax.Array:
   return (a == b).astype(jnp.float32)
 
@@ -104,7 +111,8 @@ def accuracy() -> Metric:
     0.5
   """
   return _mean(
-    lambda s, t, b: _equal(jnp.argmax(s.output, -1), b['label']), percent=True
+    lambda s, t, b: _equal(jnp.argmax(s.output, -1), _entry(b, 'label')),
+    percent=True,
   )
 
 
@@ -161,7 +169,7 @@ def mean_squared_error() -> Metric:
     5.0
   """
   return _mean(
-    lambda s, t, b: losses.squared_error(s.output, b['target']),
+    lambda s, t, b: losses.squared_error(s.output, _entry(b, 'target')),
     title='MSE',
     higher=False,
   )
@@ -201,7 +209,8 @@ def calibration_error(*, bins: int = 15) -> Metric:
     counts = _counts(confidence, batch, mask).ravel()
     # where, not a product: padding may hold NaN.
     confidence = jnp.where(counts, confidence.ravel(), 0.0)
-    hits = _equal(jnp.argmax(student.output, -1), batch['label']).ravel()
+    label = _entry(batch, 'label')
+    hits = _equal(jnp.argmax(student.output, -1), label).ravel()
     index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1)
     member = jax.nn.one_hot(index.astype(jnp.int32), bins) * counts[:, None]
     return {

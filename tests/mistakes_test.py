@@ -11,7 +11,16 @@ from flax import linen as nn
 from flax import nnx
 
 import kd_jax
-from kd_jax import deploy, losses, metrics, models, objectives, prune, quantize
+from kd_jax import (
+  data,
+  deploy,
+  losses,
+  metrics,
+  models,
+  objectives,
+  prune,
+  quantize,
+)
 
 CE = kd_jax.weighted_sum({'ce': (1.0, kd_jax.hard_labels())})
 KD = kd_jax.weighted_sum({'kd': (1.0, kd_jax.soft_targets())})
@@ -19,6 +28,8 @@ BATCH = {'image': np.ones((4, 3), 'f'), 'label': np.arange(4)}
 LINEAR = nn.Dense(5)
 VARIABLES = LINEAR.init(jax.random.key(0), BATCH['image'])
 TX = optax.sgd(0.1)
+CNN = models.CNN(5, widths=(2, 2))
+CNN_VARIABLES = CNN.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
 
 
 def _fn():
@@ -52,14 +63,28 @@ def _local(**options):
   return _train(objective, state, teacher_fn=_fn(), **options)
 
 
-def _eval(measured, variables=VARIABLES):
-  return kd_jax.make_eval_step(_fn(), measured)(variables, None, BATCH)
+def _eval(measured, variables=VARIABLES, batch=BATCH):
+  return kd_jax.make_eval_step(_fn(), measured)(variables, None, batch)
 
 
-def _quantized(variables, batches):
+def _quantized(variables, batches, **options):
   return deploy.post_training_quantize(
-    LINEAR, variables, batches, train_argument=None
+    LINEAR,
+    variables,
+    batches,
+    weight_rules=[('kernel', quantize.INT8_WEIGHTS)],
+    train_argument=None,
+    **options,
   )
+
+
+def _plan():
+  images = {'image': jnp.ones((1, 8, 8, 3))}
+  return prune.find_groups(kd_jax.from_linen(CNN), CNN_VARIABLES, images)
+
+
+def _units(scores):
+  return prune.choose_units(_plan(), scores, 0.5)
 
 
 def _compared():
@@ -109,6 +134,38 @@ MISTAKES = {
   'a batch to calibrate with': (
     lambda: _quantized(VARIABLES, BATCH),
     r'batches are several: give \[batch\]',
+  ),
+  'arrays to calibrate with': (
+    lambda: _quantized(VARIABLES, [BATCH['image']]),
+    "a batch is name -> array, as {'image': x}, not ndarray",
+  ),
+  'the name of an observer': (
+    lambda: _quantized(VARIABLES, [BATCH], observer='mse'),
+    r'observer is as mse\(\) is one, not str',
+  ),
+  'integers to quantize': (
+    lambda: _quantized(_quantized(VARIABLES, [BATCH]), [BATCH]),
+    'hold integers already',
+  ),
+  'labels that are not there': (
+    lambda: _eval(
+      {'top1': metrics.accuracy()}, batch={'image': BATCH['image']}
+    ),
+    r"A metric needs batch\['label'\]; the batch has 'image'",
+  ),
+  'scores of variables': (
+    lambda: _units(prune.magnitudes(CNN_VARIABLES)),
+    "Unknown parameter 'batch_stats/norm1/mean'",
+  ),
+  'masks of variables': (
+    lambda: prune.kept_from_masks(_plan(), {'params/conv1/kernel': True}),
+    "Unknown parameter 'params/conv1/kernel': did you mean conv1/kernel",
+  ),
+  'ids that repeat': (
+    lambda: data.ArrayData(
+      {'x': np.ones(2)}, id=np.zeros(2, int), reads='x', num_classes=1
+    ),
+    'ids are integers, another for each example',
   ),
   'more than all smoothed': (
     lambda: losses.cross_entropy(

@@ -409,6 +409,13 @@ def test_a_failed_export_keeps_the_old_file(tmp_path, monkeypatch):
   assert path.read_bytes() == b'old' and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_damaged_file_is_named(tmp_path):
+  path = tmp_path / 'm.onnx'
+  path.write_bytes(b'no model')
+  with pytest.raises(ValueError, match=r'm\.onnx is damaged, or no ONNX file'):
+    onnx_lib.load_onnx(path)
+
+
 def test_weights_outside_the_file_are_refused(integer_file, tmp_path):
   path = tmp_path / 'm.onnx'
   onnx.save(

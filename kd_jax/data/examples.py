@@ -98,7 +98,8 @@ class ArrayData:
     class_names: one name per output; empty where outputs have none.
 
   Raises:
-    ValueError: if the arrays differ in length, or `reads` names none of them.
+    ValueError: if the arrays differ in length, `reads` names none of them, or
+      the ids are not integers or not unique.
 
   Example:
     >>> split = ArrayData(
@@ -126,6 +127,9 @@ class ArrayData:
       raise ValueError(
         f'ArrayData: there are {len(self.id)} ids, but arrays of {lengths}.'
       )
+    ids = np.asarray(self.id)
+    if ids.dtype.kind not in 'iu' or len(np.unique(ids)) != len(ids):
+      raise ValueError('ArrayData: ids are integers, another for each example.')
 
   def __len__(self) -> int:
     return len(self.id)

@@ -11,7 +11,8 @@ from typing import Any
 from kd_jax import adapters, quantize
 from kd_jax import rules as rules_lib
 from kd_jax.deploy.forwards import Rules, evaluation
-from kd_jax.types import Batch, Variables, check_variables
+from kd_jax.quantize.stored import COLLECTION
+from kd_jax.types import Batch, Variables, check_has, check_variables
 
 WEIGHT_RULES: Rules = (('.*/kernel', quantize.INT8_WEIGHTS),)
 ACTIVATION_RULES: Rules = (('.*', quantize.INT8_ACTIVATIONS),)
@@ -149,6 +150,7 @@ def _first_and_all(
   first = next(batches, None)
   if first is None:
     raise ValueError('There is no batch to calibrate with.')
+  check_has('a batch', first, ('items',), "name -> array, as {'image': x}")
   return first, itertools.chain([first], batches)
 
 
@@ -240,8 +242,8 @@ def fold(
     run with them.
 
   Raises:
-    ValueError: for a class in place of a module, parameters in place of
-      variables, or what `quantize.fold_batch_norm` raises.
+    ValueError: for a class in place of a module, parameters or integers in
+      place of variables, or what `quantize.fold_batch_norm` raises.
 
   Example:
     >>> import jax.numpy as jnp
@@ -266,6 +268,8 @@ def fold(
   """
 
   check_variables(variables)
+  if COLLECTION in variables:
+    raise ValueError('These variables hold integers already.')
 
   def make_forward(interceptor):
     return adapters.from_linen(

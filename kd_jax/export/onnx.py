@@ -103,8 +103,8 @@ def load_onnx(
 
   Raises:
     ImportError: if the `onnx` or `onnxruntime` package is missing.
-    ValueError: if the file keeps weights in other files, or has more than one
-      input or output.
+    ValueError: for a damaged file, one that keeps weights in other files, or
+      has more than one input or output.
   """
   session = _session(path)
   inputs, outputs = session.get_inputs(), session.get_outputs()
@@ -162,7 +162,10 @@ def _require(package: str) -> Any:
 def _session(path: str | os.PathLike, optimized: str | None = None) -> Any:
   onnx, runtime = _require('onnx'), _require('onnxruntime')
   content = pathlib.Path(path).read_bytes()
-  model = onnx.ModelProto.FromString(content)
+  try:
+    model = onnx.ModelProto.FromString(content)
+  except Exception as e:  # of protobuf
+    raise ValueError(f'{path} is damaged, or no ONNX file: {e}') from e
   # A path inside the file could point at any file of this machine.
   if any(
     tensor.data_location == onnx.TensorProto.EXTERNAL

@@ -65,8 +65,8 @@ def unit_scores(
     group name -> `[size]` float32.
 
   Raises:
-    ValueError: for an unknown pool or norm, or scores of another shape than
-      the parameter's.
+    ValueError: for an unknown pool or norm, scores of what is no parameter, or
+      of another shape than it.
 
   Example:
     >>> members = (Member('params/w', 1, 2, ((0,), (1,))),)
@@ -81,6 +81,7 @@ def unit_scores(
   """
   pooled = rules_lib.choose('pool', pool, POOLS)
   normalised = rules_lib.choose('norm', norm, NORMS)
+  _check_paths(plan, scores)
   made = {}
   for group in plan.groups:
     members = [m for m in group.members if m.path.startswith(_PARAMS)]
@@ -94,6 +95,16 @@ def unit_scores(
         total += _pool(m, score, pooled)
     made[group.name] = normalised(total / max(1, len(members)))
   return made
+
+
+def _check_paths(plan: Plan, found: Mapping[str, Any]) -> None:
+  params = {
+    path.removeprefix(_PARAMS): path
+    for path in plan.shapes
+    if path.startswith(_PARAMS)
+  }
+  for path in found:
+    rules_lib.choose('parameter', path, params)
 
 
 def _check_shape(plan: Plan, path: str, score: jax.Array) -> None:
@@ -275,6 +286,9 @@ def kept_from_masks(plan: Plan, masks: Mapping[str, Any]) -> dict[str, Any]:
   Returns:
     group name -> indices that stay, ascending.
 
+  Raises:
+    ValueError: for a mask of what is no parameter.
+
   Example:
     >>> members = (Member('params/w', 1, 2, ((0,), (1,))),)
     >>> plan = Plan((Group('w', 2, 1, members),), {}, {'params/w': (2, 2)})
@@ -282,6 +296,7 @@ def kept_from_masks(plan: Plan, masks: Mapping[str, Any]) -> dict[str, Any]:
     >>> kept_from_masks(plan, masks)['w'].tolist()
     [1]
   """
+  _check_paths(plan, masks)
   kept = {}
   for group in plan.groups:
     alive = np.zeros(group.size, bool)

@@ -18,7 +18,7 @@ from kd_jax.quantize import inputs, observers, specs
 from kd_jax.quantize.fake_quant import fake_quant
 from kd_jax.quantize.inputs import LAYERS
 from kd_jax.quantize.specs import QuantSpec, scale_and_zero_point
-from kd_jax.types import Batch, StudentFn, Variables
+from kd_jax.types import Batch, StudentFn, Variables, check_has
 
 COLLECTION = 'quant_stats'
 
@@ -69,6 +69,7 @@ def activation(
     grid = dynamic_scale(x, spec, axis_name)
     return fake_quant(x, *grid, spec.qmin, spec.qmax), stats
   observer = observer or observers.ema_min_max()
+  check_has('observer', observer, observers.Observer._fields, 'as mse() is one')
   if stats is None:
     stats = observers.init_stats(observer, x, spec)
   if learning:
