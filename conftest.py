@@ -87,7 +87,7 @@ def compiled_once(session_dir):
 def data_dir(session_dir):
   """A directory in which the digits are prepared, once for all workers."""
   shared = session_dir / 'kd_jax_data'
-  from kd_jax import data  # noqa: PLC0415
+  from kd_jax import data
 
   data.load_images('digits', 'test', data_dir=str(shared))
   return shared

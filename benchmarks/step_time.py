@@ -70,7 +70,7 @@ def ways(
   problem = distil_step.Problem(teacher, student, taught, start, batch, recipe)
   twins = None
   if dtype == 'float32' and importlib.util.find_spec('torch'):
-    import torch_step  # noqa: PLC0415
+    import torch_step
 
     problem, twins = torch_step.twins(shapes, problem)
   made = {

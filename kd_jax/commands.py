@@ -6,7 +6,7 @@ wrong ones are `cli`'s, and the work is `recipe`'s, `plan`'s and `launch`'s.
 
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_jax import launch as launch_lib
-from kd_jax import metrics, models, tasks
+from kd_jax import metrics, models, optim, tasks, terms
 from kd_jax import plan as plan_lib
 from kd_jax import report as report_lib
+from kd_jax.export import exporters
 from kd_jax.recipe import (
   assess,
   distillation,
@@ -27,6 +28,7 @@ from kd_jax.recipe import (
   search,
   shrunk,
   stages,
+  words,
 )
 from kd_jax.recipe import compare as compare_lib
 from kd_jax.recipe.run import Run
@@ -192,6 +194,7 @@ def _agree(config: Mapping[str, Any], **options: Any) -> None:
 
 def launch(values: Any) -> int:
   """`kd-jax launch`."""
+  fields.check(values.config)
   return launch_lib.launch(values.place, values, values.config.to_dict())
 
 
@@ -220,15 +223,34 @@ def plan(values: Any) -> int:
   return 0
 
 
+def _named(
+  config: ml_collections.ConfigDict, workdir: Workdir
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+  """What a run names and a configuration file may register."""
+  teacher, distill, compress = config.teacher, config.distill, config.compress
+  yield config.data.task, tasks.TASKS
+  networks = [teacher.model, config.student.model, *teacher.others.values()]
+  for model in (*networks, *distill.scheme.assistants.values()):
+    yield model.name, models.MODELS
+  for part in (distill, compress):
+    for term in part.terms.values():
+      yield term.name, terms.TERMS
+  for part in (teacher, config.alone, distill, compress):
+    yield part.train.optimizer.name, optim.OPTIMIZERS
+    yield part.train.schedule, optim.SCHEDULES
+  yield compress.prune.score, words.SCORES
+  yield compress.quantize.observer, words.OBSERVERS
+  yield compress.quantize.weight_observer, words.WEIGHT_OBSERVERS
+  if workdir.done('export'):
+    for name in workdir.result('export')['exports']:
+      yield name, exporters.EXPORTERS
+
+
 def _stored(path: str, **options: Any) -> Run:
   workdir = Workdir(path)
   config = ml_collections.ConfigDict(frozen(workdir.config))
   fields.check(config)
-  for name, known in (
-    (config.data.task, tasks.TASKS),
-    (config.teacher.model.name, models.MODELS),
-    (config.student.model.name, models.MODELS),
-  ):
+  for name, known in _named(config, workdir):
     if name not in known:
       raise ValueError(
         f'{path} is of a configuration file that registers {name!r}: give that '

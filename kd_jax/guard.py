@@ -59,6 +59,8 @@ def drop_nonfinite(train_step: TrainStep) -> TrainStep:
     kept = kept.replace(step=new.step, teacher=new.teacher)
     return kept, metrics | {DROPPED: 1 - finite.astype(jnp.float32)}
 
+  # What `sharding.compile_step` compares with its compiler.
+  vars(guarded).update(getattr(train_step, '__dict__', {}))
   return guarded
 
 

@@ -106,9 +106,15 @@ def accumulate(
     return (carried, jax.tree.map(jnp.add, total, grads)), numbers
 
   xs = jnp.arange(parts), jax.tree.map(split, dict(batch))
-  (carried, total), numbers = scan(body, (carried, zeros), xs)
-  grads = jax.tree.map(lambda x: (x / parts).astype(x.dtype), total)
+  # In bfloat16 a sum of many parts would lose the last of them.
+  wide = jax.tree.map(_wide, zeros)
+  (carried, total), numbers = scan(body, (carried, wide), xs)
+  grads = jax.tree.map(lambda x, z: (x / parts).astype(z.dtype), total, zeros)
   return carried, jax.tree.map(_joined, numbers), grads
+
+
+def _wide(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _joined(x: jax.Array) -> jax.Array:
@@ -141,4 +147,6 @@ def several(step: TrainStep, *, unroll: bool | None = None) -> TrainStep:
 
     return scan(body, state, dict(batches), unroll=unroll)
 
+  # What `sharding.compile_step` compares with its compiler.
+  vars(steps).update(getattr(step, '__dict__', {}))
   return steps

@@ -5,6 +5,7 @@ That order is: clip the gradients, add coupled L1 and L2, scale as the optimizer
 does, add decoupled L1 and L2, multiply by the learning rate.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -114,24 +115,30 @@ def make_schedule(
   return optax.join_schedules([rise, after], [warmup_steps])
 
 
-def _momentum(momentum: float, **unused: Any) -> optax.GradientTransformation:
+def _momentum(momentum: float = 0.9) -> optax.GradientTransformation:
   return optax.trace(momentum) if momentum else optax.identity()
 
 
+def _adam(
+  b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+  return optax.scale_by_adam(b1, b2, eps)
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-  'sgd': lambda **unused: optax.identity(),
+  'sgd': lambda: optax.identity(),
   'momentum': _momentum,
-  'nesterov': lambda momentum, **unused: optax.trace(momentum, nesterov=True),
-  'adagrad': lambda eps, **unused: optax.scale_by_rss(
+  'nesterov': lambda momentum=0.9: optax.trace(momentum, nesterov=True),
+  'adagrad': lambda eps=1e-8: optax.scale_by_rss(
     initial_accumulator_value=0.1, eps=eps
   ),
-  'rmsprop': lambda momentum, eps, **unused: optax.chain(
+  'rmsprop': lambda momentum=0.9, eps=1e-8: optax.chain(
     optax.scale_by_rms(decay=0.9, eps=eps), _momentum(momentum)
   ),
-  'adam': lambda b1, b2, eps, **unused: optax.scale_by_adam(b1, b2, eps),
-  'adamw': lambda b1, b2, eps, **unused: optax.scale_by_adam(b1, b2, eps),
-  'lion': lambda b1, b2, **unused: optax.scale_by_lion(b1, b2),
-  'lamb': lambda b1, b2, eps, **unused: optax.scale_by_adam(b1, b2, eps),
+  'adam': _adam,
+  'adamw': _adam,
+  'lion': lambda b1=0.9, b2=0.999: optax.scale_by_lion(b1, b2),
+  'lamb': _adam,
 }
 # Those whose papers decouple weight decay from the gradient.
 _DECOUPLED = ('adamw', 'lion', 'lamb')
@@ -141,17 +148,16 @@ def make_optimizer(
   name: str,
   *,
   learning_rate: float | Schedule,
-  momentum: float = 0.9,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
+  momentum: float | None = None,
+  b1: float | None = None,
+  b2: float | None = None,
+  eps: float | None = None,
   l1: float = 0.0,
   l2: float = 0.0,
   decoupled: bool | None = None,
   decayed: str = '.*/kernel',
   clip_norm: float | None = None,
   clip_value: float | None = None,
-  accumulate: int = 1,
 ) -> optax.GradientTransformation:
   """An optax chain by name.
 
@@ -159,10 +165,12 @@ def make_optimizer(
     name: one of `OPTIMIZERS`: sgd, momentum, nesterov, adagrad, rmsprop,
       adam, adamw, lion, lamb.
     learning_rate: a float, or a schedule `step -> rate`.
-    momentum: of momentum, nesterov and rmsprop (0 turns it off).
-    b1: decay of the first moment (Adam, Lion, LAMB).
-    b2: decay of the second moment; Lion's paper uses 0.99.
-    eps: added to denominators.
+    momentum: of momentum, nesterov and rmsprop (0 turns it off); 0.9 when
+      None.
+    b1: decay of the first moment (Adam, Lion, LAMB); 0.9 when None.
+    b2: decay of the second moment; 0.999 when None, Lion's paper uses 0.99.
+    eps: added to denominators (all but sgd, momentum, nesterov and lion); 1e-8
+      when None.
     l1: strength of the L1 penalty l1 * |w|.
     l2: strength of the L2 penalty, l2 / 2 * w**2 when coupled; weight decay
       when decoupled.
@@ -172,10 +180,10 @@ def make_optimizer(
     decayed: `re.fullmatch` pattern of the parameter paths that L1 and L2 reach.
     clip_norm: largest global norm of the gradients.
     clip_value: largest absolute value of a gradient.
-    accumulate: number of batches whose mean gradient makes one update.
 
   Raises:
-    ValueError: for an unknown name, or an option that is out of range.
+    ValueError: for an unknown name, one of the first four options that the
+      optimizer has not, or an option that is out of range.
 
   References:
     Loshchilov, Hutter, "Decoupled Weight Decay Regularization", 2017,
@@ -192,9 +200,8 @@ def make_optimizer(
     >>> {name: x.tolist() for name, x in params['dense'].items()}
     {'bias': [1.0], 'kernel': [0.75]}
   """
-  scale = rules.choose('optimizer', name, OPTIMIZERS)
-  if accumulate < 1:
-    raise ValueError(f'accumulate={accumulate} must be at least 1.')
+  own = {'momentum': momentum, 'b1': b1, 'b2': b2, 'eps': eps}
+  scaling = _scaling(name, {k: v for k, v in own.items() if v is not None})
   for option, value in {
     'clip_norm': clip_norm,
     'clip_value': clip_value,
@@ -216,16 +223,29 @@ def make_optimizer(
   penalties = []
   if l1 or l2:
     penalties = [optax.masked(_add_penalties(l1, l2), selected)]
-  tx = optax.chain(
+  return optax.chain(
     *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
     *([optax.clip(clip_value)] if clip_value else []),
     *([] if decoupled else penalties),
-    scale(momentum=momentum, b1=b1, b2=b2, eps=eps),
+    scaling,
     *(penalties if decoupled else []),
     *([optax.scale_by_trust_ratio()] if name == 'lamb' else []),
     optax.scale_by_learning_rate(learning_rate),
   )
-  return optax.MultiSteps(tx, accumulate) if accumulate > 1 else tx
+
+
+def _scaling(
+  name: str, options: dict[str, float]
+) -> optax.GradientTransformation:
+  make = rules.choose('optimizer', name, OPTIMIZERS)
+  known = inspect.signature(make).parameters
+  for option in options:
+    if option not in known:
+      raise ValueError(
+        f'Optimizer {name!r} has no {option!r}; of these options it has '
+        f'{", ".join(known) or "none"}.'
+      )
+  return make(**options)
 
 
 def _add_penalties(l1: float, l2: float) -> optax.GradientTransformation:
@@ -281,12 +301,13 @@ def freeze(
     return tx.init(params)
 
   def update(updates, state, params=None, **extra):
-    updates, state = tx.update(updates, state, params, **extra)
-
     def still(path, u):
       frozen = re.fullmatch(pattern, rules.path_name(path))
       return jnp.zeros_like(u) if frozen else u
 
+    # Before too: the norm that is clipped is of what trains.
+    updates = jax.tree_util.tree_map_with_path(still, updates)
+    updates, state = tx.update(updates, state, params, **extra)
     return jax.tree_util.tree_map_with_path(still, updates), state
 
   return optax.GradientTransformation(init, update)

@@ -11,10 +11,8 @@ import jax
 
 from kd_jax.types import Params
 
-_POSITIONAL = (
-  inspect.Parameter.POSITIONAL_ONLY,
-  inspect.Parameter.POSITIONAL_OR_KEYWORD,
-)
+_KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, _KEYWORD)
 
 
 def with_step(
@@ -23,7 +21,8 @@ def with_step(
   """A map of parameters as a function of the parameters and the step.
 
   Args:
-    params_fn: `params -> params` or `(params, step) -> params`. Other arguments
+    params_fn: `params -> params` or `(params, step) -> params`, where the step
+      goes to the argument of this name or else to the second. Other arguments
       have defaults, and keep them.
 
   Example:
@@ -34,10 +33,11 @@ def with_step(
     arguments = list(inspect.signature(params_fn).parameters.values())
   except ValueError:  # Some builtins have no signature.
     arguments = []
+  # One that `functools.partial` bound counts as a keyword with a default.
+  if any(a.name == 'step' and a.kind == _KEYWORD for a in arguments):
+    return lambda params, step: params_fn(params, step=step)
   needed = [
-    a
-    for a in arguments
-    if a.kind in _POSITIONAL and (a.default is a.empty or a.name == 'step')
+    a for a in arguments if a.default is a.empty and a.kind in _POSITIONAL
   ]
   if len(needed) > 1:
     return params_fn

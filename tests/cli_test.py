@@ -134,6 +134,10 @@ def test_a_bad_field_gets_one_sentence(case, capsys, tmp_path, data_dir):
     ('compress.terms.ce.name=hard', "Unknown term 'hard'"),
     ('compress.train.remat=all', "Unknown train.remat 'all'"),
     ('compress.train.optimizer.name=adamv', "Unknown optimizer 'adamv'"),
+    (
+      "compress.quantize.weights=('.*/kernel','int8')",
+      'A rule of quantize.weights is a pair of a pattern and a value',
+    ),
   ],
 )
 def test_a_bad_word_of_a_late_stage_is_refused_before_any_training(

@@ -248,6 +248,16 @@ def test_phases_follow_one_another():
   assert sparse.phases()[0] == Phase('prune', 0, 4)
 
 
+@pytest.mark.parametrize('schedule', ['cubic', 'linear'])
+@pytest.mark.parametrize('every', [1, 3, 100])
+def test_an_end_after_all_steps_is_reached_in_the_last(schedule, every):
+  made, _ = _compression(
+    prune__end='100%', prune__schedule=schedule, prune__every=every
+  )
+  last = made.pruning.schedule()(STEPS - 1)
+  np.testing.assert_allclose(last, made.pruning.recipe.sparsity, rtol=1e-6)
+
+
 @pytest.mark.parametrize('decay', [0.25, 0.9])
 def test_the_average_of_ranges_decays_as_it_is_told(decay):
   made, _ = _compression(quantize__observer_decay=decay)
@@ -287,6 +297,17 @@ def test_learned_ranges_are_signed_where_inputs_are():
     (
       {'prune__method': 'sparse', 'prune__begin': '10%'},
       "sparse from the first step: prune.begin must be '0%', not '10%'",
+    ),
+    (
+      {'prune__begin': '60%', 'prune__end': '50%'},
+      "prune.end='50%' is before prune.begin='60%'",
+    ),
+    (
+      {
+        'quantize__activations': (('.*', 'int8_dynamic'),),
+        'quantize__begin': '50%',
+      },
+      "'int8_dynamic' rounds from the first step on: quantize.begin must be",
     ),
     ({'quantize__ranges': 'lsqq'}, "quantize.ranges 'lsqq'"),
     ({'quantize__observer': 'emma'}, "quantize.observer 'emma'.*ema"),

@@ -167,10 +167,10 @@ def test_preparing_and_reading_are_silent(tmp_path):
 @pytest.fixture(scope='module')
 def tfds_builder(tmp_path_factory):
   """Makes a TFDS data set of the given images; returns its data_dir."""
-  import tensorflow_datasets as tfds  # noqa: PLC0415
-  from etils import epath  # noqa: PLC0415
+  import tensorflow_datasets as tfds
+  from etils import epath
 
-  from kd_jax.data.digits import Digits  # noqa: PLC0415
+  from kd_jax.data.digits import Digits
 
   def make(
     name, images, splits=('train', 'test'), label='label', image='image'

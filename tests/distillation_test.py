@@ -17,14 +17,16 @@ from kd_jax import (
   adapters,
   cli,
   data,
+  defaults,
   losses,
+  methods,
   models,
   networks,
   objectives,
   step,
   tasks,
 )
-from kd_jax.recipe import assess, compare, stages
+from kd_jax.recipe import assess, compare, protocol, schemes, stages
 from kd_jax.recipe.run import Run
 from kd_jax.report import comparison
 from kd_jax.storage import weights
@@ -305,6 +307,12 @@ def test_an_ensemble_of_two_architectures_teaches(tmp_path, data_dir, space):
   assert run.workdir.done('teacher/mlp') and all(_changed(run).values())
   trained = {row['name']: row['steps'] for row in assess.dropped(run)}
   assert trained == {'teacher (mlp)': 2, 'teacher': 2, 'distilled': 2}
+  each = [run.workdir.result(w) for w in ('teacher', 'teacher/mlp')]
+  seconds = assess.train_seconds(run, 'teacher')
+  assert seconds == sum(result['train_seconds'] for result in each)
+  files = [run.workdir.weights(w) for w in ('teacher', 'teacher/mlp')]
+  stored = assess.stored_bytes(run, 'teacher')
+  assert stored == sum(path.stat().st_size for path in files)
   teacher = run.teacher()
   both = teacher.forward(teacher.variables, run.example)
   parts = [both.features[f'{n}/output'] for n in ('teacher', 'mlp')]
@@ -360,6 +368,33 @@ def test_a_cohort_is_trained_in_one_step_and_the_first_is_kept(
   assert all(_changed(run).values())
 
 
+@pytest.mark.parametrize(
+  'scheme, message',
+  [
+    ({'ema': 0.9, 'generations': 3}, 'ema .*generations=1, not 3'),
+    ({'ema': 0.9, 'assistants': {'a': {}}}, 'ema .*assistants={}, not'),
+    (
+      {'reuse_head': True, 'assistants': {'a': {}}},
+      'reuse_head .*assistants={}, not',
+    ),
+  ],
+)
+def test_schemes_of_which_one_would_be_ignored_are_refused(scheme, message):
+  config = defaults.get_config()
+  config.distill.scheme.update(scheme)
+  with pytest.raises(ValueError, match=message):
+    schemes.check(config.distill.scheme)
+
+
+def test_the_protocol_names_the_scheme_and_other_images():
+  config = defaults.get_config()
+  config.data.transfer.name = 'cifar100'
+  assert 'same batches' not in ' '.join(protocol.compared(config))
+  assert protocol.described(config.distill.scheme) == ''
+  config.distill.scheme.reuse_head = True
+  assert protocol.described(config.distill.scheme) == "; {'reuse_head': True}"
+
+
 @pytest.mark.parametrize('other', [{'reuse_head': True}, {'ema': 0.9}])
 def test_a_cohort_with_another_scheme_is_refused_before_any_training(
   tmp_path, data_dir, other
@@ -391,6 +426,8 @@ def test_a_reused_head_is_the_teachers_and_the_whole_run_goes_on(
   tmp_path, data_dir
 ):
   def change(config):
+    # What teaches is rounded, and the head that is served is not.
+    config.teacher.precision = 'bfloat16'
     config.distill.scheme.reuse_head = True
     config.distill.terms = {
       'sim': {'name': 'features', 'weight': 1.0, 'student': 'projector'}
@@ -627,9 +664,19 @@ def test_gain_over_the_student_alone_is_taken_seed_by_seed():
 
 
 def test_scaled_terms_leave_the_labels_alone():
-  terms = compare.scaled_terms('dkd', 0.1)
+  terms = compare.scaled_terms(methods.METHODS['dkd'].terms, 0.1)
   assert terms['ce']['weight'] == 1.0
   assert terms['decoupled_kd']['weight']['end'] == pytest.approx(0.1)
+
+
+def test_weights_of_ones_own_are_scaled_too(tmp_path, data_dir):
+  config = _tiny('compare_digits')
+  config.data.data_dir = str(data_dir)
+  (label,) = set(methods.METHODS['kd'].terms) - {'ce'}
+  config.method_options = {'kd': {label: {'weight': 7.0}}}
+  run = compare.open_run(config, tmp_path, 0)
+  terms = compare.with_method(run, 'kd', 0.1).config.distill.terms
+  assert terms[label].weight == pytest.approx(0.7)
 
 
 def test_labels_alone_are_cross_entropy():

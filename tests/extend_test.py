@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from kd_jax import cli, models, tasks, terms
+from kd_jax import cli, models, optim, tasks, terms
 from kd_jax.cli import registries
 from kd_jax.export import exporters
 from kd_jax.recipe import words
@@ -67,9 +67,23 @@ def test_what_a_file_registers_is_not_launched(tmp_path, monkeypatch, capsys):
   assert not said.out
 
 
+def test_an_optimizer_of_a_file_is_not_launched(tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(optim.OPTIMIZERS, 'mine', None)
+  config = tmp_path / 'mine.py'
+  config.write_text(
+    'from kd_jax import defaults, optim\n'
+    "optim.OPTIMIZERS['mine'] = optim.OPTIMIZERS['sgd']\n"
+    'get_config = defaults.get_config\n'
+  )
+  flags = ['--name=a', '--zone=z', '--accelerator=v5litepod-4', '--dry_run']
+  flags += [f'--config={config}', '--workdir=gs://bucket/run']
+  assert cli.main(['launch', 'tpu-vm', *flags]) == 2
+  assert "registers optimizer 'mine', which" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.once
-def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
+def test_a_run_uses_all_of_them(tmp_path, monkeypatch, capsys):
   for name, text in {**FILES, 'together.py': TOGETHER}.items():
     if name != 'my_task.py':
       (tmp_path / name).write_text(text)
@@ -94,6 +108,19 @@ def test_a_run_uses_all_of_them(tmp_path, monkeypatch):
     "observer 'three_sigma'",
     "exporter 'one program'",
   ]
+
+  # The directory alone says what it needs, as a new process would find out.
+  for registry, name in (
+    (terms.TERMS, 'cosine'),
+    (models.MODELS, 'shallow'),
+    (words.SCORES, 'brain_damage'),
+    (words.OBSERVERS, 'three_sigma'),
+    (exporters.EXPORTERS, 'one program'),
+  ):
+    with monkeypatch.context() as without:
+      without.delitem(registry, name)
+      assert cli.main(['evaluate', f'--workdir={workdir}']) == 2
+      assert f'registers {name!r}: give' in capsys.readouterr().err
 
   config = read_json(workdir / 'config.json')
   assert config['student']['model'] == {'name': 'shallow', 'width': 32}

@@ -9,7 +9,7 @@ import optax
 import pytest
 from quantized_models import INPUTS, WEIGHTS, trained, watching
 
-from kd_jax import guard, objectives, prune, quantize, sharding, train
+from kd_jax import guard, loops, objectives, prune, quantize, sharding, train
 from kd_jax.step import init_state, make_train_step
 from kd_jax.storage.checkpoint import Checkpoints
 from kd_jax.types import Forward
@@ -71,6 +71,22 @@ def test_a_bad_batch_changes_nothing_but_the_step(compiler, value):
   # As if the bad batch had not been there: this model draws nothing.
   without, _ = step(once, put(batch), rng)
   assert _same(again.replace(step=0), without.replace(step=0))
+
+
+@pytest.mark.parametrize('wrap', [guard.drop_nonfinite, loops.several])
+def test_a_wrapped_step_is_compiled_by_its_own_compiler_only(wrap):
+  def compiled(axis_name):
+    step = make_train_step(
+      lambda variables, batch, rng, *, train: Forward(batch['x']),
+      objectives.hard_labels(),
+      optax.sgd(0.1),
+      axis_name=axis_name,
+    )
+    return sharding.compile_step(wrap(step), sharding.make_mesh(), 'pmap')
+
+  with pytest.raises(ValueError, match="axis_name='data'"):
+    compiled(None)
+  assert not compiled(sharding.axis_name('pmap')).traces
 
 
 def test_gradients_alone_may_be_at_fault():

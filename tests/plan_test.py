@@ -144,7 +144,7 @@ def test_a_rehearsal_needs_neither_data_nor_weights(changes):
 
 def test_a_rehearsal_says_that_it_has_no_files():
   with pytest.raises(ValueError, match='no work directory'):
-    rehearsal.Rehearsal(tiny()).workdir  # noqa: B018
+    _ = rehearsal.Rehearsal(tiny()).workdir
 
 
 def test_a_rehearsal_is_the_real_run(tmp_path, data_dir):
@@ -220,7 +220,7 @@ def test_an_unknown_set_needs_its_size(tmp_path):
   changes = {'data.name': 'svhn_cropped', 'data.data_dir': str(tmp_path)}
   config = tiny(**changes)
   with pytest.raises(ValueError, match='give --examples'):
-    rehearsal.Rehearsal(config).splits  # noqa: B018
+    _ = rehearsal.Rehearsal(config).splits
   train = rehearsal.Rehearsal(config, examples=100).splits['train']
   assert train.image_shape == (32, 32, 3) and len(train) == 90
 

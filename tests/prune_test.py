@@ -20,14 +20,15 @@ OPTIMIZERS = {
   'nesterov': {'name': 'nesterov', 'l1': 0.1},
   'adamw': {'name': 'adamw', 'l2': 0.5, 'decayed': '.*'},
   'lion': {'name': 'lion', 'l2': 0.5, 'decayed': '.*'},
-  'accumulated': {'name': 'momentum', 'accumulate': 3},
+  'accumulated': {'name': 'momentum', 'batches': 3},
   'averaged': {'name': 'momentum', 'average': 0.5},
 }
 
 
-def _optimizer(name, *, average=None, **options):
+def _optimizer(name, *, average=None, batches=1, **options):
   options = {'decayed': 'kernel'} | options
   tx = optim.make_optimizer(name, learning_rate=0.1, **options)
+  tx = optax.MultiSteps(tx, batches) if batches > 1 else tx
   return tx if average is None else optim.average_params(tx, decay=average)
 
 

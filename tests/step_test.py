@@ -336,6 +336,7 @@ PARAMS_FNS = {
   'two arguments': (lambda params, step: params * (step + 2), (2, 3)),
   'another name': (lambda p, t: p * (t + 2), (2, 3)),
   'a default': (lambda params, k=5: params * k, (5, 5)),
+  'a step at the end': (lambda p, k=3, step=5: p * k * step, (0, 3)),
   'a default step': (lambda params, step=5: params * (step + 2), (2, 3)),
   'bound': (functools.partial(lambda p, step: p * step, step=7), (7, 7)),
   'bound before': (functools.partial(lambda k, p, t: k * p + t, 4), (4, 5)),

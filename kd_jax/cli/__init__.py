@@ -56,7 +56,7 @@ def _run(command: str, *words: str) -> int:
   values = parsing.parse(command, words)
   # Imported late: --help and a wrong flag should not wait for what all
   # commands import.
-  from kd_jax import commands  # noqa: PLC0415
+  from kd_jax import commands
 
   work = getattr(commands, command.replace('-', '_'))
   if not COMMANDS[command].several:

@@ -199,7 +199,7 @@ def _named(file: str) -> Iterator[None]:
 def _alone(path: str) -> Any:
   """A configuration that says all by its fields, and registers nothing."""
   # Imported late, since other commands need it later or never.
-  from kd_jax.cli import registries  # noqa: PLC0415
+  from kd_jax.cli import registries
 
   before = registries.entries()
   config = _executed(path)

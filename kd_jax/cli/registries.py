@@ -6,7 +6,7 @@ Owns the list of those registries; each belongs to its own module.
 from collections.abc import Mapping
 from typing import Any
 
-from kd_jax import methods, models, tasks, terms
+from kd_jax import methods, models, optim, tasks, terms
 from kd_jax.export import exporters
 from kd_jax.recipe import words
 
@@ -15,6 +15,8 @@ REGISTRIES: dict[str, Mapping[str, Any]] = {
   'term': terms.TERMS,
   'method': methods.METHODS,
   'task': tasks.TASKS,
+  'optimizer': optim.OPTIMIZERS,
+  'schedule': optim.SCHEDULES,
   'score': words.SCORES,
   'observer': words.OBSERVERS,
   'observer of weights': words.WEIGHT_OBSERVERS,

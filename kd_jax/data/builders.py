@@ -88,11 +88,11 @@ def _builder(
 ) -> Any:
   """The TFDS builder of a data set of images, prepared or not."""
   # TFDS costs seconds to import, hence only here and where it is needed.
-  import tensorflow_datasets as tfds  # noqa: PLC0415
+  import tensorflow_datasets as tfds
 
   def make():
     if name == 'digits':
-      from kd_jax.data import digits  # noqa: PLC0415
+      from kd_jax.data import digits
 
       return digits.Digits(data_dir=data_dir)
     try:
@@ -199,7 +199,7 @@ def tfds_split(name: str, split: str, builder: Any, labelled: bool) -> str:
 
 def records(builder: Any, tfds_split: str, *, encoded: bool = False) -> Records:
   """The records of a TFDS split, with images decoded or as bytes."""
-  import tensorflow_datasets as tfds  # noqa: PLC0415
+  import tensorflow_datasets as tfds
 
   decoders = {'image': tfds.decode.SkipDecoding()} if encoded else None
   split = builder.info.splits[tfds_split]

@@ -114,7 +114,7 @@ def decode_central_crop(encoded: bytes, size: int) -> np.ndarray:
 
 # Pillow is imported when an image is decoded, to keep `import kd_jax` light.
 def _decode(encoded: bytes) -> 'PIL.Image.Image':
-  import PIL.Image  # noqa: PLC0415
+  import PIL.Image
 
   return PIL.Image.open(io.BytesIO(encoded)).convert('RGB')
 
@@ -122,6 +122,6 @@ def _decode(encoded: bytes) -> 'PIL.Image.Image':
 def _resize(
   image: 'PIL.Image.Image', size: tuple[int, int]
 ) -> 'PIL.Image.Image':
-  import PIL.Image  # noqa: PLC0415
+  import PIL.Image
 
   return image.resize(size, PIL.Image.Resampling.BILINEAR)

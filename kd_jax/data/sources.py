@@ -138,7 +138,7 @@ def _permit_open_files(number: int) -> None:
   """Raises this process's limit of open files by a number, if it may."""
   # A reader keeps every shard open, and ImageNet has as many shards as many
   # systems allow files.
-  import resource  # noqa: PLC0415
+  import resource
 
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   if soft == resource.RLIM_INFINITY:

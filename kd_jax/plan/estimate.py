@@ -182,7 +182,8 @@ class _Planner:
     self.config, self.target, self.stage = config, target, stage
     self.examples, self.say = examples, say
     trained = config.teacher if stage == 'teacher' else config.student
-    self.dtype = trained.model.get('dtype', 'float32')
+    own = trained.model.get('dtype', 'float32')
+    self.dtype = own if config.precision == 'float32' else config.precision
 
   def step(self, alternative: str = '') -> Step:
     """The step in shapes, as it is or in an alternative."""

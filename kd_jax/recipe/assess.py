@@ -6,6 +6,7 @@ Owns what is measured and under which name; how it looks is `report`.
 import datetime
 import functools
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -85,7 +86,7 @@ def assemble(run: Run) -> dict[str, Any]:
     'format': 1,
     'kd_jax': metadata.version('kd_jax'),
     'created': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
-    'command': ' '.join(['kd-jax', *sys.argv[1:]]),
+    'command': shlex.join(['kd-jax', *sys.argv[1:]]),
     'versions': {
       'python': platform.python_version(),
       **{p: metadata.version(p) for p in ('jax', 'flax', 'optax')},
@@ -134,17 +135,16 @@ def _models(
     # An export has the operations and the weights of the integer network.
     same = stage or 'convert'
     parameters, nonzero = weights.count(made[same].variables)
-    path = None if stage is None else run.workdir.weights(stage)
     rows.append(
       {
         'name': name,
         **apply_numbers,
         'parameters': parameters,
         'nonzero_parameters': nonzero,
-        'bytes': path.stat().st_size if path else exports[name]['bytes'],
+        'bytes': stored_bytes(run, stage) if stage else exports[name]['bytes'],
         'flops': 2 * macs[same],
         'latency': {size: latency[size][name] for size in latency},
-        'train_seconds': _train_seconds(run, stage),
+        'train_seconds': train_seconds(run, stage),
         'note': notes.get(name, ''),
       }
     )
@@ -160,10 +160,25 @@ def _latency(
   }
 
 
-def _train_seconds(run: Run, stage: str | None) -> float | None:
+def _parts(run: Run, stage: str) -> list[str]:
+  """Where the networks of a row are: those of an ensemble are several."""
+  others = run.config.teacher.others if stage == 'teacher' else ()
+  return [stage, *(f'{stage}/{name}' for name in others)]
+
+
+def stored_bytes(run: Run, stage: str) -> int:
+  """Of the weights of a stage, those of all members of an ensemble."""
+  return sum(
+    run.workdir.weights(part).stat().st_size for part in _parts(run, stage)
+  )
+
+
+def train_seconds(run: Run, stage: str | None) -> float | None:
+  """How long a stage trained, its ensemble whole; None if it does not train."""
   if stage not in TRAINED:
     return None
-  return run.workdir.result(stage)['train_seconds']
+  results = map(run.workdir.result, _parts(run, stage))
+  return sum(result['train_seconds'] for result in results)
 
 
 def _curves(run: Run) -> dict[str, Any]:

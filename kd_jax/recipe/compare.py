@@ -22,7 +22,7 @@ import numpy as np
 
 from kd_jax import defaults, methods, metrics, rules, sharding
 from kd_jax.data import train_batches
-from kd_jax.recipe import distillation, evaluation, fields, fit, origin
+from kd_jax.recipe import distillation, evaluation, fields, fit, origin, schemes
 from kd_jax.recipe.network import TEACHER
 from kd_jax.recipe.run import Run
 from kd_jax.report import comparison, measure
@@ -102,7 +102,7 @@ def _compare(
     run = open_run(config, path, seed)
     for name in config.methods:
       scheme = with_method(run, name).config.distill.scheme
-      distillation.check_scheme(scheme)
+      schemes.check(scheme)
     origin.record(run, say=say)
     for name in (TEACHER, *config.methods):
       if name not in chosen:
@@ -140,7 +140,8 @@ def _ensure(run: Run, name: str, scale: float) -> None:
 
 def _best_scale(run: Run, name: str, scales: Sequence[float]) -> float:
   """The scale that is best on the validation split; the first of equals."""
-  if len(scales) == 1 or scaled_terms(name, 2.0) == scaled_terms(name, 1.0):
+  one, two = (_terms(run.config, name, scale) for scale in (1.0, 2.0))
+  if len(scales) == 1 or one == two:
     return scales[0]
   worth = {}
   for scale in scales:
@@ -150,14 +151,16 @@ def _best_scale(run: Run, name: str, scales: Sequence[float]) -> float:
   return max(scales, key=worth.__getitem__)
 
 
-def scaled_terms(name: str, scale: float) -> dict[str, dict[str, Any]]:
-  """A method's terms, the weights of all but the labels' times a factor."""
-  terms = {}
-  for label, term in methods.METHODS[name].terms.items():
+def scaled_terms(
+  terms: Mapping[str, Mapping[str, Any]], scale: float
+) -> dict[str, dict[str, Any]]:
+  """Terms, the weights of all but the labels' times a factor."""
+  scaled = {}
+  for label, term in terms.items():
     if term['name'] != 'hard_labels':
       term = {**term, 'weight': _times_scale(term['weight'], scale)}
-    terms[label] = term
-  return terms
+    scaled[label] = dict(term)
+  return scaled
 
 
 def _times_scale(weight: Any, scale: float) -> Any:
@@ -202,10 +205,10 @@ def _terms(
   config: ml_collections.ConfigDict, name: str, scale: float
 ) -> dict[str, dict[str, Any]]:
   """The scaled terms of a method, with the configuration's own options."""
-  terms = scaled_terms(name, scale)
+  terms = dict(methods.METHODS[name].terms)
   for label, options in config.method_options.get(name, {}).items():
     terms[label] = {**terms[label], **options}
-  return terms
+  return scaled_terms(terms, scale)
 
 
 def _test_once(

@@ -3,7 +3,7 @@
 A link learns from the one before it: the teacher (or teachers), then the
 assistants, then earlier generations of the student, then the student. Owns
 who learns from whom and which objective that is; how one network is trained
-is `fit`.
+is `fit`, and which schemes go together `schemes`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from kd_jax import adapters, data, deploy, networks, objectives
 from kd_jax import terms as terms_lib
 from kd_jax.models import load_pretrained
 from kd_jax.objectives import Objective
-from kd_jax.recipe import cached_teacher, fit
+from kd_jax.recipe import cached_teacher, fit, schemes
 from kd_jax.recipe.fit import Result, Student
 from kd_jax.recipe.network import TEACHER, Network
 from kd_jax.recipe.run import Run
@@ -186,27 +186,6 @@ def _fit_link(
   return fit.fit(run, where, c, objective, student, teacher=teacher, key=key)
 
 
-def check_scheme(scheme: ml_collections.ConfigDict) -> None:
-  """Refuses schemes that do not go together.
-
-  Args:
-    scheme: `config.distill.scheme`.
-
-  Raises:
-    ValueError: for a cohort with `reuse_head` or with `ema`.
-  """
-  if scheme.cohort > 1 and scheme.reuse_head:
-    raise ValueError(
-      'distill.scheme.reuse_head gives one student the head of the teacher: '
-      f'it needs distill.scheme.cohort=1, not {scheme.cohort}.'
-    )
-  if scheme.cohort > 1 and scheme.ema:
-    raise ValueError(
-      'distill.scheme.ema teaches one student by its own average: it needs '
-      f'distill.scheme.cohort=1, not {scheme.cohort}.'
-    )
-
-
 def link(
   run: Run, model: Any, teacher: Network, key: str
 ) -> tuple[Objective, Student, Network | None]:
@@ -219,10 +198,11 @@ def link(
     key: names the random key of its weights.
 
   Raises:
-    ValueError: as `check_scheme`, or for `ema` with a cache.
+    ValueError: as `schemes.check`, for `ema` with a cache, or the head of an
+      ensemble.
   """
   c = run.config.distill
-  check_scheme(c.scheme)
+  schemes.check(c.scheme)
   examples = fit.examples_for(run, None if c.scheme.ema else teacher)
   objective = functools.partial(
     make_objective,
@@ -235,7 +215,7 @@ def link(
   make = functools.partial(adapters.from_linen, model)
   student = Student(make, variables)
   if c.scheme.reuse_head:
-    variables['params']['head'] = teacher.variables['params']['head']
+    variables['params']['head'] = _head(run, teacher)
     student = Student(make, variables, frozen='head/.*')
   if c.scheme.ema:
     if teacher.cache is not None:
@@ -249,6 +229,19 @@ def link(
   if c.scheme.cohort > 1:
     student, learned = _cohort(run, key, model, learned)
   return learned, student, teacher
+
+
+def _head(run: Run, teacher: Network) -> Any:
+  """The classifier of the link before, in float32."""
+  if teacher.name != TEACHER:
+    return teacher.variables['params']['head']
+  if run.config.teacher.others:
+    raise ValueError(
+      'distill.scheme.reuse_head takes the head of one teacher: it needs '
+      'teacher.others={}.'
+    )
+  # What teaches may be rounded by `teacher.precision`.
+  return run.trained(TEACHER, run.model('teacher'))['params']['head']
 
 
 def _cohort(

@@ -7,6 +7,7 @@ is said in `stages`, `distillation` and `search`.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -86,7 +87,13 @@ def _optimizer(
     warmup_steps=int(c.warmup * steps),
     boundaries=c.boundaries,
   )
-  tx = optim.make_optimizer(learning_rate=schedule, **c.optimizer.to_dict())
+  options = c.optimizer.to_dict()
+  known = dict(inspect.signature(optim.make_optimizer).parameters)
+  del known['learning_rate']  # a field of the training
+  for option in options:
+    rules.choose('option of an optimizer', option, known)
+  rules.choose('field of an optimizer', 'name', options)
+  tx = optim.make_optimizer(learning_rate=schedule, **options)
   return optim.freeze(tx, frozen) if frozen else tx
 
 

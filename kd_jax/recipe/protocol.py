@@ -3,11 +3,9 @@
 Owns the sentences; the numbers are `assess`'s.
 """
 
-from typing import Any
-
 import ml_collections
 
-from kd_jax import terms
+from kd_jax import defaults, terms
 from kd_jax.recipe.run import Run
 from kd_jax.report import names
 
@@ -33,7 +31,7 @@ def sentences(run: Run) -> list[str]:
     f'step, one seed ({c.seed}). The test split is used for nothing else; '
     f'curves show {curves}.',
     *(_MEANING[name] for name in named if name in _MEANING),
-    f'{names.DISTILLED}: {distilled}{_scheme(c.distill.scheme)}.',
+    f'{names.DISTILLED}: {distilled}{described(c.distill.scheme)}.',
     f'{names.COMPRESSED}: {compressed}; from the distilled student.',
     'Every term is a mean over the batch; soft targets are KL(teacher || '
     'student), summed over classes, times T squared, but where a convention is '
@@ -77,7 +75,8 @@ def compared(config: ml_collections.ConfigDict) -> list[str]:
     return []
   both = config.alone.train, config.distill.train
   said = f'{names.ALONE} and {names.DISTILLED} start from the same weights'
-  if len({train.batch_size for train in both}) == 1:
+  same = len({train.batch_size for train in both}) == 1
+  if same and not config.data.transfer.name:
     said += ' and see the same batches, equally augmented'
   epochs = [train.epochs for train in both]
   if epochs[0] == epochs[1]:
@@ -118,11 +117,12 @@ def compression(recipe: ml_collections.ConfigDict) -> str:
   return f'{pruned or "not pruned"}, {rounded}'
 
 
-def _scheme(scheme: ml_collections.ConfigDict) -> str:
-  default: tuple[Any, ...] = ({}, 1, False, 0.0)
+def described(scheme: ml_collections.ConfigDict) -> str:
+  """What a scheme has other than by default, in words; empty for nothing."""
+  default = defaults.scheme()
   changed = {
     key: value
     for key, value in scheme.to_dict().items()
-    if value not in default and not key.startswith('mutual')
+    if value != default[key] and not key.startswith('mutual')
   }
   return f'; {changed}' if changed else ''

@@ -52,8 +52,8 @@ class Pruning:
     training: in which it is.
 
   Raises:
-    ValueError: for a word that a field does not know, or a begin after the last
-      step.
+    ValueError: for a word that a field does not know, or a begin after the end
+      or the last step.
   """
 
   def __init__(
@@ -65,6 +65,7 @@ class Pruning:
     self.recipe, self._network = recipe, network
     self.begin = training.at(recipe.begin, 'prune.begin')
     self.end = training.at(recipe.end, 'prune.end')
+    self._last = training.steps - 1
     for field, words in _WORDS.items():
       known = dict.fromkeys(words)
       rules_lib.choose(f'prune.{field}', recipe[field], known)
@@ -75,6 +76,11 @@ class Pruning:
     if recipe.sparsity and waits and late:
       raise ValueError(
         f'prune.begin={recipe.begin!r} is not before the last step.'
+      )
+    gradual = waits and recipe.schedule != 'once'
+    if recipe.sparsity and gradual and self.end < self.begin:
+      raise ValueError(
+        f'prune.end={recipe.end!r} is before prune.begin={recipe.begin!r}.'
       )
     if recipe.sparsity and recipe.method == 'sparse' and self.begin:
       raise ValueError(
@@ -131,7 +137,8 @@ class Pruning:
 
   def schedule(self) -> Callable[[Any], jax.Array]:
     """The sparsity at every step."""
-    r, end = self.recipe, max(self.begin + 1, self.end)
+    # '100%' is the step after the last one.
+    r, end = self.recipe, max(self.begin + 1, min(self.end, self._last))
     shapes: dict[str, Callable[..., Callable[[Any], jax.Array]]] = {
       'cubic': functools.partial(prune.cubic, end=end, every=r.every),
       'linear': functools.partial(prune.linear, end=end, every=r.every),

@@ -55,6 +55,7 @@ class Quantization:
     self.freeze = training.at(recipe.freeze, 'quantize.freeze')
     self.learned = rules_lib.choose('quantize.ranges', recipe.ranges, _RANGES)
     for kind, specs in SPECS.items():
+      rules_lib.check_pairs(recipe[kind], f'rule of quantize.{kind}')
       for _, name in recipe[kind]:
         rules_lib.choose(f'quantize.{kind}', name, specs)
     self._observer = rules_lib.choose(
@@ -66,6 +67,12 @@ class Quantization:
     if self.learned and self.begin:
       raise ValueError(
         f'quantize.ranges={recipe.ranges!r} learns from the first step on: '
+        "quantize.begin must be '0%'."
+      )
+    dynamic = [n for _, n in recipe.activations if n.endswith('dynamic')]
+    if dynamic and self.begin:
+      raise ValueError(
+        f'quantize.activations={dynamic[0]!r} rounds from the first step on: '
         "quantize.begin must be '0%'."
       )
 

@@ -160,6 +160,7 @@ class Run:
   def make_model(self, options: Mapping[str, Any]) -> adapters.LinenModule:
     """A linen module from its name and options, for the classes at hand."""
     options = dict(options)
+    rules.choose('field of a model', 'name', options)
     return models.make_model(
       options.pop('name'),
       num_classes=self.splits['train'].num_classes,

@@ -23,6 +23,7 @@ from kd_jax.recipe import (
   distillation,
   evaluation,
   origin,
+  schemes,
 )
 from kd_jax.recipe.compression import Compression
 from kd_jax.recipe.fit import Result, Student, fit
@@ -217,7 +218,7 @@ def run_stages(
       for name in order[order.index(chosen[0]) :]:
         run.workdir.clear(name)
     if not all(map(run.workdir.finished, chosen)):
-      distillation.check_scheme(run.config.distill.scheme)
+      schemes.check(run.config.distill.scheme)
       origin.record(run, say=say)
     for name in chosen:
       preemption.poll()

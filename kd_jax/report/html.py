@@ -325,7 +325,7 @@ def _size(report: Report) -> str:
 
 def _svg(name: str, fig: Any, label: str) -> str:
   """A figure as SVG to put into a page: themed, unique ids, no addresses."""
-  import matplotlib  # noqa: PLC0415 - as slow to load as in plots
+  import matplotlib  # slow to load
 
   buffer = io.StringIO()
   settings: plots.Style = {'svg.fonttype': 'none', 'svg.hashsalt': name}

@@ -143,9 +143,9 @@ def figure(
     A matplotlib Figure; a panel without data says so.
   """
   # The library must import without matplotlib, which is slow to load.
-  import matplotlib  # noqa: PLC0415
-  from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-  from matplotlib.figure import Figure  # noqa: PLC0415
+  import matplotlib
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
 
   class Shown(Figure):
     # Jupyter knows how to show a Figure only after pyplot has been imported.

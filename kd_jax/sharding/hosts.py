@@ -76,7 +76,7 @@ def meet(name: str, seconds: int) -> None:
   Raises:
     jax.errors.JaxRuntimeError: if not all processes came.
   """
-  from orbax.checkpoint import multihost  # noqa: PLC0415 (slow to import)
+  from orbax.checkpoint import multihost  # slow to import
 
   multihost.sync_global_processes(
     f'kd_jax/{name}',

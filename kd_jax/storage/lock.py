@@ -97,6 +97,6 @@ def _opened(directory: str | os.PathLike) -> Iterator[int]:
 
 def _lock(descriptor: int, *, wait: bool) -> None:
   # Not on every system, hence here.
-  import fcntl  # noqa: PLC0415
+  import fcntl
 
   fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

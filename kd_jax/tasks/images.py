@@ -56,8 +56,16 @@ def _statistics(
   c: ml_collections.ConfigDict, train: data.Images
 ) -> dict[str, Any]:
   """Mean and deviation of every channel: the configured, or the split's own."""
+  _check_both('data', c)
   mean, std = (c.mean, c.std) if c.mean else train.statistics
   return {'mean': list(mean), 'std': list(std)}
+
+
+def _check_both(where: str, c: ml_collections.ConfigDict) -> None:
+  if bool(c.mean) != bool(c.std):
+    raise ValueError(
+      f'{where}.mean={c.mean} and {where}.std={c.std} come together.'
+    )
 
 
 def _preprocess(
@@ -80,6 +88,7 @@ def _teacher_input(
 ) -> StudentFn:
   """A teacher behind its own normalisation and resolution."""
   c = config.teacher.input
+  _check_both('teacher.input', c)
   if c.mean:
     own = functools.partial(
       data.renormalize, **statistics, to_mean=c.mean, to_std=c.std
