@@ -1,6 +1,6 @@
 """Measures the train step of every method, and compares it with its FLOPs.
 
-  python benchmarks/methods.py --out benchmarks/results/methods.md
+  python benchmarks/methods.py --runs 20 --out benchmarks/results/methods.md
 
 One process compiles a step of every method, reads the compiler's count of its
 FLOPs, and times all steps in turns. What is asked: does a step take the time

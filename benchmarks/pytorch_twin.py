@@ -1,6 +1,7 @@
 """Measures one recipe in kd_jax and in PyTorch, on twin networks.
 
-  python benchmarks/pytorch_twin.py --out benchmarks/results/pytorch_twin.md
+  python benchmarks/pytorch_twin.py --seeds 3 --epochs 15 \\
+      --out benchmarks/results/pytorch_twin.md
 
 A small convolutional network learns the digits from its first step on pruned,
 global magnitude along a cubic to 80 %, and with int8 fake-quant of weights per

@@ -1,6 +1,7 @@
 """Measures what quantization and pruning add to a train step.
 
-  python benchmarks/step_overhead.py --out benchmarks/results/step_overhead.md
+  python benchmarks/step_overhead.py \\
+      --out benchmarks/results/step_overhead_resnet.md
 
 One process compiles the train step of one network plain, with fake-quant, with
 pruning and with both, and times all of them in turns. The loss is the

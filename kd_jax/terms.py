@@ -13,6 +13,7 @@ import numpy as np
 
 from kd_jax import losses, objectives, rules
 from kd_jax.objectives import Objective, base
+from kd_jax.types import names_of
 
 
 class Kept(NamedTuple):
@@ -338,7 +339,7 @@ def _check_kept(
     return
   if asks == LIKELIEST:
     _check_top(what, name, options, kept)
-  elif asks == LOGITS or base.OUTPUT in base.names(options.get('teacher', ())):
+  elif asks == LOGITS or base.OUTPUT in names_of(options.get('teacher', ())):
     raise ValueError(
       f'{what} reads all outputs of the teacher, but the cache holds the '
       f'{kept.top_k} largest: make it without --top_k, or use the term top_k '

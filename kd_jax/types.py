@@ -141,6 +141,19 @@ class TrainState(flax.struct.PyTreeNode):
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
+def names_of(names: Reads) -> tuple[str, ...]:
+  """One name, or several, as a tuple.
+
+  Args:
+    names: a name, or a sequence of them.
+
+  Example:
+    >>> names_of('image'), names_of(['ids', 'mask'])
+    (('image',), ('ids', 'mask'))
+  """
+  return (names,) if isinstance(names, str) else tuple(names)
+
+
 def check_same_shape(what: str, **arrays: Any) -> None:
   """Raises ValueError naming two arrays whose shapes differ.
 

@@ -152,6 +152,39 @@ def test_a_bad_word_of_a_late_stage_is_refused_before_any_training(
 
 
 @pytest.mark.parametrize(
+  'line, expected',
+  [
+    (
+      "distill.train.optimizer = {'name': 'adamw', 'weight_decay': 0.1}",
+      "Unknown option of an optimizer 'weight_decay'",
+    ),
+    (
+      "distill.train.optimizer = {'name': 'sgd', 'momentum': 0.9}",
+      "Optimizer 'sgd' has no 'momentum'",
+    ),
+    ('distill.train.optimizer = {}', "Unknown field of an optimizer 'name'"),
+    ("teacher.model = {'depth': 8}", "Unknown field of a model 'name'"),
+    ('data.mean = (0.5,)', 'data.mean=(0.5,) and data.std=() come together'),
+  ],
+)
+def test_a_bad_dictionary_of_a_file_is_refused(
+  line, expected, capsys, tmp_path, data_dir
+):
+  own = tmp_path / 'own.py'
+  own.write_text(
+    'import runpy\n'
+    'def get_config():\n'
+    f"  made = runpy.run_path('{ROOT}/configs/digits.py')\n"
+    "  config = made['get_config']('tiny')\n"
+    f'  config.{line}\n'
+    '  return config\n'
+  )
+  words = ['run', f'--config={own}', f'--workdir={tmp_path / "run"}']
+  assert cli.main([*words, f'--config.data.data_dir={data_dir}']) == 2
+  assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
   'flag, expected',
   [
     ('seeds=0', 'seeds=0 is not a number from 1 on'),

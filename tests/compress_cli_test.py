@@ -236,6 +236,19 @@ def test_bad_input_gets_one_sentence(case, trained, tmp_path, capsys):
 
 @pytest.mark.parametrize(
   'change',
+  ['aims.drop=0.5', 'compress.teacher=teacher', 'search.budget=1 KB'],
+)
+def test_what_no_search_reads_is_refused(change, trained, tmp_path, capsys):
+  place = tmp_path / 'small'
+  assert cli.main(_words(trained, place, f'--recipe.{change}')) == 2
+  key = change.partition('=')[0]
+  error = capsys.readouterr().err
+  assert f'kd-jax compress does not read --recipe.{key}' in error
+  assert not place.exists()
+
+
+@pytest.mark.parametrize(
+  'change',
   [
     'seed=1',
     'data.validation=0.2',

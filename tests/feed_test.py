@@ -239,12 +239,10 @@ def test_only_row_numbers_cross_for_inputs_on_the_devices(make):
 def test_where_images_lie_is_checked():
   mesh = sharding.make_mesh()
   assert data.make_input(_images(), mesh, 'auto').examples.image_shape  # a CPU
-  with pytest.raises(ValueError, match="data.placement 'gpu'"):
+  with pytest.raises(ValueError, match="placement 'gpu'"):
     data.make_input(_images(), mesh, 'gpu')
   streamed = data.StreamedImages([], np.arange(0, dtype='i4'), (), 8)
-  with pytest.raises(
-    ValueError, match="data.placement='device' is for examples in"
-  ):
+  with pytest.raises(ValueError, match="placement='device' is for examples in"):
     data.make_input(streamed, mesh, 'device')
 
 

@@ -12,8 +12,17 @@ import pytest
 
 pytestmark = pytest.mark.once
 ROOT = pathlib.Path(__file__).parents[1]
-FOLDERS = ('kd_jax', 'tests', 'configs')
-FILES = ('LICENSE', 'MANIFEST.in', 'README.md', 'pyproject.toml', 'setup.cfg')
+FOLDERS = ('.ci', 'benchmarks', 'configs', 'kd_jax', 'notebooks', 'tests')
+FILES = (
+  'CHANGELOG.md',
+  'CONTRIBUTING.md',
+  'LICENSE',
+  'MANIFEST.in',
+  'README.md',
+  'conftest.py',
+  'pyproject.toml',
+  'setup.cfg',
+)
 
 
 @pytest.fixture(scope='module')
@@ -59,13 +68,13 @@ def test_the_source_distribution_has_its_tests(published):
   [archive] = published.glob('*.tar.gz')
   with tarfile.open(archive) as tar:
     found = {name.split('/', 1)[-1] for name in tar.getnames()}
-  missing = {
+  missing = set(FILES) | {
     str(path.relative_to(ROOT))
     for folder in FOLDERS
     for path in (ROOT / folder).rglob('*')
     if '__pycache__' not in path.parts
-  } - found
-  assert not missing
+  }
+  assert not missing - found
 
 
 def test_every_requirement_has_a_floor():

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from kd_jax import cli, plan, sharding
-from kd_jax.plan import chips, program, rehearsal, steps
+from kd_jax.plan import chips, estimate, program, rehearsal, steps
 from kd_jax.recipe import fit, stages
 from kd_jax.recipe.run import Run
 from kd_jax.recipe.words import Training
@@ -223,6 +223,21 @@ def test_an_unknown_set_needs_its_size(tmp_path):
     _ = rehearsal.Rehearsal(config).splits
   train = rehearsal.Rehearsal(config, examples=100).splits['train']
   assert train.image_shape == (32, 32, 3) and len(train) == 90
+
+
+@pytest.mark.parametrize(
+  'changes', [{'precision': 'bfloat16'}, {'student.model.dtype': 'bfloat16'}]
+)
+def test_the_rate_is_that_of_the_precision(changes, monkeypatch):
+  rates = []
+
+  def compile_program(step, target, *, dtype):
+    rates.append(dtype)
+    return program.compile_program(step, target, dtype=dtype)
+
+  monkeypatch.setattr(estimate, 'compile_program', compile_program)
+  plan.plan(tiny(**changes), stage='alone', alternatives=())
+  assert rates == ['bfloat16']
 
 
 def test_bounds_are_work_over_published_rates():

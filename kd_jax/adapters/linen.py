@@ -23,8 +23,8 @@ from kd_jax.adapters.interceptors import (
   recomputing,
   store_inputs,
 )
-from kd_jax.adapters.plain import entries, names_of, untrained
-from kd_jax.types import Batch, Forward, Reads, Variables
+from kd_jax.adapters.plain import entries, untrained
+from kd_jax.types import Batch, Forward, Reads, Variables, names_of
 
 # For annotations elsewhere, which do not import linen.
 LinenModule = nn.Module

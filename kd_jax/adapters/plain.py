@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from kd_jax.types import Batch, Forward, Reads, StudentFn, Variables
+from kd_jax.types import Batch, Forward, Reads, StudentFn, Variables, names_of
 
 
 def from_apply(
@@ -37,19 +37,6 @@ def from_apply(
     return Forward(output, {}, untrained(variables))
 
   return forward
-
-
-def names_of(reads: Reads) -> tuple[str, ...]:
-  """The names in `reads`, one or several.
-
-  Args:
-    reads: a name, or a sequence of them.
-
-  Example:
-    >>> names_of('image'), names_of(['ids', 'mask'])
-    (('image',), ('ids', 'mask'))
-  """
-  return (reads,) if isinstance(reads, str) else tuple(reads)
 
 
 def entries(batch: Batch, reads: Reads) -> tuple[jax.Array, ...]:

@@ -1,9 +1,9 @@
 """Pre-processing on the devices: normalisation, and keyed augmentation.
 
-Pure functions of a batch; crops of streamed images are `crops`'. What happens
-to an image depends on (seed, example id, epoch) and on nothing else, so that
-teacher and student, a resumed run, any sharding and cached teacher outputs all
-see the same crop. Mixup depends on the keys of both images of a pair.
+Owns pure functions of a batch; crops of streamed images are `crops`'. What
+happens to an image depends on (seed, example id, epoch) and on nothing else, so
+that teacher and student, a resumed run, any sharding and cached teacher outputs
+all see the same crop. Mixup depends on the keys of both images of a pair.
 """
 
 from collections.abc import Callable, Mapping, Sequence

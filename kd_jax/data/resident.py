@@ -19,7 +19,7 @@ from kd_jax.types import Batch
 
 # Of each device's memory; the rest is for parameters and activations.
 SHARE = 1 / 8
-WHERE = ('auto', 'device', 'host')
+PLACEMENTS = ('auto', 'device', 'host')
 
 
 class Input(NamedTuple):
@@ -35,13 +35,13 @@ class Input(NamedTuple):
   put: Callable[..., Batch]
 
 
-def make_input(examples: Split, mesh: Mesh, where: str = 'auto') -> Input:
+def make_input(examples: Split, mesh: Mesh, placement: str = 'auto') -> Input:
   """Puts what networks read on the devices if it is to lie there.
 
   Args:
     examples: of a split.
     mesh: see `sharding.make_mesh`.
-    where: 'device' puts a copy of all inputs on every device, once; 'host'
+    placement: 'device' puts a copy of all inputs on every device, once; 'host'
       sends those of every batch. 'auto' is 'device' for inputs in memory that
       take up to `SHARE` of the memory of each device, and 'host' for others
       and on CPUs, whose memory is the host's.
@@ -64,15 +64,15 @@ def make_input(examples: Split, mesh: Mesh, where: str = 'auto') -> Input:
     >>> batch['row'].tolist(), made.put(batch)['x'].tolist()
     ([2, 0], [20.0, 0.0])
   """
-  rules.choose('data.placement', where, dict.fromkeys(WHERE))
-  if where == 'auto':
+  rules.choose('placement', placement, dict.fromkeys(PLACEMENTS))
+  if placement == 'auto':
     limit = SHARE * min(map(_memory, mesh.local_devices))
     fits = isinstance(examples, InMemory) and _input(examples).nbytes <= limit
-    where = 'device' if fits else 'host'
-  if where == 'device':
+    placement = 'device' if fits else 'host'
+  if placement == 'device':
     if not isinstance(examples, InMemory):
       raise ValueError(
-        "data.placement='device' is for examples in memory; others, such as "
+        "placement='device' is for examples in memory; others, such as "
         "images streamed with a data.image_size, need 'host' or 'auto'."
       )
     resident = Resident(examples, mesh)

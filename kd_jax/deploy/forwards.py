@@ -11,9 +11,8 @@ import jax
 
 from kd_jax import adapters, quantize
 from kd_jax import rules as rules_lib
-from kd_jax.adapters.plain import names_of
 from kd_jax.quantize.stored import COLLECTION
-from kd_jax.types import Batch, Reads, StudentFn
+from kd_jax.types import Batch, Reads, StudentFn, names_of
 
 Rules = rules_lib.Rules[quantize.QuantSpec]
 Preprocess = Callable[..., Batch]

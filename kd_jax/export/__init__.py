@@ -1,5 +1,6 @@
-"""Export: trained models as files that run without this library.
+"""Export: trained models as files that run without this library, and back.
 
+Owns the formats; how alike a file and its model are is `parity`'s to say.
 Loads no ONNX package: that format is in `kd_jax.export.onnx`.
 """
 

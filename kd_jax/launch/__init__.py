@@ -3,6 +3,7 @@
 `places` reads the flags of the command. `plans` puts the commands for a TPU VM
 in order, and `launches` gives them until a run has ended; `gcloud` has their
 words, `jobset` the workload files, and `accelerators` what a slice is called.
+Owns no way to a cloud but those commands, and nothing that runs there.
 """
 
 from kd_jax.launch.launches import Launch as Launch

@@ -1,7 +1,8 @@
 """Losses that learn one class of each example: the label's or the teacher's.
 
-Pure, float32 and unreduced, `[..., C] -> [...]`, as those of `logits`. Losses
-that tell the label's class from the others are in `targets`.
+Owns cross-entropy with a class: pure, float32 and unreduced, `[..., C] ->
+[...]`, as the losses of `logits`. Those that tell the label's class from the
+others are in `targets`.
 """
 
 import jax

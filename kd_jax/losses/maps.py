@@ -1,9 +1,9 @@
 """Losses on what maps say after a summary: where, how alike, how related.
 
+Owns losses of summaries; those of the features themselves are in `features`.
 Maps are `[B, H, W, D]`; the teacher is constant, and every loss is `[B]`
 float32, whose mean over the batch is the published value. A summary removes
-channels or positions, so student and teacher may differ in these. Losses on
-the features themselves are in `features`.
+channels or positions, so student and teacher may differ in these.
 """
 
 import jax

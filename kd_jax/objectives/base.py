@@ -23,6 +23,7 @@ from kd_jax.types import (
   TeacherFn,
   Variables,
   check_has,
+  names_of,
 )
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -253,18 +254,13 @@ def _check_pair(name: str, pair: Any) -> None:
 OUTPUT = 'output'
 
 
-def names(value: str | Sequence[str]) -> tuple[str, ...]:
-  """One tap name, or several, as a tuple."""
-  return (value,) if isinstance(value, str) else tuple(value)
-
-
 def read_taps(
   student: str | Sequence[str], teacher: str | Sequence[str]
 ) -> TapNames:
   """The taps of a term; the name 'output' stands for the network's output."""
   return TapNames(
     *(
-      tuple(n for n in names(side) if n != OUTPUT)
+      tuple(n for n in names_of(side) if n != OUTPUT)
       for side in (student, teacher)
     )
   )
@@ -278,7 +274,7 @@ def pairs(
   Raises:
     ValueError: if there are none, or not as many of one as of the other.
   """
-  student, teacher = names(student), names(teacher)
+  student, teacher = names_of(student), names_of(teacher)
   if not student or len(student) != len(teacher):
     raise ValueError(
       f'Every student tap needs one teacher tap: student={student}, '

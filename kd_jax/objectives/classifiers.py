@@ -15,6 +15,7 @@ from kd_jax.losses import numerics
 from kd_jax.objectives import base, connectors
 from kd_jax.objectives.base import Objective, Scalar
 from kd_jax.objectives.features import over_pairs
+from kd_jax.types import names_of
 
 
 def softmax_regression(
@@ -242,7 +243,7 @@ def self_distillation(
     >>> [round(x, 2) for x in objective.apply(ones, state, inputs)[0].tolist()]
     [9.0, 1.0]
   """
-  taps = base.names(student)
+  taps = names_of(student)
 
   def init(inputs):
     width = base.student_feature(inputs, deepest).shape[-1]

@@ -20,6 +20,7 @@ from kd_jax import losses
 from kd_jax.losses import numerics
 from kd_jax.objectives import base, connectors
 from kd_jax.objectives.base import Objective
+from kd_jax.types import names_of
 
 Names = str | Sequence[str]
 
@@ -303,7 +304,7 @@ def activation_boundary(
     >>> [round(v, 4) for v in loss.tolist()]
     [0.004, 0.004]
   """
-  count = len(base.names(student))
+  count = len(names_of(student))
 
   def compare(inputs, s, t, i):
     loss = losses.activation_boundary(s, t, margin=margin)
@@ -349,7 +350,7 @@ def overhaul(*, student: Names, teacher: Names, norms: Names) -> Objective:
     >>> [round(1000 * x, 3) for x in loss.tolist()]
     [0.637, 1.0]
   """
-  norms = base.names(norms)
+  norms = names_of(norms)
   base.pairs(teacher, norms)
   count = len(norms)
 

@@ -2,7 +2,8 @@
 
 `chips` has their figures, `rehearsal` makes a run of shapes alone and `steps` a
 train step of it, which `program` compiles and reads, by `memory` and `hlo`.
-`estimate` puts the numbers together, with `alternatives` and `timing`.
+`estimate` puts the numbers together, with `alternatives` and `timing`. Owns no
+step of its own and trains nothing.
 """
 
 from kd_jax.plan.alternatives import ALTERNATIVES as ALTERNATIVES

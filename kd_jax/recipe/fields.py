@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 
 from kd_jax import defaults, rules
-from kd_jax.data.resident import WHERE
+from kd_jax.data.resident import PLACEMENTS
 from kd_jax.storage.workdir import flatten
 
 # What is in them is the business of models, terms, optimizers and methods; a
@@ -76,7 +76,9 @@ or data.mean or data.num_workers?
       )
   for field, value in given.items():
     _check_least(field, value)
-  rules.choose('data.placement', config.data.placement, dict.fromkeys(WHERE))
+  rules.choose(
+    'data.placement', config.data.placement, dict.fromkeys(PLACEMENTS)
+  )
 
 
 def _check_least(field: str, value: Any) -> None:

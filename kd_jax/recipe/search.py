@@ -5,6 +5,7 @@ of the few that are worth it, and the artefact. A candidate learns from the
 network that it was made from, so no teacher is needed.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,6 +30,10 @@ _STAGES = dict.fromkeys(('distill', 'alone'))
 # What a work directory brings with its network.
 _STORED = ('data', 'student', 'seed')
 _REPLACED = (*_STORED, 'teacher.model', 'distill.scheme.reuse_head')
+_UNREAD = re.compile(
+  r'(aims|alone)\.|teacher\.(?!model\b)|distill\.(?!scheme\.reuse_head$)'
+  r'|compress\.teacher$|search\.(model|stage|budget)$'
+)
 
 
 def open_run(
@@ -53,8 +58,15 @@ def open_run(
 
   Raises:
     ValueError: if the model or its stage is missing, the directory belongs to
-      another search, or a key of `changed` would be replaced.
+      another search, or a key of `changed` would be replaced or not be read.
   """
+  for key in changed:
+    if _UNREAD.match(key):
+      raise ValueError(
+        f'kd-jax compress does not read --recipe.{key}: it trains by compress, '
+        'taught by the uncompressed network, and has --model, --stage and '
+        '--budget.'
+      )
   config = ml_collections.ConfigDict(config.to_dict())
   place = mirror.resolve(path)
   local = not mirror.is_remote(path)

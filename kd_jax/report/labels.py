@@ -1,6 +1,6 @@
 """Names beside points of a plot, placed so that all can be read.
 
-Geometry only: knows axes and boxes, not reports.
+Owns geometry only: knows axes and boxes, not reports.
 """
 
 import math

@@ -3,7 +3,7 @@
 `meshes` and `compilers` are what most callers want, and their functions are
 here; `layout` says where arrays lie, `clusters` and `processes` start several
 processes, `hosts` is what they tell each other, and `preemption` turns signals
-into a clean end.
+into a clean end. Owns where and when things are computed, not what.
 """
 
 from kd_jax.sharding.compilers import COMPILERS as COMPILERS

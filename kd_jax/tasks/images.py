@@ -1,7 +1,7 @@
 """Image classification: how `config.data` becomes images and their input.
 
-Reading data sets is `data`'s; this says which of them a configuration means,
-how they are normalised and augmented, and what stands for them in plans.
+Owns which data set a configuration means, how it is normalised and augmented,
+and what stands for it in plans. Reading data sets is `data`'s.
 """
 
 import functools
