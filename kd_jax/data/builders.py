@@ -128,7 +128,11 @@ def _builder(
 def prepared_builder(
   name: str, data_dir: str | os.PathLike[str] | None, labelled: bool
 ) -> Any:
-  """The same, ready to be read."""
+  """The same, ready to be read.
+
+  Raises:
+    FileNotFoundError: if it is not prepared there.
+  """
   builder = _builder(name, data_dir, labelled)
   if not builder.data_path.exists():
     # Those that are defined elsewhere need not download nor decode.
@@ -198,7 +202,11 @@ def tfds_split(name: str, split: str, builder: Any, labelled: bool) -> str:
 
 
 def records(builder: Any, tfds_split: str, *, encoded: bool = False) -> Records:
-  """The records of a TFDS split, with images decoded or as bytes."""
+  """The records of a TFDS split, with images decoded or as bytes.
+
+  Raises:
+    ValueError: for files of a format that cannot be read here.
+  """
   import tensorflow_datasets as tfds
 
   decoders = {'image': tfds.decode.SkipDecoding()} if encoded else None

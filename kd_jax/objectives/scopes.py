@@ -55,7 +55,11 @@ def over_batch(
 
 
 def local_parts(inputs: Inputs) -> int:
-  """How many parts a batch has under `jit`, which does not know of devices."""
+  """How many parts a batch has under `jit`, which does not know of devices.
+
+  Raises:
+    ValueError: under `jit` without `num_shards`.
+  """
   if inputs.num_shards is None:
     raise ValueError(
       "scope='local' under jit needs make_train_step(num_shards=N), the number "

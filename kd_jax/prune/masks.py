@@ -98,7 +98,11 @@ def score_masks(
 def choose_params(
   params: Any, rules: rules_lib.Rules[bool]
 ) -> dict[str, jax.Array]:
-  """The parameters that pruning rules choose, by path."""
+  """The parameters that pruning rules choose, by path.
+
+  Raises:
+    ValueError: if they choose none.
+  """
   leaves = rules_lib.named_leaves(params)
   chosen = rules_lib.match(rules, list(leaves), kind='pruning rule')
   if not chosen:

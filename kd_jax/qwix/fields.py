@@ -23,7 +23,11 @@ def of_specs(
   activation: QuantSpec | None,
   options: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """The fields of a rule from what quantizes its weights and inputs."""
+  """The fields of a rule from what quantizes its weights and inputs.
+
+  Raises:
+    ValueError: for gradients in a format that needs other activations.
+  """
   per_tensor = weight.axis is None
   _check_weight(path, weight, activation)
   fields: dict[str, Any] = {
@@ -106,7 +110,11 @@ def _calibration(path: str, spec: QuantSpec) -> str:
 
 
 def specs_of(rule: Any) -> tuple[QuantSpec | None, QuantSpec | None]:
-  """What quantizes the weights and the inputs of a rule's modules."""
+  """What quantizes the weights and the inputs of a rule's modules.
+
+  Raises:
+    ValueError: for a rule that our specs cannot say.
+  """
   if rule.weight_qtype is None:
     return None, None
   per_tensor = getattr(rule, 'disable_channelwise_axes', False)

@@ -12,7 +12,11 @@ EVERYTHING = '.*'
 
 
 def module_of(pattern: str, spec: QuantSpec | None) -> str | None:
-  """The modules whose kernels a weight rule is for; None if it is for none."""
+  """The modules whose kernels a weight rule is for; None if it is for none.
+
+  Raises:
+    ValueError: for a pattern that is not of kernels.
+  """
   # A '|' in brackets chooses a part of a path, another one whole paths.
   outside, found = pattern, 1
   while found:

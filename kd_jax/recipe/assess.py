@@ -67,7 +67,11 @@ def applies(run: Run, made: Mapping[str, Network]) -> dict[str, Apply]:
 def scores(
   run: Run, found: Mapping[str, Apply], split: str
 ) -> dict[str, dict[str, float]]:
-  """name -> metrics of everything found, compared with the teacher."""
+  """name -> metrics of everything found, compared with the teacher.
+
+  Raises:
+    ValueError: without a finished teacher.
+  """
   if names.TEACHER not in found:
     raise ValueError(
       f'{run.workdir.place} has no finished teacher: run kd-jax run first.'

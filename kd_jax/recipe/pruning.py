@@ -108,7 +108,11 @@ class Pruning:
 
   @functools.cached_property
   def plan(self) -> prune.Plan:
-    """The units that can leave without changing what the others compute."""
+    """The units that can leave without changing what the others compute.
+
+    Raises:
+      ValueError: if no unit can leave exactly.
+    """
     plan = self._find(prune.find_groups)
     exact = tuple(group for group in plan.groups if group.exact)
     if not exact:

@@ -210,7 +210,11 @@ class Checkpoints:
         )
 
   def close(self) -> None:
-    """Waits, then ends the background threads; may be called twice."""
+    """Waits, then ends the background threads; may be called twice.
+
+    Raises:
+      CheckpointError: if a save failed.
+    """
     self._manager = None
     try:
       with hosts.uninterrupted():

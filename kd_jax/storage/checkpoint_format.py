@@ -64,7 +64,11 @@ def restore(
   damaged: dict[int, str],
   part: bool = False,
 ) -> Restored | None:
-  """`Checkpoints.restore`; adds to `damaged` the steps that it passes over."""
+  """`Checkpoints.restore`; adds to `damaged` the steps that it passes over.
+
+  Raises:
+    CheckpointError: if no step can be restored, with the reasons.
+  """
   reasons = []
   there = hosts.on_first(lambda: saved_steps(directory))
   for s in [s for s in reversed(there) if step in (None, s)]:
@@ -87,7 +91,11 @@ def load(
   fingerprint: Mapping[str, Any] | None,
   part: bool,
 ) -> Restored:
-  """Reads one step; see `Checkpoints.restore` for what it refuses."""
+  """Reads one step; see `Checkpoints.restore` for what it refuses.
+
+  Raises:
+    CheckpointError: for a checkpoint of another model or fingerprint.
+  """
   manifest = hosts.together(lambda: step_manifest(directory, step), Damaged)
   saved, wanted = manifest['leaves'], flatten(like)
   where = f'Step {step} of {directory}'
@@ -124,7 +132,11 @@ def read(
   saved: Mapping[str, Any],
   wanted: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """The arrays of `wanted`, verified; numpy where it asks for no sharding."""
+  """The arrays of `wanted`, verified; numpy where it asks for no sharding.
+
+  Raises:
+    Damaged: if a file is not what was saved.
+  """
   arrays, how = {}, {}
   for name, leaf in wanted.items():
     if 0 in saved[name]['shape']:
@@ -169,7 +181,12 @@ def damage(directory: epath.Path, step: int) -> str | None:
 
 
 def step_manifest(directory: epath.Path, step: int) -> dict[str, Any]:
-  """The manifest of a step, verified against its own digest."""
+  """The manifest of a step, verified against its own digest.
+
+  Raises:
+    Damaged: without a manifest that is what was saved.
+    CheckpointError: for another format.
+  """
   path = directory / str(step) / 'manifest'
   if not path.exists():
     raise Damaged('it has no manifest')
@@ -189,7 +206,11 @@ def step_manifest(directory: epath.Path, step: int) -> dict[str, Any]:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-  """path -> leaf, in the order of `jax.tree.leaves`."""
+  """path -> leaf, in the order of `jax.tree.leaves`.
+
+  Raises:
+    CheckpointError: for a leaf that is no array, or two of one path.
+  """
   named = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = rules.path_name(path)

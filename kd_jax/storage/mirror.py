@@ -109,6 +109,9 @@ def copy_tree(source: Path, target: Path, *, missing: bool = False) -> None:
       not there.
     missing: leaves a file alone that has the same size; otherwise it is
       replaced.
+
+  Raises:
+    ValueError: for a file name that cannot be copied.
   """
   for file in sorted(_files(source, ''), key=lambda f: f.endswith(_LAST)):
     # A slash at the wrong place of a bucket's listing must not lead elsewhere.

@@ -182,7 +182,11 @@ class Workdir:
     hosts.together(lambda: hosts.wait_for(self.place / name / _RESULT))
 
   def result(self, name: str) -> dict[str, Any]:
-    """What a finished stage returned, and the digests of its files."""
+    """What a finished stage returned, and the digests of its files.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
     self._need(name)
     path = self._within(name) / _RESULT
     result = read_json(path)
