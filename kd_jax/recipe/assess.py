@@ -82,15 +82,12 @@ def scores(
   }
 
 
-def assemble(run: Run) -> dict[str, Any]:
-  """The report of a run as JSON values; see `report.write_report`."""
-  made, simulated = networks(run), run.integer(simulate=True)
-  rows, splits = _models(run, made, simulated), run.splits
+def provenance(run: Run) -> dict[str, Any]:
+  """When, where and with what the numbers of a run are made."""
+  splits = run.splits
   return {
-    'format': 1,
     'kd_jax': metadata.version('kd_jax'),
     'created': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
-    'command': shlex.join(['kd-jax', *sys.argv[1:]]),
     'versions': {
       'python': platform.python_version(),
       **{p: metadata.version(p) for p in ('jax', 'flax', 'optax')},
@@ -101,6 +98,17 @@ def assemble(run: Run) -> dict[str, Any]:
       **{f'{name}_examples': len(split) for name, split in splits.items()},
       'classes': list(splits['test'].class_names),
     },
+  }
+
+
+def assemble(run: Run) -> dict[str, Any]:
+  """The report of a run as JSON values; see `report.write_report`."""
+  made, simulated = networks(run), run.integer(simulate=True)
+  rows = _models(run, made, simulated)
+  return {
+    'format': 1,
+    **provenance(run),
+    'command': shlex.join(['kd-jax', *sys.argv[1:]]),
     'metrics': metrics.describe(run.task.measured(with_teacher=True)),
     'compression': protocol.compression(run.config.compress),
     'protocol': protocol.sentences(run),

@@ -6,14 +6,11 @@ step, never the best, on the test split. Owns the order of trainings and what
 they share; what a method is stands in `methods`.
 """
 
-import datetime
 import functools
 import json
 import os
-import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -22,7 +19,15 @@ import numpy as np
 
 from kd_jax import defaults, methods, metrics, rules, sharding
 from kd_jax.data import train_batches
-from kd_jax.recipe import distillation, evaluation, fields, fit, origin, schemes
+from kd_jax.recipe import (
+  assess,
+  distillation,
+  evaluation,
+  fields,
+  fit,
+  origin,
+  schemes,
+)
 from kd_jax.recipe.network import TEACHER
 from kd_jax.recipe.run import Run
 from kd_jax.report import comparison, measure
@@ -327,20 +332,9 @@ def _assemble(
       row['step_ms'] = times[name]
       row['relative_step'] = times[name]['median_ms'] / kd
     table.append(row)
-  splits = run.splits
   return {
     'format': comparison.FORMAT,
-    'kd_jax': metadata.version('kd_jax'),
-    'created': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
-    'versions': {
-      'python': platform.python_version(),
-      **{p: metadata.version(p) for p in ('jax', 'flax', 'optax')},
-    },
-    'hardware': measure.hardware(),
-    'dataset': {
-      'name': c.data.name,
-      **{f'{name}_examples': len(split) for name, split in splits.items()},
-    },
+    **assess.provenance(run),
     'teacher': c.teacher.model.to_dict(),
     'student': c.student.model.to_dict(),
     'train': json.loads(json.dumps(c.distill.train.to_dict())),
