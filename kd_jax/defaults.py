@@ -346,9 +346,8 @@ def search(*, tiny: bool = False) -> ml_collections.ConfigDict:
     'model': '',
     'stage': 'distill',
     'budget': '',
-    # Shares of the channels and heads to remove, a candidate of each; what
-    # `prune.structure` calls 'neurons'.
-    'channels': (0.0, 0.5) if tiny else (0.0, 0.25, 0.5, 0.75),
+    # Shares of the channels and heads to remove, a candidate of each.
+    'neurons': (0.0, 0.5) if tiny else (0.0, 0.25, 0.5, 0.75),
     # Rounds the channels that a layer keeps up to a multiple.
     'multiple_of': 1,
     # Formats of the weights; mixed gives each kernel 8 or 4 bits.

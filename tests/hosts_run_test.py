@@ -42,7 +42,7 @@ def configs(tmp_path_factory, data_dir):
     config.update({'methods': ('kd',), 'seeds': 1})
 
   def search(config):
-    config.search.update({'weights': ('int8', 'int4'), 'channels': (0.0,)})
+    config.search.update({'weights': ('int8', 'int4'), 'neurons': (0.0,)})
 
   small('digits', directory / 'digits.json', run)
   small('compare_digits', directory / 'compare.json', compare)

@@ -73,7 +73,7 @@ class Candidate(NamedTuple):
 
   Attributes:
     name: of its directory.
-    channels: share of the units that were removed.
+    neurons: share of the channels and heads that were removed.
     weights: name of the weights' format.
     overrides: for `prune.resized`.
     compression: its recipe.
@@ -81,7 +81,7 @@ class Candidate(NamedTuple):
   """
 
   name: str
-  channels: float
+  neurons: float
   weights: str
   overrides: dict[str, dict[str, int]]
   compression: Compression
@@ -109,7 +109,7 @@ def price(
   formats = list(run.config.search.weights)
   if 'mixed' in formats and 'int8' not in formats[: formats.index('mixed')]:
     raise ValueError("search.weights: 'mixed' needs 'int8' before it.")
-  shares = sorted({float(s) for s in run.config.search.channels})
+  shares = sorted({float(s) for s in run.config.search.neurons})
   rows: dict[str, dict[str, Any]] = {}
   candidates: dict[str, Candidate] = {}
   measured = _sensitivities(run, model, uncompressed.variables, batches, {})
@@ -130,7 +130,7 @@ def price(
       )
       made = Candidate(name, share, weights, overrides, compression, converted)
       candidates[name] = made
-      rows[name] = {'name': name, 'channels': share, 'weights': weights}
+      rows[name] = {'name': name, 'neurons': share, 'weights': weights}
       rows[name] |= cost(run, network(made, converted, simulate=True), name)
       rows[name]['untrained'] = quality(run, made, made.converted)
       rows[name] |= {'trained': None, 'chosen': False}
@@ -201,7 +201,7 @@ def _plan(
   plan = prune.find_groups(forward, variables, run.example, keep=keep)
   if not plan.groups:
     raise ValueError(
-      'No channel can leave this model: search.channels must be (0.0,).'
+      'No neuron can leave this model: search.neurons must be (0.0,).'
     )
   return plan
 

@@ -126,7 +126,7 @@ def compress(
 ) -> dict[str, Any]:
   """Walks the candidates and trains the best of those that fit the budget.
 
-  Channels leave by magnitude, in the shares of `search.channels`, and weights
+  Neurons leave by magnitude, in the shares of `search.neurons`, and weights
   are stored in the formats of `search.weights`; 'mixed' gives each kernel 8 or
   4 bits by its sensitivity, as the size budget allows. All are quantized after
   training first, which gives their cost and a first quality. Of those within

@@ -54,7 +54,7 @@ def cells(result: Mapping[str, Any]) -> list[list[str]]:
     rows.append(
       [
         row['name'] + (' *' if row['chosen'] else ''),
-        f'{row["channels"]:.0%}',
+        f'{row["neurons"]:.0%}',
         size(row['bytes']),
         count(row['flops']),
         f'{row["ms"]:.3f}',
