@@ -127,7 +127,7 @@ def _step(
   if teacher_fn is not None:
     terms['kd'] = (0.9, kd_jax.soft_targets(temperature=4.0))
   objective = kd_jax.weighted_sum(terms)
-  tx = optim.make_optimizer('sgd', learning_rate=0.05, l2=5e-4, momentum=0.9)
+  tx = optim.make_optimizer('momentum', learning_rate=0.05, l2=5e-4)
   pure = kd_jax.make_train_step(
     student_fn, objective, tx, teacher_fn=teacher_fn
   )
