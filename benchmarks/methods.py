@@ -29,7 +29,9 @@ import turns
 
 from kd_jax import adapters, data, methods, rules
 from kd_jax.recipe import compare, distillation, fit
+from kd_jax.recipe.network import TEACHER
 from kd_jax.recipe.run import Run
+from kd_jax.types import Variables
 
 HERE = pathlib.Path(__file__).resolve()
 # From their times every other one is expected.
@@ -68,15 +70,29 @@ def load_config(path: str) -> ml_collections.ConfigDict:
   return module.get_config(variant)
 
 
-def open_run(config: ml_collections.ConfigDict) -> Run:
-  """A run in no directory: nothing of it is stored."""
+class Untrained(Run):
+  """A run in no directory, whose teacher has random weights."""
+
+  def with_config(self, config: ml_collections.ConfigDict) -> 'Untrained':
+    """The same examples, with another configuration."""
+    return Untrained(config, None, like=self)
+
+  def trained(
+    self, where: str, model: adapters.LinenModule, precision: str = 'float32'
+  ) -> Variables:
+    """The variables that a model starts with, the same at every call."""
+    return adapters.init_linen(model, self.rng('teacher'), self.example)
+
+
+def open_run(config: ml_collections.ConfigDict) -> Untrained:
+  """A run of a configuration, on random images if it has `data.synthetic`."""
   if 'method_options' not in config:
     config.method_options = ml_collections.ConfigDict()
   like = None
   if 'synthetic' in config.data:
     images = _synthetic(**config.data.synthetic.to_dict())
     like = types.SimpleNamespace(splits={'train': images}, transfer=images)
-  return Run(config, None, like=like)
+  return Untrained(config, None, like=like)
 
 
 def _synthetic(
@@ -117,8 +133,8 @@ def compile_step(run: Run, name: str) -> Step:
   """
   own = compare.with_method(run, name)
   model = own.model('teacher')
-  variables = adapters.init_linen(model, own.rng('teacher'), own.example)
-  teacher = own.network('teacher', model, variables)
+  variables = own.trained(TEACHER, model)
+  teacher = own.network(TEACHER, model, variables)
   link = distillation.link(own, own.model('student'), teacher, 'distill')
   c = own.config.distill.train
   made = fit.make_step(own, 'distill', c, *link)

@@ -7,6 +7,7 @@ import argparse
 import datetime
 import pathlib
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -36,15 +37,19 @@ def command(script: str, argv: Sequence[str] | None = None) -> str:
 
   Args:
     script: its `__file__`.
-    argv: its arguments; those of this process when None.
+    argv: its arguments; those of this process when None. For `--data_dir` it
+      says DIR, which is another one elsewhere.
 
   Example:
     >>> command(__file__, ['--rows', '2:4 pruned', '--seeds', '1'])
     "python benchmarks/page.py --rows '2:4 pruned' --seeds 1"
+    >>> command(__file__, ['--data_dir=data', '--seeds', '1'])
+    'python benchmarks/page.py --data_dir=DIR --seeds 1'
   """
   path = pathlib.Path(script).resolve().relative_to(ROOT).as_posix()
   words = sys.argv[1:] if argv is None else argv
-  return shlex.join(['python', path, *words])
+  line = shlex.join(['python', path, *words])
+  return re.sub(r"(--data_dir[ =])('[^']*'|\S+)", r'\1DIR', line)
 
 
 def machine(packages: Sequence[str] = ('jax', 'flax')) -> str:

@@ -107,6 +107,8 @@ def test_methods_are_steps_of_their_own(capsys):
   # Each starts where the one before ended; the first has a learning rate of 0.
   assert losses[2] < losses[1] == losses[0]
   assert step.flops > step.teacher_flops[0] > step.teacher_flops[1] >= 0
+  # Its student gets the teacher's head, from no directory.
+  assert methods.compile_step(run, 'simkd').flops > step.flops
   with pytest.raises(SystemExit):
     methods.main(['--config', TINY, '--methods', 'kdd'])
   assert "Unknown method 'kdd'" in capsys.readouterr().err

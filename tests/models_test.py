@@ -492,6 +492,29 @@ def test_unknown_names_and_options_are_named():
     models.make_model('resnet20', num_classes=3, dropot=0.1)
 
 
+@pytest.mark.parametrize(
+  ('name', 'options', 'message'),
+  [
+    ('cnn', {'widths': 16}, r"'cnn': widths=16 .*\(16, 32, 64\)"),
+    ('mlp', {'hidden': '64'}, "'mlp': hidden='64' "),
+    ('resnet', {'depth': '20'}, "'resnet': depth='20' .* 20"),
+    ('resnet', {'width': 16.0}, 'width=16.0 '),
+    ('vgg', {'dropout': True}, 'dropout=True '),
+    ('vit', {'distilled': 1}, 'distilled=1 .* False'),
+  ],
+)
+def test_options_of_another_type_are_named(name, options, message):
+  with pytest.raises(ValueError, match=message):
+    models.make_model(name, num_classes=3, **options)
+
+
+def test_options_may_be_lists_and_numbers_of_numpy():
+  model = models.make_model(
+    'cnn', num_classes=3, widths=[np.int64(4)], dropout=0
+  )
+  assert model.widths[0] == 4 and model.dropout == 0
+
+
 def test_a_published_name_keeps_its_structure():
   with pytest.raises(ValueError, match="option of model 'resnet20': 'depth'"):
     models.make_model('resnet20', num_classes=3, depth=8)

@@ -6,6 +6,7 @@ of its own, and ensembles of networks are in `kd_jax.networks`.
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,7 +67,8 @@ def make_model(name: str, *, num_classes: int, **options: Any) -> nn.Module:
       name such as 'resnet56' stands for.
 
   Raises:
-    ValueError: for an unknown name or option.
+    ValueError: for an unknown name or option, or a value that is unlike the
+      option's default.
 
   Example:
     >>> make_model('resnet', num_classes=10, depth=8).depth
@@ -78,8 +80,28 @@ def make_model(name: str, *, num_classes: int, **options: Any) -> nn.Module:
   fixed: Mapping[str, Any] = {}
   if isinstance(constructor, functools.partial):
     fixed = constructor.keywords
-  known = set(inspect.signature(constructor).parameters)
-  known -= {'parent', 'name', *fixed}
-  for option in options:
-    rules.choose(f'option of model {name!r}:', option, dict.fromkeys(known))
+  known = {
+    option: parameter.default
+    for option, parameter in inspect.signature(constructor).parameters.items()
+    if option not in {'parent', 'name', *fixed}
+  }
+  for option, value in options.items():
+    default = rules.choose(f'option of model {name!r}:', option, known)
+    if not _is_like(value, default):
+      raise ValueError(
+        f'option of model {name!r}: {option}={value!r} is not of the kind of '
+        f'its default, {default!r}.'
+      )
   return constructor(num_classes=num_classes, **options)
+
+
+def _is_like(value: Any, default: Any) -> bool:
+  """Whether a value may take a default's place, as far as that one tells."""
+  if isinstance(default, bool):
+    return isinstance(value, bool)
+  if isinstance(default, tuple):
+    return isinstance(value, list | tuple)
+  if isinstance(default, int | float):
+    kind = numbers.Integral if isinstance(default, int) else numbers.Real
+    return isinstance(value, kind) and not isinstance(value, bool)
+  return True

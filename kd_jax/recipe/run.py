@@ -47,6 +47,7 @@ def _layout(shard: Sequence[str]) -> layout.Layout:
 
 # Stages whose networks start from the same random weights share a number.
 _RNG = {'teacher': 0, 'alone': 1, 'distill': 1, 'compress': 2}
+_PRECISIONS = dict.fromkeys(('float32', 'bfloat16', 'int8'))
 
 
 class Run:
@@ -287,6 +288,3 @@ class Run:
     )
     weights = load_weights(self.workdir.weights('convert'))
     return Network(names.INTEGER, make, weights)
-
-
-_PRECISIONS = dict.fromkeys(('float32', 'bfloat16', 'int8'))
