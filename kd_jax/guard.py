@@ -108,7 +108,8 @@ class Failures:
     """Looks at the metrics of some steps.
 
     Args:
-      rows: one dict of numbers a step, in order.
+      rows: one dict of numbers a step, in order; spikes are looked for where
+        there is a 'loss/total'.
       step: number of the last of them.
 
     Returns:
@@ -131,6 +132,8 @@ class Failures:
           )
         continue
       self.in_a_row = 0
+      if 'loss/total' not in row:
+        continue
       loss = float(row['loss/total'])
       if self.average is None:
         self.average = loss

@@ -46,7 +46,15 @@ def _step(
   boundaries: Sequence[float],
   factor: float,
 ) -> optax.Schedule:
-  at = {round(b * total_steps): factor for b in boundaries}
+  if not all(0 <= b <= 1 for b in boundaries):
+    raise ValueError(
+      f'boundaries={tuple(boundaries)} are not shares of the training, in '
+      '[0, 1].'
+    )
+  at: dict[int, float] = {}
+  for b in boundaries:
+    step = round(b * total_steps)
+    at[step] = at.get(step, 1.0) * factor
   return optax.piecewise_constant_schedule(peak, at)
 
 
@@ -94,7 +102,8 @@ def make_schedule(
     `step -> rate`.
 
   Raises:
-    ValueError: for an unknown name, or a warm-up longer than the run.
+    ValueError: for an unknown name, a warm-up longer than the run, or
+      boundaries outside of [0, 1].
 
   Example:
     >>> schedule = make_schedule('cosine', peak=0.1, total_steps=100)

@@ -55,6 +55,36 @@ def test_taps_are_the_outputs_of_submodules(train):
   assert set(out.model_state) == {'batch_stats'}
 
 
+class _Trained(nn.Module):
+  """What has to be told whether it trains, and makes more where it does."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    return nn.BatchNorm(False)(x) if train else nn.Dense(2)(x)
+
+
+def test_first_variables_are_those_of_evaluation():
+  model = _Trained()
+  variables = adapters.init_linen(model, jax.random.key(0), BATCH)
+  assert set(variables['params']) == {'Dense_0'}
+  out = adapters.from_linen(model)(variables, BATCH).output
+  assert out.shape == (4, 8, 8, 2)
+
+
+class _Named(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    return nn.Conv(2, (3, 3))(inputs=x)
+
+
+def test_a_convolution_may_be_called_by_the_name_of_its_input():
+  model = _Named()
+  variables = adapters.init_linen(model, jax.random.key(0), BATCH)
+  forward = adapters.from_linen(model)
+  out = forward(variables, BATCH, jax.random.key(0), train=True).output
+  np.testing.assert_array_equal(out, forward(variables, BATCH).output)
+
+
 def test_taps_reach_into_blocks():
   model = models.CifarResNet(3, depth=8, width=2)
   variables = jax.eval_shape(

@@ -48,12 +48,11 @@ def _scaled(factor):
 
 
 NETWORKS = {'a': _scaled(1.0), 'b': _scaled(3.0)}
-VARIABLES = networks.combine_variables(
-  {
-    'a': {'params': {'w': jnp.float32(1)}, 'seen': jnp.int32(0)},
-    'b': {'params': {'w': jnp.float32(2)}, 'seen': jnp.int32(5)},
-  }
-)
+VARIABLES_OF = {
+  'a': {'params': {'w': jnp.float32(1)}, 'seen': jnp.int32(0)},
+  'b': {'params': {'w': jnp.float32(2)}, 'seen': jnp.int32(5)},
+}
+VARIABLES = networks.combine_variables(VARIABLES_OF)
 
 
 @pytest.mark.parametrize('shares', [None, {'a': 3.0, 'b': 1.0}])
@@ -96,6 +95,63 @@ def test_an_ensemble_of_losses_is_the_mean_of_the_losses():
   want = losses.kl_divergence(student, X, temperature=2.0).mean()
   want = (want + 3 * losses.hint(student, 6 * X + 1).mean()) / 4
   np.testing.assert_allclose(loss, want, rtol=1e-6)
+
+
+GRADIENT_TERMS = {
+  'input_gradients': objectives.input_gradients(),
+  'sobolev': objectives.sobolev(projections=2),
+}
+
+
+@pytest.mark.parametrize('name', GRADIENT_TERMS)
+@pytest.mark.parametrize('role', ['student', 'teacher'])
+def test_terms_that_run_a_network_again_run_the_member(name, role):
+  term, batch = GRADIENT_TERMS[name], {'image': X, 'label': jnp.array([0, 1])}
+  other = 'teacher' if role == 'student' else 'student'
+  single, alone = _scaled(2.0), VARIABLES_OF['b']
+
+  def inputs_of(network, variables):
+    made = {
+      role: network(variables, batch),
+      f'{role}_fn': network,
+      f'{role}_variables': variables,
+      other: single(alone, batch),
+      f'{other}_fn': single,
+      f'{other}_variables': alone,
+    }
+    key = jax.random.key(0)
+    return objectives.Inputs(batch=batch, step=jnp.int32(0), rng=key, **made)
+
+  make = getattr(objectives, f'each_{role}')
+  inputs = inputs_of(networks.combine(NETWORKS), VARIABLES)
+  for member in NETWORKS:
+    each = make({member: term})
+    loss, _, _ = each.apply(*each.init(inputs), inputs)
+    own = inputs_of(NETWORKS[member], VARIABLES_OF[member])
+    own = own._replace(rng=jax.random.fold_in(own.rng, 0))
+    want, _, _ = term.apply(*term.init(own), own)
+    np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
+    assert want.mean() > 0
+
+
+def test_a_member_of_a_cohort_may_have_an_average_for_a_teacher():
+  own = objectives.ema_teacher(objectives.regression(to='teacher'), decay=0.5)
+  each, network = (
+    objectives.each_student({'b': own}),
+    networks.combine(NETWORKS),
+  )
+  batch = {'image': X}
+  inputs = objectives.Inputs(
+    network(VARIABLES, batch),
+    None,
+    batch,
+    jnp.int32(0),
+    jax.random.key(0),
+    student_fn=network,
+    student_variables=VARIABLES,
+  )
+  loss, state, _ = each.apply(*each.init(inputs), inputs)
+  assert float(state['b']['average']['w']) == 2.0 and float(loss) == 0.0
 
 
 @pytest.mark.parametrize('step', [0, 5])

@@ -354,6 +354,25 @@ def test_a_save_that_is_not_there_is_an_error(tmp_path):
       saved.wait()
 
 
+@pytest.mark.parametrize('name', ['evaluate_every', 'log_every'])
+def test_intervals_of_no_steps_are_refused(tmp_path, name):
+  step, state = _compiled()
+  with (
+    Checkpoints(tmp_path) as checkpoints,
+    pytest.raises(ValueError, match=f'{name}=0.*from 1 on'),
+  ):
+    train.train(
+      step,
+      state,
+      Batches({}),
+      rng=jax.random.key(0),
+      total_steps=8,
+      put=lambda batch: batch,
+      checkpoints=checkpoints,
+      **{name: 0},
+    )
+
+
 def test_what_failed_is_counted_over_a_restart(tmp_path):
   # Batches 3 to 5 and 11 are bad, 16 and 17 jump; by -number, the values.
   bad = dict.fromkeys((-3, -4, -5, -11), np.nan) | {-16: 900.0, -17: 900.0}

@@ -164,6 +164,8 @@ def test_spikes_are_said():
   (said,) = failures.add([_row(8.0), _row(1.0)], 53)
   assert said.startswith('step 52: the loss of 8 is ') and '7.' in said
   assert guard.Failures().add([_row(-1.0), _row(5.0)], 2) == []
+  # A step of one's own need not call its loss as ours does.
+  assert guard.Failures().add([{'loss': 1.0}], 1) == []
 
 
 class _Batches:

@@ -161,6 +161,12 @@ MISTAKES = {
     lambda: prune.kept_from_masks(_plan(), {'params/conv1/kernel': True}),
     "Unknown parameter 'params/conv1/kernel': did you mean conv1/kernel",
   ),
+  'ids beyond int32': (
+    lambda: data.ArrayData(
+      {'x': np.ones(2)}, id=np.array([0, 2**31]), reads='x', num_classes=1
+    ),
+    'ids are int32, but they go from 0 to 2147483648',
+  ),
   'ids that repeat': (
     lambda: data.ArrayData(
       {'x': np.ones(2)}, id=np.zeros(2, int), reads='x', num_classes=1

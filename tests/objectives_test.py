@@ -1,5 +1,7 @@
 """Objectives: sums, schedules, messages, and terms that own parameters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,8 +136,29 @@ def test_bad_arguments_are_named():
     objectives.regression(to='student')
   with pytest.raises(ValueError, match='at least one term'):
     objectives.weighted_sum({})
-  with pytest.raises(ValueError, match='temperature=0.0 is not > 0'):
+  with pytest.raises(ValueError, match='soft_targets: .* is 0, which is not'):
     objectives.soft_targets(temperature=0.0)
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    objectives.soft_targets,
+    objectives.teacher_free,
+    functools.partial(objectives.top_k_targets, k=2),
+    functools.partial(objectives.distillation_token, hard=False),
+    functools.partial(objectives.mutual, ['a', 'b']),
+    functools.partial(
+      objectives.on_outputs, losses.decoupled_kd, with_label=True
+    ),
+  ],
+)
+def test_a_temperature_that_begins_at_zero_is_refused(make):
+  with pytest.raises(ValueError, match='temperature at step 0 is 0'):
+    make(temperature=objectives.schedule(end=4.0, until=10))
+  # Traced, as the train steps of all stages are before any training.
+  rising = objectives.schedule(start=1.0, end=4.0, until=10)
+  jax.make_jaxpr(lambda: make(temperature=rising) and ())()
 
 
 def test_a_term_may_return_metrics_of_its_own():

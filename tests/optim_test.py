@@ -1,5 +1,7 @@
 """Optimizers and schedules against optax's own and against the formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -257,6 +259,16 @@ def test_step_schedule_falls_at_its_boundaries():
   steps = (5, 10, 59, 61, 89, 91, 200)
   got = [float(schedule(s)) for s in steps]
   np.testing.assert_allclose(got, [0.5, 1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-5)
+
+
+def test_boundaries_that_meet_both_count_and_are_shares():
+  make = functools.partial(
+    optim.make_schedule, 'step', peak=1.0, total_steps=3, factor=0.1
+  )
+  assert float(make()(3)) == pytest.approx(1e-3)
+  assert float(make(boundaries=(0.5, 0.5))(3)) == pytest.approx(1e-2)
+  with pytest.raises(ValueError, match=r'\(150, 180, 210\) are not shares'):
+    make(boundaries=(150, 180, 210))
 
 
 def test_a_schedule_drives_the_learning_rate():

@@ -16,7 +16,7 @@ import untrained_run
 from damage import flip
 
 from kd_jax import cli, data
-from kd_jax.recipe import origin
+from kd_jax.recipe import origin, stages
 from kd_jax.recipe.run import Run
 from kd_jax.storage import files, lock, weights
 from kd_jax.storage.workdir import Workdir
@@ -56,6 +56,30 @@ def test_a_second_run_is_refused_until_the_first_ends(
   with lock.exclusive(workdir):
     pass
   assert set(workdir.rglob('*')) == {*before, workdir / lock.NAME}
+
+
+def test_local_terms_do_not_go_on_with_other_parts_of_the_batch(
+  tmp_path, data_dir
+):
+  config = untrained_run.config_of(data_dir, (4,))
+  config.compress.teacher = 'student'
+  config.compress.terms.rkd = {
+    'name': 'relational',
+    'weight': 1.0,
+    'scope': 'local',
+  }
+  path = untrained_run.finish_distill(config, tmp_path / 'run')
+
+  def compress(tensor):
+    config.mesh.tensor = tensor
+    run = Run(config, Workdir(path, config.to_dict()))
+    stages.run_stages(run, ['compress'])
+
+  compress(tensor=1)
+  (path / 'compress' / 'result.json').unlink()
+  with pytest.raises(ValueError, match='batch_parts'):
+    compress(tensor=2)
+  compress(tensor=1)
 
 
 def test_a_start_that_was_killed_early_goes_on(tmp_path):

@@ -6,6 +6,8 @@ fit it. What its submodules do otherwise than alone is in `interceptors`.
 """
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -297,6 +299,7 @@ def init_linen(
   batch: Batch,
   *,
   reads: Reads | None = None,
+  train_argument: str | None = 'train',
 ) -> dict[str, Any]:
   """The initial variables of a linen module, in evaluation mode, compiled.
 
@@ -305,6 +308,8 @@ def init_linen(
     rng: typed key.
     batch: one batch; only the inputs' shapes and dtypes matter.
     reads: see `from_linen`.
+    train_argument: likewise; nothing is passed to modules that have no such
+      argument.
 
   Example:
     >>> model = nn.Sequential([nn.Dense(4), nn.Dense(3)])
@@ -317,7 +322,11 @@ def init_linen(
   inputs = [jax.numpy.zeros(x.shape, x.dtype) for x in given]
   # A part of another program is compiled with it.
   options = _QUICKLY if all(map(_is_concrete, inputs)) else None
-  init = jax.jit(model.init, compiler_options=options)
+  call = inspect.signature(type(model).__call__)
+  off: dict[str, Any] = {}
+  if train_argument is not None and train_argument in call.parameters:
+    off[train_argument] = False
+  init = jax.jit(functools.partial(model.init, **off), compiler_options=options)
   return dict(init({'params': rng, 'dropout': rng}, *inputs))
 
 

@@ -92,14 +92,14 @@ class ArrayData:
 
   Attributes:
     arrays: name -> `[N, ...]`, the entries of a batch.
-    id: int32 `[N]`, see `Split`.
+    id: integers `[N]`, see `Split`; kept as int32.
     reads: which of the arrays networks read; the others are to be predicted.
     num_classes: size of a network's output.
     class_names: one name per output; empty where outputs have none.
 
   Raises:
     ValueError: if the arrays differ in length, `reads` names none of them, or
-      the ids are not integers or not unique.
+      the ids are not integers, not unique or beyond int32.
 
   Example:
     >>> split = ArrayData(
@@ -130,6 +130,14 @@ class ArrayData:
     ids = np.asarray(self.id)
     if ids.dtype.kind not in 'iu' or len(np.unique(ids)) != len(ids):
       raise ValueError('ArrayData: ids are integers, another for each example.')
+    exact = ids.astype(np.int32)
+    if np.any(exact != ids):
+      raise ValueError(
+        f'ArrayData: ids are int32, but they go from {ids.min()} to '
+        f'{ids.max()}.'
+      )
+    # What caches and devices hold, whatever NumPy made by itself.
+    object.__setattr__(self, 'id', exact)
 
   def __len__(self) -> int:
     return len(self.id)

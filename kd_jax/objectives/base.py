@@ -158,6 +158,27 @@ def value_at(scalar: Scalar, step: jax.Array) -> jax.Array | float:
   return scalar(step) if callable(scalar) else scalar
 
 
+def check_temperature(what: str, temperature: Scalar) -> None:
+  """Raises ValueError unless a temperature is positive from the first step on.
+
+  Args:
+    what: names the term in the message.
+    temperature: a number, or a schedule, which is asked for step 0.
+
+  Example:
+    >>> check_temperature('kd', lambda step: step / 100)
+    Traceback (most recent call last):
+    ValueError: kd: the temperature at step 0 is 0, which is not > 0.
+  """
+  with jax.ensure_compile_time_eval():
+    first = float(value_at(temperature, jnp.int32(0)))
+  if not first > 0:
+    at = ' at step 0' if callable(temperature) else ''
+    raise ValueError(
+      f'{what}: the temperature{at} is {first:g}, which is not > 0.'
+    )
+
+
 def values_at(options: Mapping[str, Any], step: jax.Array) -> dict[str, Any]:
   """A loss's options at a step, schedules replaced by their values."""
   return {name: value_at(value, step) for name, value in options.items()}

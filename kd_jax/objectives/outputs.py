@@ -32,7 +32,7 @@ def on_outputs(
     >>> student = Forward(jnp.log(jnp.array([[0.5, 0.5]])))
     >>> teacher = Forward(jnp.log(jnp.array([[0.75, 0.25]])))
     >>> inputs = base.Inputs(student, teacher, {}, jnp.int32(2), None)
-    >>> kd = on_outputs(losses.kl_divergence, temperature=lambda step: step / 2)
+    >>> kd = on_outputs(losses.kl_divergence, temperature=lambda step: 3 - step)
     >>> [round(x, 4) for x in kd.apply({}, {}, inputs)[0].tolist()]
     [0.1308]
     >>> dkd = on_outputs(losses.decoupled_kd, with_label=True, beta=8.0)
@@ -40,6 +40,8 @@ def on_outputs(
     Traceback (most recent call last):
     ValueError: The objective needs batch['label']; the batch has nothing.
   """
+  if 'temperature' in options:
+    base.check_temperature(loss.__name__, options['temperature'])
 
   def loss_fn(inputs):
     teacher = base.teacher_of(inputs, f'The loss {loss.__name__}')
@@ -67,7 +69,7 @@ def soft_targets(
     convention: see `losses.kl_divergence`.
 
   Raises:
-    ValueError: for a constant temperature that is not positive.
+    ValueError: for a temperature that is not positive, at step 0 at least.
 
   Example:
     >>> from kd_jax.types import Forward
@@ -78,8 +80,7 @@ def soft_targets(
     >>> [round(x, 4) for x in loss.tolist()]
     [0.1308]
   """
-  if not callable(temperature) and temperature <= 0:
-    raise ValueError(f'soft_targets: temperature={temperature} is not > 0.')
+  base.check_temperature('soft_targets', temperature)
   loss = losses.kl_divergence
   if standardize:
     loss = losses.standardized_kl_divergence
@@ -188,6 +189,7 @@ def teacher_free(
     >>> [round(x, 3) for x in loss.tolist()]
     [0.0, 4.503]
   """
+  base.check_temperature('teacher_free', temperature)
 
   def loss_fn(inputs):
     return base.of_labels(
@@ -227,6 +229,7 @@ def top_k_targets(
     >>> [round(x, 4) for x in loss.tolist()]
     [0.0541]
   """
+  base.check_temperature('top_k_targets', temperature)
 
   def loss_fn(inputs):
     at = base.value_at(temperature, inputs.step)
@@ -275,6 +278,7 @@ def distillation_token(
     >>> objective.taps.student, [round(x, 4) for x in loss.tolist()]
     (('head_dist',), [1.3863])
   """
+  base.check_temperature('distillation_token', temperature)
 
   def loss_fn(inputs):
     logits = base.student_feature(inputs, student)

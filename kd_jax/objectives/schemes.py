@@ -6,6 +6,7 @@ are named `<network>/<tap>`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from kd_jax import losses, networks
 from kd_jax.objectives import base
 from kd_jax.objectives.base import Objective, Scalar, TapNames
 from kd_jax.objectives.inputs import Inputs, mean
-from kd_jax.types import Forward, Metrics
+from kd_jax.types import Forward, Metrics, Variables
 
 
 def each_teacher(
@@ -54,8 +55,12 @@ def each_teacher(
 
   def own(inputs, name):
     teacher = _member(base.teacher_of(inputs, 'each_teacher'), name)
-    variables = networks.variables_of(inputs.teacher_variables or {}, name)
-    return inputs._replace(teacher=teacher, teacher_variables=variables)
+    whole = inputs.teacher_variables or {}
+    return inputs._replace(
+      teacher=teacher,
+      teacher_fn=_member_fn(inputs.teacher_fn, whole, name),
+      teacher_variables=networks.variables_of(whole, name),
+    )
 
   taps = [
     TapNames(o.taps.student, _prefixed(name, o.taps.teacher))
@@ -93,9 +98,11 @@ def each_student(
   """
 
   def own(inputs, name):
+    whole = inputs.student_variables
     return inputs._replace(
       student=_member(inputs.student, name),
-      student_variables=networks.variables_of(inputs.student_variables, name),
+      student_fn=_member_fn(inputs.student_fn, whole, name),
+      student_variables=networks.variables_of(whole, name),
     )
 
   taps = [
@@ -119,7 +126,29 @@ def _member(forward: Forward, name: str) -> Forward:
       f'There is no network {name!r} in {", ".join(forward.features)}: make '
       'the function with networks.combine.'
     )
-  return Forward(own.pop(base.OUTPUT), own)
+  model_state = networks.variables_of(forward.model_state, name)
+  return Forward(own.pop(base.OUTPUT), own, model_state)
+
+
+def _member_fn(fn: Any, whole: Variables, name: str) -> Any:
+  """The function of one of the combined networks, for terms that run it.
+
+  XLA leaves out the others, whose outputs nobody reads.
+
+  Args:
+    fn: of the combined networks; None where no term runs it again.
+    whole: the variables of all of them.
+    name: of the network.
+  """
+  if fn is None:
+    return None
+
+  def member(variables, *args, **kwargs):
+    combined = networks.combine_variables({name: variables})
+    own = {c: {**whole.get(c, {}), **values} for c, values in combined.items()}
+    return _member(fn({**whole, **own}, *args, **kwargs), name)
+
+  return member
 
 
 def _mean_over(
@@ -207,6 +236,7 @@ def mutual(names: Sequence[str], *, temperature: Scalar = 1.0) -> Objective:
   """
   if len(names) < 2:
     raise ValueError(f'mutual needs two students at least, not {names}.')
+  base.check_temperature('mutual', temperature)
 
   def loss_fn(inputs):
     at = base.value_at(temperature, inputs.step)

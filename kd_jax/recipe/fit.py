@@ -240,10 +240,16 @@ def _train(
   sharding.connect(run.mesh)
   source = data.make_input(examples, run.mesh, run.config.data.placement)
   batches = _batches(run, source.examples, c.batch_size)
-  fingerprint = {'stage': where, 'config': run.workdir.fingerprint}
+  fingerprint: dict[str, Any] = {
+    'stage': where,
+    'config': run.workdir.fingerprint,
+  }
   if cache is not None:
     batches = cache.attach(batches)
     fingerprint['teacher_cache'] = cache.digest
+  taught = where.split('/')[0] not in ('teacher', 'alone')
+  if taught and _has_local_terms(run.config):
+    fingerprint['batch_parts'] = layout.batch_parts(run.mesh)
   compiled = functools.partial(
     sharding.compile_step,
     prepared.step,
@@ -284,6 +290,12 @@ def _train(
       several=several,
       profile=profile,
     )
+
+
+def _has_local_terms(config: ml_collections.ConfigDict) -> bool:
+  """Whether a term relates the examples of one device: a mesh changes it."""
+  terms = [*config.distill.terms.values(), *config.compress.terms.values()]
+  return any(term.get('scope') == 'local' for term in terms)
 
 
 def _batches(run: Run, examples: data.Examples, size: int) -> BatchStream:

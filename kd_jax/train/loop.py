@@ -100,7 +100,9 @@ def train(
     CheckpointError: if a save failed; at the next step, not at the next save.
       Also if the last checkpoint does not say where the batches stand.
     Preempted: after SIGTERM or SIGINT, once the state is saved. An evaluation
-      is broken off, and made when training goes on.
+      is broken off, and made when training goes on; the checkpoint of its step
+      has no metrics and is never the best.
+    ValueError: for intervals below 1.
 
   Example:
     >>> import tempfile
@@ -126,6 +128,11 @@ def train(
     >>> [(row['step'], row['loss/total']) for row in trained.history]
     [(2, 3.0), (4, 7.0)]
   """
+  if evaluate_every < 1 or log_every < 1:
+    raise ValueError(
+      f'evaluate_every={evaluate_every} and log_every={log_every} are numbers '
+      'of steps, from 1 on: one beyond total_steps is never.'
+    )
   training = _Training(state, rng, batches, checkpoints, Window(profile))
   del state, rng  # Both change with the first step.
   training.restore()
