@@ -205,11 +205,10 @@ def make_term(name: str, facts: Facts, **options: Any) -> Objective:
     name: one of `TERMS`.
     facts: about the networks and the data.
     **options: of the term; `student` and `teacher` name other taps than the
-      default ones; a mapping with `end` and `until` is a schedule, see
-      `make_value`.
+      default ones; a mapping is a schedule, see `make_value`.
 
   Raises:
-    ValueError: for an unknown name or option, or a missing teacher.
+    ValueError: for an unknown name or option, a temperature of 0 or no teacher.
 
   Example:
     >>> facts = Facts(student=None, teacher=None, num_classes=10, total_steps=9)
@@ -224,6 +223,7 @@ def make_term(name: str, facts: Facts, **options: Any) -> Objective:
       for member, taps in facts.teacher.items()
     }
     return objectives.each_teacher(own, weights=facts.teacher_weights)
+  base.check_temperature(name, options.get('temperature', 1.0))
   options = {k: make_value(v, facts.total_steps) for k, v in options.items()}
   if kind.reads == 'own_stages':
     options.setdefault('student', facts.student.stages[:-1])

@@ -52,6 +52,45 @@ def test_layers_and_norms_that_are_used_twice_are_not_folded(shared):
   assert jax.tree.structure(folded) == jax.tree.structure(dict(variables))
 
 
+@pytest.mark.parametrize('how', ['keyword', 'list'])
+def test_a_second_reader_is_seen_however_it_is_called(how):
+  class Sum(nn.Module):
+    def __call__(self, xs):
+      return sum(xs)
+
+  class Gated(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      h = nn.Dense(3, name='dense')(x)
+      n = nn.BatchNorm(not train, name='norm')(x=h)
+      if how == 'list':
+        return Sum()([n, h])
+      return n * nn.Dense(3, name='gate')(inputs=h)
+
+  x = jnp.ones((1, 2))
+  variables = Gated().init(jax.random.key(0), x)
+  assert _norms_of(Gated(), variables, {'image': x}) == {}
+
+
+def test_a_norm_whose_input_is_named_is_folded():
+  class Named(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      h = nn.Dense(3, name='dense')(inputs=x)
+      return nn.BatchNorm(not train, name='norm')(x=h)
+
+  x = jnp.ones((1, 2))
+  variables = Named().init(jax.random.key(0), x)
+  folded, norms = fold(Named(), variables, {'image': x})
+  assert norms == {'dense': FoldableNorm('norm', 1e-5)}
+  skipping = adapters.from_linen(
+    Named(), interceptors=[quantize.skip_folded_batch_norms]
+  )
+  got = skipping(folded, {'image': x}).output
+  want = Named().apply(variables, x)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 # --- training as if it were folded
 
 

@@ -544,12 +544,57 @@ def test_dynamic_ranges_are_those_of_the_batch_at_hand(spec, layer, shape):
   _assert_equal(alone, fake[2:3])
 
 
-def test_a_dynamic_range_along_what_is_summed_is_an_error():
-  model, spec = _One(nn.Dense(3)), dataclasses.replace(DYNAMIC, axis=-1)
-  x = _rng().normal(size=(4, 6)).astype('f')
+@pytest.mark.parametrize('layer', [nn.Dense(6), nn.Conv(6, (3,))])
+def test_a_dynamic_range_along_what_is_summed_is_an_error(layer):
+  model, spec = _One(layer), dataclasses.replace(DYNAMIC, axis=-1)
+  x = _rng().normal(size=(4, 5, 6)).astype('f')
   converted = quantize.convert(_filled(model, x), WEIGHTS, [])
   with pytest.raises(ValueError, match='layer: a scale of shape.* summed'):
     _run(model, converted, x, {'dynamic': [('.*', spec)]})
+
+
+def test_channels_that_are_not_summed_may_have_dynamic_ranges():
+  model = _One(nn.Conv(6, (3,), feature_group_count=6))
+  x = _rng().normal(size=(4, 5, 6)).astype('f')
+  x *= np.arange(1, 7, dtype='f')
+  converted = quantize.convert(_filled(model, x), WEIGHTS, [])
+  options = {'dynamic': [('.*', dataclasses.replace(DYNAMIC, axis=-1))]}
+  got, want = _run(model, converted, x, options, {**options, 'simulate': True})
+  _assert_equal(got, want)
+
+
+def test_an_input_that_a_rule_leaves_alone_stays_float():
+  model, x = (
+    nn.Sequential([nn.Dense(5), nn.Dense(4)]),
+    _rng().normal(size=(3, 6)),
+  )
+  x = x.astype('f')
+  converted = quantize.convert(_filled(model, x), WEIGHTS, [])
+  coarse = dataclasses.replace(DYNAMIC, bits=4)
+  rules = [('layers_1', None), ('.*', coarse)]
+  got = _run(model, converted, x, {'dynamic': rules})[0]
+  want = _run(model, converted, x, {'dynamic': [('layers_0', coarse)]})[0]
+  np.testing.assert_array_equal(got, want)
+
+
+def test_a_bias_keeps_the_rounding_of_its_own_rule():
+  model, x = _One(nn.Dense(2)), _rng().normal(size=(3, 6)).astype('f')
+  variables = _filled(model, x)
+  variables['params']['layer']['bias'] = jnp.array([1.0, 0.3])
+  rules = [('.*', QuantSpec(bits=4))]
+  observing = _forward(model, quantize.quantize_activations(INPUTS))
+  batch = {'image': x}
+  stats = quantize.init_quant_stats(observing, variables, batch, INPUTS)
+  stats = observing(
+    {**variables, 'quant_stats': stats}, batch, train=True
+  ).model_state
+  variables = {**variables, **stats}
+  converted = quantize.convert(variables, rules, INPUTS)
+  params = quantize.fake_quant_params(variables['params'], rules)
+  want = observing({**variables, 'params': params}, batch).output
+  np.testing.assert_allclose(
+    _run(model, converted, x), want, rtol=0.01, atol=0.005
+  )
 
 
 class _Transposed(nn.Module):

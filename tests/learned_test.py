@@ -356,6 +356,17 @@ def test_learned_ranges_train_in_a_step_and_become_observed_ones():
   )
 
 
+def test_parameters_of_others_are_no_learned_ranges():
+  params = {
+    'input0_step': jnp.float32(0.5),
+    'res_alpha': jnp.float32(2.0),
+    'block': {'layer_step': jnp.float32(3.0)},
+  }
+  rest, stats = quantize.learned_ranges(params, [('.*', UNSIGNED)])
+  assert rest == {k: params[k] for k in ('res_alpha', 'block')}
+  assert set(stats) == {'input0'}
+
+
 def test_both_products_of_attention_learn_their_ranges():
   model = models.ViT(3, patch_size=4, width=6, depth=1, heads=2)
   x = jnp.asarray(_rng().normal(size=(2, 8, 8, 3)), jnp.float32)

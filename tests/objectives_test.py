@@ -136,7 +136,7 @@ def test_bad_arguments_are_named():
     objectives.regression(to='student')
   with pytest.raises(ValueError, match='at least one term'):
     objectives.weighted_sum({})
-  with pytest.raises(ValueError, match='soft_targets: .* is 0, which is not'):
+  with pytest.raises(ValueError, match='temperature=0.0 is not > 0'):
     objectives.soft_targets(temperature=0.0)
 
 
@@ -153,12 +153,9 @@ def test_bad_arguments_are_named():
     ),
   ],
 )
-def test_a_temperature_that_begins_at_zero_is_refused(make):
-  with pytest.raises(ValueError, match='temperature at step 0 is 0'):
-    make(temperature=objectives.schedule(end=4.0, until=10))
-  # Traced, as the train steps of all stages are before any training.
-  rising = objectives.schedule(start=1.0, end=4.0, until=10)
-  jax.make_jaxpr(lambda: make(temperature=rising) and ())()
+def test_a_temperature_of_zero_is_refused(make):
+  with pytest.raises(ValueError, match='temperature=0 is not > 0'):
+    make(temperature=0)
 
 
 def test_a_term_may_return_metrics_of_its_own():

@@ -204,6 +204,38 @@ def test_biases_are_corrected_for_rounded_inputs():
   np.testing.assert_allclose(after, want, atol=1e-4)
 
 
+def test_a_layer_that_gets_no_bias_is_not_corrected():
+  class Heads(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      x = nn.DenseGeneral((2, 3), use_bias=False, name='heads')(inputs=x)
+      return nn.Dense(2, use_bias=False, name='head')(x)
+
+  model, x = Heads(), {'image': cases.images(8, seed=0)['image'].reshape(8, -1)}
+  variables = model.init(jax.random.key(0), x['image'])
+  corrected = quantize.correct_biases(
+    deploy.evaluation(model), variables, [x], cases.INT4
+  )
+  assert set(corrected['params']['heads']) == {'kernel'}
+  assert set(corrected['params']['head']) == {'kernel', 'bias'}
+
+
+def test_adaround_knows_groups():
+  model, x = nn.Sequential([nn.Dense(3)]), np.ones((16, 8), 'f')
+  x += np.random.default_rng(0).normal(size=x.shape)
+  variables = model.init(jax.random.key(0), x)
+  rules = [('.*/kernel', quantize.QuantSpec(bits=4, axis=-1, group_size=4))]
+  make_forward = deploy.evaluation(model, train_argument=None)
+  rounded = quantize.adaround(
+    make_forward, variables, [{'image': x}], rules, steps=20
+  )
+  scale, _ = quantize.weight_scale(
+    variables['params']['layers_0']['kernel'], rules[0][1]
+  )
+  codes = rounded['params']['layers_0']['kernel'] / np.repeat(scale, 4, 0)
+  np.testing.assert_allclose(codes, np.round(codes), atol=1e-4)
+
+
 def test_a_correction_needs_a_batch():
   model, variables, *_ = _network()
   with pytest.raises(ValueError, match='no batch to correct'):

@@ -117,6 +117,7 @@ NOT_OURS_TO_GIVE = {
   'a/bias': ([('a/bias', INT4)], []),
   'a|b/kernel': ([('a|b/kernel', INT4)], []),
   'zero points': ([('a/kernel', QuantSpec(symmetric=False, axis=-1))], []),
+  "'b/.*kernel'": ([('b/.*kernel', None), ('.*/kernel', INT4)], []),
   'axis=1': ([('a/kernel', QuantSpec(axis=1))], []),
   'axis=(-3, -1)': ([('a/kernel', QuantSpec(axis=(-3, -1)))], []),
   'group_size=4 with axis=None': ([('a/kernel', QuantSpec(group_size=4))], []),

@@ -666,3 +666,11 @@ def test_terms_that_a_cache_cannot_serve_are_named():
   _cached('top_k', top, k=2, temperature=4.0, tail='uniform')
   with pytest.raises(ValueError, match='temperature 2.0, but .* for 4.0'):
     _cached('top_k', top, k=2, temperature=2.0, tail='uniform')
+
+
+def test_a_temperature_that_begins_at_zero_is_refused():
+  facts = terms.Facts(student=None, teacher=None, num_classes=3, total_steps=9)
+  rising = {'end': 4.0, 'until': 0.5}
+  with pytest.raises(ValueError, match='soft_targets: .* starts at 0.0'):
+    terms.make_term('soft_targets', facts, temperature=rising)
+  terms.make_term('soft_targets', facts, temperature={**rising, 'start': 1.0})

@@ -158,25 +158,30 @@ def value_at(scalar: Scalar, step: jax.Array) -> jax.Array | float:
   return scalar(step) if callable(scalar) else scalar
 
 
-def check_temperature(what: str, temperature: Scalar) -> None:
-  """Raises ValueError unless a temperature is positive from the first step on.
+def check_temperature(what: str, temperature: Any) -> None:
+  """Raises ValueError for a temperature that is not positive.
 
   Args:
     what: names the term in the message.
-    temperature: a number, or a schedule, which is asked for step 0.
+    temperature: a number; the words of a schedule, of which the start counts;
+      or a schedule, which is not looked at: nothing is computed here, since a
+      computation would keep processes from being connected afterwards.
 
   Example:
-    >>> check_temperature('kd', lambda step: step / 100)
+    >>> check_temperature('kd', {'end': 4.0, 'until': 0.5})
     Traceback (most recent call last):
-    ValueError: kd: the temperature at step 0 is 0, which is not > 0.
+    ValueError: kd: a temperature that starts at 0.0 is not > 0.
   """
-  with jax.ensure_compile_time_eval():
-    first = float(value_at(temperature, jnp.int32(0)))
-  if not first > 0:
-    at = ' at step 0' if callable(temperature) else ''
-    raise ValueError(
-      f'{what}: the temperature{at} is {first:g}, which is not > 0.'
-    )
+  if callable(temperature):
+    return
+  if isinstance(temperature, Mapping):
+    start = temperature.get('start', 0.0)
+    if start <= 0:
+      raise ValueError(
+        f'{what}: a temperature that starts at {start} is not > 0.'
+      )
+  elif temperature <= 0:
+    raise ValueError(f'{what}: temperature={temperature} is not > 0.')
 
 
 def values_at(options: Mapping[str, Any], step: jax.Array) -> dict[str, Any]:

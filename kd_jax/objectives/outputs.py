@@ -69,7 +69,7 @@ def soft_targets(
     convention: see `losses.kl_divergence`.
 
   Raises:
-    ValueError: for a temperature that is not positive, at step 0 at least.
+    ValueError: for a constant temperature that is not positive.
 
   Example:
     >>> from kd_jax.types import Forward

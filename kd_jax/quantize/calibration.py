@@ -18,6 +18,7 @@ from kd_jax.quantize.activations import (
   quantize_activations,
 )
 from kd_jax.quantize.fake_quant import fake_quant_params
+from kd_jax.quantize.inputs import kind
 from kd_jax.quantize.specs import QuantSpec
 from kd_jax.types import Batch, Variables
 
@@ -117,8 +118,9 @@ def correct_biases(
 
   Returns:
     `rounded` with corrected biases; its kernels are as they were given. A
-    layer without a bias gets one: run the model with
-    `skip_folded_batch_norms`, which adds it, or with integers.
+    Conv or Dense layer without a bias gets one: run the model with
+    `skip_folded_batch_norms`, which adds it, or with integers. Other layers
+    without a bias are not corrected.
 
   Raises:
     ValueError: without any batch, or for a rule that matches nothing.
@@ -146,7 +148,11 @@ def correct_biases(
   layers = {n.removesuffix('/kernel') for n in chosen if n.endswith('/kernel')}
 
   def mean(module, path, x, y):
-    return _channel_mean(module, y) if path in layers else None
+    # `skip_folded_batch_norms` adds a bias to these two alone.
+    biased = module.has_variable('params', 'bias')
+    if path in layers and (biased or kind(module, {'Conv', 'Dense'})):
+      return _channel_mean(module, y)
+    return None
 
   float_fn = make_forward(record.record('mean', mean))
   quantizer = quantize_activations(activation_rules, observer=frozen(observer))

@@ -112,7 +112,8 @@ def convert(
     if name not in CODED or (grid is None and not spec.symmetric):
       params[path] = _rounded(path, raw[path], spec, steps, weight_observer)
       continue
-    bias = raw.get(_join(layer, 'bias')) if name == 'kernel' else None
+    # As its own rule rounded it, which comes before the kernel's.
+    bias = params.get(_join(layer, 'bias')) if name == 'kernel' else None
     scale = learned.step_of(steps, path)
     if scale is None:
       scale, _ = _scale(path, raw[path], spec, weight_observer)

@@ -146,9 +146,20 @@ def product(
 
   Returns:
     float32 `[B, ..., O]`.
+
+  Raises:
+    ValueError: for a scale of the input that varies along a summed axis.
   """
   features = w.code.shape[-1]
   geometry = _geometry(module, x.code.ndim - 2)
+  # Where each channel is convolved alone, channels are not summed.
+  alone = geometry.groups == x.code.shape[-1] == features
+  summed = jnp.shape(x.scale)[1:-1] if alone else jnp.shape(x.scale)[1:]
+  if any(size != 1 for size in summed):
+    raise ValueError(
+      f'{"/".join(module.path)}: a scale of shape {jnp.shape(x.scale)} varies '
+      'along an axis that is summed.'
+    )
   groups, parts = geometry.groups, w.scale.shape[-2]
   geometry = geometry._replace(groups=groups * parts)
   kernel, scale = _split_groups(w, groups)

@@ -78,9 +78,13 @@ def execute_integers(
     255.0
   """
   check_way(convolution)
+  # Layers that run on their own: not to be taken for one of the rules' again.
+  alone: list[Any] = []
 
   def interceptor(next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
+    if alone:
+      return next_fun(*args, **kwargs)
     if _stored(module, 'embedding') is not None:
       return _embed(module, method, args, kwargs, simulate)
     kernel = _stored(module, 'kernel')
@@ -98,7 +102,11 @@ def execute_integers(
     if kernel is not None:
       kernel = weight_codes(kernel, _stored(module, 'kernel_scale'))
       if not grids or not products.has_kernel(module):
-        return _weight_only(module, values, options, kernel)
+        alone.append(module)
+        try:
+          return _weight_only(module, values, options, kernel)
+        finally:
+          alone.pop()
       return _product(
         module,
         values,

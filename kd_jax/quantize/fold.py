@@ -15,7 +15,7 @@ needs to simulate nothing. With a scale for several output channels, or affine
 codes, it is not so: see `simulate_folding`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,16 +87,14 @@ def foldable_batch_norms(
       return next_fun(*args, **kwargs)
     path = '/'.join(module.path)
     calls[path] = calls.get(path, 0) + 1
-    for x in args:
+    for x in jax.tree.leaves((args, kwargs)):
       if id(x) in producers:
         readers.setdefault(producers[id(x)], set()).add(path)
-    if (
-      kind(module, {'BatchNorm'})
-      and id(args[0]) in producers
-      and module.axis in (-1, args[0].ndim - 1)
-    ):
-      layer = producers[id(args[0])]
-      found.setdefault(layer, FoldableNorm(path, float(module.epsilon)))
+    if kind(module, {'BatchNorm'}):
+      x = _normalized(args, kwargs)
+      if id(x) in producers and module.axis in (-1, x.ndim - 1):
+        norm = FoldableNorm(path, float(module.epsilon))
+        found.setdefault(producers[id(x)], norm)
     out = next_fun(*args, **kwargs)
     if kind(module, {'Conv', 'Dense'}):
       producers[id(out)] = path
@@ -302,10 +300,15 @@ def skip_folded_batch_norms(
     return next_fun(*args, **kwargs)
   if kind(module, {'BatchNorm'}):
     folded = not module.scope.has_variable('batch_stats', 'mean')
-    return args[0] if folded else next_fun(*args, **kwargs)
+    return _normalized(args, kwargs) if folded else next_fun(*args, **kwargs)
   out = next_fun(*args, **kwargs)
   bare = kind(module, {'Conv', 'Dense'}) and not module.use_bias
   if bare and module.scope.has_variable('params', 'bias'):
     bias = module.scope.get_variable('params', 'bias')
     out = out + per_channel(bias, out)
   return out
+
+
+def _normalized(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+  """What a BatchNorm reads."""
+  return args[0] if args else kwargs['x']

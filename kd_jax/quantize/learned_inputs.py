@@ -7,6 +7,7 @@ Owns the interceptor and its parameters, which live among the layers' own in
 decay that PACT asks for. The maps themselves are in `learned`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from kd_jax.quantize.specs import QuantSpec
 from kd_jax.types import Batch, StudentFn, Variables
 
 SUFFIXES = {'lsq': '_step', 'pact': '_alpha'}
+_LEARNED = re.compile(r'input\d+_(step|alpha)')
 
 
 def learned_activations(
@@ -211,8 +213,10 @@ def learned_ranges(
   """
   flat = traverse_util.flatten_dict(params, sep='/')
   stats: dict[str, ArrayLike] = {}
-  for name in [n for n in flat if n.endswith(tuple(SUFFIXES.values()))]:
-    layer, entry = name.rsplit('/', 1)
+  for name in list(flat):
+    layer, _, entry = name.rpartition('/')
+    if not _LEARNED.fullmatch(entry):
+      continue
     spec = rules_lib.first(rules, layer)
     if spec is None or layer.split('/')[0] == learned.STEPS:
       continue
@@ -221,7 +225,7 @@ def learned_ranges(
       raise ValueError(f'{name}: only a range per tensor can be observed.')
     if entry.endswith(SUFFIXES['lsq']):
       value = value * learned.codes_from_zero(spec)[1]
-    path = f'{layer}/{entry.rsplit("_", 1)[0]}'
+    path = name.rpartition('_')[0]
     stats[f'{path}/low'] = -value if spec.symmetric else jnp.zeros_like(value)
     stats[f'{path}/high'] = value
     stats[f'{path}/count'] = jnp.ones_like(value)

@@ -55,7 +55,8 @@ def record(name: str, measure: Callable[..., jax.Array | None]) -> Interceptor:
     output = next_fun(*args, **kwargs)
     if is_layer(context):
       module = context.module
-      value = measure(module, '/'.join(module.path), args[0], output)
+      x = args[0] if args else kwargs['inputs']
+      value = measure(module, '/'.join(module.path), x, output)
       if value is not None:
         module.put_variable(COLLECTION, name, value)
     return output

@@ -20,7 +20,7 @@ from kd_jax.quantize.calibration import frozen
 from kd_jax.quantize.fake_quant import fake_quant_params, weight_scale
 from kd_jax.quantize.layer_rounding import Problem, Rounding, round_layer
 from kd_jax.quantize.observers import Observer
-from kd_jax.quantize.specs import QuantSpec
+from kd_jax.quantize.specs import QuantSpec, per_group
 from kd_jax.types import Batch, Variables
 
 
@@ -174,8 +174,9 @@ def _problem(
   y: jax.Array | None,
 ) -> Problem:
   """The arrays of a layer, on the grid that its kernel has now."""
-  scale, _ = weight_scale(params['kernel'], spec)
-  return Problem(params, jnp.broadcast_to(scale, params['kernel'].shape), x, y)
+  kernel = params['kernel']
+  scale = per_group(weight_scale(kernel, spec)[0], kernel)
+  return Problem(params, jnp.broadcast_to(scale, kernel.shape), x, y)
 
 
 def _layers(

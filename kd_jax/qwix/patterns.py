@@ -30,7 +30,8 @@ def module_of(pattern: str, spec: QuantSpec | None) -> str | None:
       return pattern
     if spec is None and pattern.endswith('/.*'):
       return f'{pattern.removesuffix("/.*")}(/.*)?'
-    if spec is None and re.fullmatch(r'.*\b\w+', pattern):
+    name = re.fullmatch(r'.*\b(\w+)', pattern)
+    if spec is None and name and not 'kernel'.endswith(name[1]):
       return None
   raise ValueError(
     f'Qwix quantizes the kernels of modules: weight rule {pattern!r} has to '
