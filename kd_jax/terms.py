@@ -246,13 +246,12 @@ def make_value(value: Any, total_steps: int) -> Any:
   """A number as it is; a mapping as a schedule over shares of the run.
 
   Args:
-    value: anything, or a mapping with `end` and `until` and perhaps `start`,
-      `begin` and `shape`, see `objectives.schedule`; `begin` and `until` are
-      shares of the run.
+    value: anything, or a mapping: the words of `objectives.schedule`, where
+      `begin` and `until` are shares of the run.
     total_steps: length of the run.
 
   Raises:
-    ValueError: for a mapping that is no schedule.
+    ValueError: for a mapping that is no schedule or leaves the run.
 
   Example:
     >>> warm = make_value({'end': 2.0, 'until': 0.1}, total_steps=100)
@@ -261,9 +260,10 @@ def make_value(value: Any, total_steps: int) -> Any:
   """
   if not isinstance(value, Mapping):
     return value
-  at = {
-    k: round(value[k] * total_steps) for k in ('begin', 'until') if k in value
-  }
+  at = {k: value[k] for k in ('begin', 'until') if k in value}
+  if not all(isinstance(v, int | float) and 0 <= v <= 1 for v in at.values()):
+    raise ValueError(f'{at} are no shares of the run, in [0, 1].')
+  at = {k: round(share * total_steps) for k, share in at.items()}
   try:
     return objectives.schedule(**{**value, **at})
   except TypeError as e:

@@ -176,11 +176,23 @@ def test_a_student_with_the_head_of_its_teacher_is_searched(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('budget', 'cost', 'fitting'),
-  [('9 KFLOP', 'flops', {'int8-50'}), ('9999 ms', 'ms', {'int8-0', 'int8-50'})],
+  ('budget', 'cost', 'fitting', 'multiple_of', 'gone'),
+  [
+    ('9 KFLOP', 'flops', {'int8-50'}, 1, 7 / 14),
+    # Of 8 and 6 channels 4 each stay, not 7 in all.
+    ('9999 ms', 'ms', {'int8-0', 'int8-50'}, 4, 6 / 14),
+  ],
 )
 def test_a_budget_in_operations_or_milliseconds(
-  trained, tmp_path, capsys, monkeypatch, budget, cost, fitting
+  trained,
+  tmp_path,
+  capsys,
+  monkeypatch,
+  budget,
+  cost,
+  fitting,
+  multiple_of,
+  gone,
 ):
   timed, latencies = [], measure.latencies
 
@@ -192,11 +204,13 @@ def test_a_budget_in_operations_or_milliseconds(
   words = [
     "--recipe.search.weights=('int8', 'mixed')",
     '--recipe.search.latency_batch=3',
+    f'--recipe.search.multiple_of={multiple_of}',
   ]
   assert cli.main(_words(trained, tmp_path, *words, budget=budget)) == 0
   assert set(timed) == {3}
   result = _result(tmp_path)
   rows = {row['name']: row for row in result['candidates']}
+  assert rows['int8-50']['neurons'] == pytest.approx(gone)
   # To mix bits is a choice under a budget of bytes alone.
   assert set(rows) == {'int8-0', 'int8-50'}
   assert {n for n, row in rows.items() if row['within']} == fitting

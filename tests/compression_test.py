@@ -284,6 +284,10 @@ def test_learned_ranges_are_signed_where_inputs_are():
     ({'prune__score': 'taylr'}, "prune.score 'taylr'.*taylor"),
     ({'prune__method': 'slowly'}, "prune.method 'slowly'"),
     ({'prune__structure': '2-4'}, "prune.structure '2-4'.*2:4"),
+    (
+      {'prune__structure': '2:4', 'prune__sparsity': 0.8},
+      "structure='2:4' prunes a share of 0.5: prune.sparsity=0.8 is more",
+    ),
     ({'prune__schedule': 'cubik'}, "prune.schedule 'cubik'.*cubic"),
     (
       {'prune__begin': '3 weeks'},

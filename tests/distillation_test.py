@@ -26,7 +26,14 @@ from kd_jax import (
   step,
   tasks,
 )
-from kd_jax.recipe import assess, compare, protocol, schemes, stages
+from kd_jax.recipe import (
+  assess,
+  compare,
+  evaluation,
+  protocol,
+  schemes,
+  stages,
+)
 from kd_jax.recipe.run import Run
 from kd_jax.report import comparison
 from kd_jax.storage import weights
@@ -400,6 +407,12 @@ def test_a_teacher_of_lower_precision_says_nearly_the_same(
   assert np.abs(got - want).max() < 0.1 * np.abs(want).max()
   dtypes = {x.dtype.name for x in jax.tree.leaves(teacher.variables)}
   assert precision in dtypes
+  # The products of integers that are counted are those of the float network.
+  macs = [
+    evaluation.multiply_accumulates(run, network)
+    for network in (run.teacher(simulate=True), exact)
+  ]
+  assert macs[0] == macs[1]
   assert all(_changed(run).values())
 
 
@@ -646,6 +659,9 @@ def test_comparison_has_every_method_and_seed(compared):
     if row['name'] != 'teacher':
       assert row['relative_step'] > 0 and row['parameters'] > 0
   text = (path / 'comparison.md').read_text()
+  assert 'that of 1, 0.1 which is best on the validation split' in text
+  one = comparison.notes({**found, 'scales': [1.0]})
+  assert not any('validation split' in note for note in one)
   assert '| KD |' in text and 'attention_transfer' in text
   assert (path / 'comparison.png').stat().st_size > 5000
   # The scales were searched with the first seed only.
@@ -733,6 +749,20 @@ def test_weights_of_ones_own_are_scaled_too(tmp_path, data_dir):
   run = compare.open_run(config, tmp_path, 0)
   terms = compare.with_method(run, 'kd', 0.1).config.distill.terms
   assert terms[label].weight == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'kdd': {}}, "Unknown entry of method_options 'kdd'"),
+    ({'kd': {'sp': {'weight': 7.0}}}, "term of method_options.kd: 'sp'"),
+  ],
+)
+def test_options_of_no_method_are_refused(tmp_path, options, message):
+  config = _tiny('compare_digits')
+  config.method_options = options
+  with pytest.raises(ValueError, match=message):
+    compare.compare(config, tmp_path)
 
 
 def test_labels_alone_are_cross_entropy():

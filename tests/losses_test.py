@@ -418,6 +418,16 @@ def _named(inputs):
   return {f'{side}_logits': inputs[side] for side in ('student', 'teacher')}
 
 
+@pytest.mark.parametrize(
+  'loss, share',
+  [(losses.jensen_shannon, 'beta'), (losses.skew_kl_divergence, 'alpha')],
+)
+def test_the_share_of_a_mixture_has_no_schedule(loss, share):
+  logits = jnp.ones((2, 3))
+  with pytest.raises(ValueError, match=f'{share} is a number, not a schedule'):
+    jax.jit(lambda value: loss(logits, logits, **{share: value}))(0.5)
+
+
 def test_skewing_bounds_the_divergence():
   student = np.float32([[1e4, -1e4]])
   loss = losses.skew_kl_divergence(student, -student, alpha=0.1)

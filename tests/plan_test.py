@@ -3,8 +3,10 @@
 import json
 import pathlib
 import runpy
+import types
 
 import jax
+import ml_collections
 import pytest
 
 from kd_jax import cli, plan, sharding
@@ -262,6 +264,21 @@ def test_bounds_are_work_over_published_rates():
   assert program.fits(96 * 2**30, halves) and not program.fits(
     97 * 2**30, halves
   )
+
+
+def test_a_chip_of_devices_that_are_there_has_as_many_as_share_its_place():
+  def rate(*devices):
+    target = chips.Topology('here', devices, chips.CHIPS['H100'], ())
+    return program.bounds(target, 989e12, 0.0, 0.0)['compute']
+
+  gpus = [types.SimpleNamespace() for _ in range(8)]
+  cores = [types.SimpleNamespace(coords=(i // 2, 0, 0)) for i in range(8)]
+  assert rate(*gpus) == 1.0 and rate(*cores) == 2.0
+
+
+def test_a_configuration_that_is_none_is_refused():
+  with pytest.raises(ValueError, match="Nothing reads the field 'a'"):
+    plan.plan(ml_collections.ConfigDict({'a': 1}))
 
 
 @pytest.mark.parametrize(

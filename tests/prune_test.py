@@ -428,6 +428,14 @@ def test_straight_through_masks_the_forward_and_not_the_gradient():
   assert any((b & ~a).any() for a, b in itertools.pairwise(seen[3:]))
 
 
+def test_straight_through_refuses_scores_that_have_seen_nothing():
+  params_fn = prune.straight_through(
+    prune.constant(0.5), KERNELS, score=prune.taylor()
+  )
+  with pytest.raises(ValueError, match='its score is magnitude, lamp or'):
+    params_fn(make_tree(), 0)
+
+
 def test_straight_through_with_all_kinds_of_leaves_and_choices():
   params_fn = prune.straight_through(
     prune.constant(0.5),

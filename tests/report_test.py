@@ -16,7 +16,7 @@ from rich.console import Console
 from kd_jax import defaults
 from kd_jax import report as reports
 from kd_jax.recipe import assess, protocol
-from kd_jax.report import names, plots, table, units
+from kd_jax.report import looks, names, plots, table, units
 
 FIGURES = (
   reports.curves_figure,
@@ -472,6 +472,18 @@ def test_summary_is_honest_about_a_gain_within_the_noise(report):
   noise = 200 * ((0.975 * 0.025 + 0.9667 * 0.0333) / 360) ** 0.5
   assert f'{noise:.1f} points' in gain
   assert aims.startswith('2 of 3 aims met; the others: distillation gains')
+
+
+def test_bounds_are_written_as_they_were_given():
+  accuracy = looks.Look('accuracy', 'accuracy', True, True)
+  error = looks.Look('mse', 'MSE', False, False)
+  for look, bound, text in (
+    (accuracy, 0.98, '98.0 %'),
+    (accuracy, 0.9675, '96.75 %'),
+    (error, 0.6, '0.600'),
+    (error, 0.01234, '0.01234'),
+  ):
+    assert look.written(bound, look.digits(bound)) == text
 
 
 def test_summary_does_not_flatter(report):

@@ -10,7 +10,7 @@ import pytest
 from untrained_run import config_of, finish_distill
 
 from kd_jax import cli
-from kd_jax.recipe import artefact, load_artefact, shrunk
+from kd_jax.recipe import artefact, load_artefact, shrunk, stages
 from kd_jax.recipe.run import Run
 from kd_jax.storage import lock, workdir
 
@@ -57,11 +57,28 @@ def test_the_command_writes_a_smaller_student(directory, capsys):
   assert made.after.bytes == 4 * made.after.parameters
 
 
+def test_the_curve_shows_the_share_of_weights_that_are_zero(data_dir, tmp_path):
+  config = config_of(data_dir, (8, 6))
+  config.compress.teacher = 'student'
+  config.compress.prune.structure = 'neurons'
+  config.compress.train.epochs = 3
+  directory = finish_distill(config, tmp_path / 'run')
+  run = Run(config, workdir.Workdir(directory, config.to_dict()))
+  result = stages.compress(run)
+  sizes, nonzero = (
+    sum(row[key] for row in result['sparsity']) for key in ('size', 'nonzero')
+  )
+  share = 1 - nonzero / sizes
+  assert result['history'][-1]['sparsity'] == pytest.approx(share, abs=1e-6)
+  assert abs(share - config.compress.prune.sparsity) > 0.01
+
+
 BAD = {
   'stage': ('--stage=distil', "Unknown stage 'distil'"),
   'unfinished': ('--stage=alone', "Stage 'alone' is not finished"),
   'sparsity': ('--sparsity=1', 'a share in [0, 1), not 1.0'),
   'scope': ('--scope=all', "Unknown scope 'all'"),
+  'scope of weights': ('--scope=erk', 'scope erk needs units that are parts'),
   'keep': ('--keep=conv9', "'conv9' matches nothing"),
   'nothing': ('--keep=conv.*', 'Nothing can leave'),
 }

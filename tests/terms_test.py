@@ -674,3 +674,9 @@ def test_a_temperature_that_begins_at_zero_is_refused():
   with pytest.raises(ValueError, match='soft_targets: .* starts at 0.0'):
     terms.make_term('soft_targets', facts, temperature=rising)
   terms.make_term('soft_targets', facts, temperature={**rising, 'start': 1.0})
+
+
+@pytest.mark.parametrize('share', [{'until': 50}, {'until': '0.5'}])
+def test_a_schedule_is_in_shares_of_the_run(share):
+  with pytest.raises(ValueError, match='no shares of the run'):
+    terms.make_value({'end': 4.0, **share}, 100)

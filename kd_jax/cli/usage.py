@@ -99,7 +99,7 @@ shrink:
                           channels and heads, or residual_blocks
   --stage STAGE           the student of distill (default) or alone
   --scope SCOPE           global (default): one ranking of all units; layer:
-                          one in each group; erk: more of the larger groups
+                          one in each group
   --keep A,B              patterns of groups and parameters that stay
   --multiple_of N         rounds the channels that a group keeps up
   --overwrite             replaces a smaller student made before

@@ -157,7 +157,7 @@ def jensen_shannon(
     rounding.
 
   Raises:
-    ValueError: if the shapes differ or `beta` is outside [0, 1].
+    ValueError: if the shapes differ, or `beta` is a schedule or outside [0, 1].
 
   Example:
     The mixture of 1/5 (2/3, 1/3) and 4/5 (1/4, 3/4) is m = (1/3, 2/3):
@@ -171,6 +171,7 @@ def jensen_shannon(
     Agarwal et al., "On-Policy Distillation of Language Models: Learning from
     Self-Generated Mistakes", 2023, arXiv:2306.13649.
   """
+  _check_known('jensen_shannon: beta', beta)
   if not 0 <= beta <= 1:
     raise ValueError(f'jensen_shannon: beta must be in [0, 1], not {beta}.')
   log_student, log_teacher = _log_softmaxes(
@@ -210,7 +211,8 @@ def skew_kl_divergence(
     rounding.
 
   Raises:
-    ValueError: if the shapes differ or `alpha` is outside [0, 1).
+    ValueError: if the shapes differ, or `alpha` is a schedule or outside
+      [0, 1).
 
   Example:
     KL((2/3, 1/3) || (1/3, 2/3)) = log(2) / 3, the student being (1/4, 3/4):
@@ -224,6 +226,7 @@ def skew_kl_divergence(
     Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language
     Models", 2024, arXiv:2402.03898.
   """
+  _check_known('skew_kl_divergence: alpha', alpha)
   if not 0 <= alpha < 1:
     raise ValueError(
       f'skew_kl_divergence: alpha must be in [0, 1), not {alpha}.'
@@ -234,6 +237,11 @@ def skew_kl_divergence(
   if alpha == 0:
     return numerics.kl(log_teacher, log_student)
   return numerics.kl(log_teacher, _log_mixture(log_teacher, log_student, alpha))
+
+
+def _check_known(what: str, share: float) -> None:
+  if isinstance(share, jax.core.Tracer):
+    raise ValueError(f'{what} is a number, not a schedule.')
 
 
 def _log_mixture(log_p: jax.Array, log_q: jax.Array, share: float) -> jax.Array:

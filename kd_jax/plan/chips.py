@@ -153,7 +153,11 @@ class Topology(NamedTuple):
   @property
   def devices_per_chip(self) -> int:
     """JAX's devices on one chip."""
-    return max(1, len(self.devices) // (math.prod(self.shape) or 1))
+    # TPUs that are there say where their chip is; GPUs are a chip each.
+    places = {tuple(getattr(d, 'coords', None) or ()) for d in self.devices}
+    known = () not in places
+    chips = math.prod(self.shape) if self.shape else len(places) * known
+    return max(1, len(self.devices) // (chips or len(self.devices)))
 
   @property
   def links(self) -> int:

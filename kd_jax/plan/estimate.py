@@ -21,6 +21,7 @@ from kd_jax.plan.program import Program, compile_program, len_of, mesh_of
 from kd_jax.plan.rehearsal import Rehearsal
 from kd_jax.plan.steps import Step, rehearse
 from kd_jax.plan.timing import measure_step
+from kd_jax.recipe import fields
 from kd_jax.report import measure
 
 
@@ -130,6 +131,7 @@ def plan(
     raise ValueError(
       'Only devices that are here can be measured: leave out the topology.'
     )
+  fields.check(config)
   target = chips.topology(topology) if topology else chips.present()
   made = _Planner(config, target, stage, examples, say)
   step = made.step()

@@ -46,7 +46,7 @@ def straight_through(
 
   Raises:
     ValueError: for an unknown scope; when called, for a rule that matches
-      nothing and for shapes that the structure cannot divide.
+      nothing, shapes that the structure cannot divide and scores with memory.
 
   Example:
     >>> from kd_jax.prune.schedules import constant
@@ -67,7 +67,13 @@ def straight_through(
   def params_fn(params, step):
     fixed = jax.lax.stop_gradient(params)
     weights = masks_lib.choose_params(fixed, rules)
-    scores = score.value(score.init(weights), weights)
+    memory = score.init(weights)
+    if jax.tree.leaves(memory):
+      raise ValueError(
+        'straight_through makes masks of the weights alone: its score is '
+        'magnitude, lamp or random, none with a memory.'
+      )
+    scores = score.value(memory, weights)
     masks = structure(scores, jnp.float32(schedule(step)), scope)
     masked = masks_lib.apply_masks(fixed, masks)
     # p + (mask * p - p) is exactly mask * p, and its gradient that of p.

@@ -24,11 +24,11 @@ _PARAMS = 'params/'
 
 
 def _mean_of(values: jax.Array) -> jax.Array:
-  return values / _positive(jnp.mean(values))
+  return values / _positive(jnp.mean(jnp.abs(values)))
 
 
 def _max_of(values: jax.Array) -> jax.Array:
-  return values / _positive(jnp.max(values))
+  return values / _positive(jnp.max(jnp.abs(values)))
 
 
 def _positive(value: jax.Array) -> jax.Array:
@@ -252,7 +252,10 @@ def choose_units(
   if multiple_of < 1:
     raise ValueError(f'multiple_of={multiple_of} is not 1 or more.')
   scores = unit_scores(plan, scores, pool=pool, norm=norm)
-  masks = score_masks(scores, sparsity, scope=scope) if scores else {}
+  # No shapes: 'erk' reads those of parameters, and units have none.
+  masks = (
+    score_masks(scores, sparsity, scope=scope, shapes={}) if scores else {}
+  )
   ranks = {
     n: np.argsort(-np.asarray(s), kind='stable') for n, s in scores.items()
   }

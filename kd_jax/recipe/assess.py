@@ -23,6 +23,7 @@ from kd_jax.recipe.evaluation import Apply
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
 from kd_jax.report import measure, names
+from kd_jax.report.units import decimals
 from kd_jax.rules import leaf_names, named_leaves
 from kd_jax.storage import weights
 from kd_jax.types import Batch
@@ -131,7 +132,11 @@ def _models(
   numbers = scores(run, found, 'test')
   stages = {network.name: stage for stage, network in made.items()}
   # Windows of integers may be summed without a product to be counted.
-  counted = {**made, 'convert': simulated}
+  counted = {
+    **made,
+    'teacher': run.teacher(simulate=True),
+    'convert': simulated,
+  }
   macs = {
     stage: evaluation.multiply_accumulates(run, network)
     for stage, network in counted.items()
@@ -325,17 +330,18 @@ def aims(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   found = [
     _aim(
       f'teacher {look.title} at {"least" if look.higher else "most"} '
-      f'{look.written(c.teacher)}',
+      f'{look.written(c.teacher, look.digits(c.teacher))}',
       look.written(reached, 2),
       run.task.worth(reached) >= run.task.worth(c.teacher),
     ),
     _aim(
-      f'student has at most {c.parameter_share:.0%} of the parameters',
+      f'student has at most {_share(c.parameter_share)} of the parameters',
       f'{share:.1%}',
       share <= c.parameter_share,
     ),
     _aim(
-      f'integer student within {look.distance(c.drop)} of the teacher',
+      f'integer student within {look.distance(c.drop, look.digits(c.drop))} '
+      'of the teacher',
       f'{look.distance(drop, 2)} {worse}',
       drop <= c.drop,
     ),
@@ -347,17 +353,21 @@ def aims(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
       found += [
         _aim(
           f'{name} agrees with the integer model on at least '
-          f'{c.export_agreement:.1%}',
+          f'{_share(c.export_agreement)}',
           f'{agreement:.2%}',
           agreement >= c.export_agreement,
         ),
         _aim(
-          f'{name} at most {c.size_share:.0%} of the teacher in bytes',
+          f'{name} at most {_share(c.size_share)} of the teacher in bytes',
           f'{size:.2%}',
           size <= c.size_share,
         ),
       ]
   return found
+
+
+def _share(bound: float) -> str:
+  return f'{bound:.{decimals(100 * bound)}%}'
 
 
 def _aim(text: str, value: str, met: bool) -> dict[str, Any]:

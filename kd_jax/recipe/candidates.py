@@ -115,7 +115,9 @@ def price(
   measured = _sensitivities(run, model, uncompressed.variables, batches, {})
   sensitivity = [[row.path, row.option.bits, row.loss] for row in measured]
   for share in shares:
-    variables, overrides = _smaller(run, model, uncompressed.variables, share)
+    variables, overrides, gone = _smaller(
+      run, model, uncompressed.variables, share
+    )
     for weights in formats:
       name = f'{weights}-{round(100 * share)}'
       if weights == 'mixed':
@@ -128,9 +130,9 @@ def price(
       compression, converted = _quantized(
         run, rules, variables, batches, overrides
       )
-      made = Candidate(name, share, weights, overrides, compression, converted)
+      made = Candidate(name, gone, weights, overrides, compression, converted)
       candidates[name] = made
-      rows[name] = {'name': name, 'neurons': share, 'weights': weights}
+      rows[name] = {'name': name, 'neurons': gone, 'weights': weights}
       rows[name] |= cost(run, network(made, converted, simulate=True), name)
       rows[name]['untrained'] = quality(run, made, made.converted)
       rows[name] |= {'trained': None, 'chosen': False}
@@ -179,10 +181,13 @@ def _smaller(
   model: adapters.LinenModule,
   variables: Mapping[str, Any],
   share: float,
-) -> tuple[Any, dict[str, dict[str, int]]]:
-  """The network without a share of its units, and what runs it."""
+) -> tuple[Any, dict[str, dict[str, int]], float]:
+  """The network without a share of its units, what runs it, and the share.
+
+  The share that leaves is less where `multiple_of` rounds up what stays.
+  """
   if not share:
-    return variables, {}
+    return variables, {}, 0.0
   forward = adapters.from_linen(model)
   plan = _plan(run, model, variables)
   scores = prune.magnitudes(variables['params'])
@@ -190,7 +195,9 @@ def _smaller(
     plan, scores, share, multiple_of=run.config.search.multiple_of
   )
   prune.check_shrunk(plan, kept, forward, variables, run.example)
-  return prune.shrink(plan, variables, kept), plan.overrides(kept)
+  sizes = {group.name: group.size for group in plan.groups}
+  gone = 1 - sum(map(len, kept.values())) / sum(sizes[n] for n in kept)
+  return prune.shrink(plan, variables, kept), plan.overrides(kept), gone
 
 
 def _plan(

@@ -75,6 +75,10 @@ def _check(config: ml_collections.ConfigDict) -> None:
   fields.check(config)
   for name in config.methods:
     rules.choose('entry of methods', name, methods.METHODS)
+  for name, options in config.method_options.items():
+    method = rules.choose('entry of method_options', name, methods.METHODS)
+    for label in options:
+      rules.choose(f'term of method_options.{name}:', label, method.terms)
   if not config.scales:
     raise ValueError('scales=() leaves no factor: (1.0,) is the published one.')
   if len(config.scales) > 1 and not config.data.validation:
@@ -116,7 +120,8 @@ def _compare(
       test = functools.partial(_test_once, run, name, chosen[name], say)
       rows.setdefault(name, []).append(hosts.on_first(test))
   times = _times(config, path)
-  result = _assemble(open_run(config, path, 0), rows, times, chosen)
+  run = open_run(config, path, 0)
+  result = _assemble(run, rows, times, chosen, config.scales)
 
   def write():
     with mirror.written(path) as directory:
@@ -308,6 +313,7 @@ def _assemble(
   rows: Mapping[str, Sequence[Mapping[str, Any]]],
   times: Mapping[str, Mapping[str, float]],
   chosen: Mapping[str, float],
+  scales: Sequence[float],
 ) -> dict[str, Any]:
   c = run.config
   kd = times['kd']['median_ms']
@@ -338,6 +344,7 @@ def _assemble(
     'teacher': c.teacher.model.to_dict(),
     'student': c.student.model.to_dict(),
     'train': json.loads(json.dumps(c.distill.train.to_dict())),
+    'scales': list(scales),
     'seeds': len(next(iter(rows.values()))),
     'metrics': metrics.describe(measured),
     'rows': table,

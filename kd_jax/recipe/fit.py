@@ -163,9 +163,10 @@ def make_step(
 
   def augmented_step(state, batch, rng):
     state, metrics = step(state, run.preprocess(batch, train=True), rng)
-    pruning = prune.find_state(state.opt_state)
-    if pruning is not None:
-      metrics['sparsity'] = pruning.sparsity
+    masks = jax.tree.leaves(prune.masks_of(state.opt_state))
+    if masks:
+      kept = sum(jnp.sum(mask, dtype=jnp.float32) for mask in masks)
+      metrics['sparsity'] = 1 - kept / sum(mask.size for mask in masks)
     return state, metrics
 
   state = init_state(

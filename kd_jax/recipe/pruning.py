@@ -52,8 +52,8 @@ class Pruning:
     training: in which it is.
 
   Raises:
-    ValueError: for a word that a field does not know, or a begin after the end
-      or the last step.
+    ValueError: for a word that a field does not know, a begin after the end or
+      the last step, or more sparsity than N:M has.
   """
 
   def __init__(
@@ -71,6 +71,13 @@ class Pruning:
       rules_lib.choose(f'prune.{field}', recipe[field], known)
     if recipe.structure not in _NAMED:
       _by_numbers(recipe.structure)
+    if match := re.fullmatch(r'(\d+):(\d+)', recipe.structure):
+      most = 1 - int(match[1]) / int(match[2])
+      if recipe.sparsity > most:
+        raise ValueError(
+          f'prune.structure={recipe.structure!r} prunes a share of {most:g}: '
+          f'prune.sparsity={recipe.sparsity:g} is more.'
+        )
     late = self.begin >= training.steps
     waits = recipe.method in ('gradual', 'straight_through')
     if recipe.sparsity and waits and late:

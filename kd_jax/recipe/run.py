@@ -226,13 +226,17 @@ class Run:
     del model  # What runs without files makes them from it.
     return load_weights(self.workdir.weights(where, precision))
 
-  def teacher(self) -> Network:
-    """The trained teacher, or the ensemble of all teachers."""
+  def teacher(self, *, simulate: bool = False) -> Network:
+    """The trained teacher, or the ensemble of all teachers.
+
+    Args:
+      simulate: runs a teacher on integers in float32, as `integer`.
+    """
     c = self.config.teacher
-    members = {TEACHER: self._teacher('teacher', c.model.to_dict())}
+    members = {TEACHER: self._teacher('teacher', c.model.to_dict(), simulate)}
     for name, options in c.others.items():
       where = f'teacher/{name}'
-      members[name] = self._teacher(where, options.to_dict())
+      members[name] = self._teacher(where, options.to_dict(), simulate)
     if len(members) == 1:
       return members[TEACHER]
     make = functools.partial(ensemble, members, c.space, c.weights.to_dict())
@@ -240,7 +244,9 @@ class Run:
     taps = {n: m.taps for n, m in members.items()}
     return Network(TEACHER, make, networks.combine_variables(variables), taps)
 
-  def _teacher(self, where: str, options: Mapping[str, Any]) -> Network:
+  def _teacher(
+    self, where: str, options: Mapping[str, Any], simulate: bool
+  ) -> Network:
     c = self.config.teacher
     rules.choose('teacher.precision', c.precision, _PRECISIONS)
     integer = c.precision == 'int8'
@@ -250,8 +256,13 @@ class Run:
     variables = self.trained(where, model, 'int8' if integer else 'float32')
     if c.precision == 'bfloat16':
       variables = networks.cast_params(variables, 'bfloat16')
-    build = deploy.integer_forward if integer else adapters.from_linen
-    make = self.behind_teacher_input(functools.partial(build, model))
+    build: Callable[..., StudentFn]
+    build = functools.partial(adapters.from_linen, model)
+    if integer:
+      build = functools.partial(
+        deploy.integer_forward, model, simulate=simulate
+      )
+    make = self.behind_teacher_input(build)
     return Network(TEACHER, make, variables, model.taps)
 
   def teacher_input(self, forward: StudentFn) -> StudentFn:

@@ -18,7 +18,7 @@ from kd_jax.report import names, plots
 from kd_jax.report.looks import Look, looks_of, quality_of
 from kd_jax.storage import files
 
-FORMAT = 1
+FORMAT = 2
 NAMES = ('comparison.json', 'comparison.md', 'comparison.png')
 Comparison = Mapping[str, Any]
 _BASELINES = ('alone', 'kd')
@@ -97,11 +97,11 @@ def notes(comparison: Comparison) -> list[str]:
     f'Every student: {_words(comparison["student"])}; teacher: '
     f'{_words(comparison["teacher"])}; {train["epochs"]} epochs, batch '
     f'{train["batch_size"]}, {train["optimizer"]["name"]}, learning rate '
-    f'{train["learning_rate"]}, schedule {train["schedule"]}; the same start, '
-    'batches and crops for all methods of a seed.',
+    f'{train["learning_rate"]}, schedule {train["schedule"]}; the same '
+    'batches and crops for all methods of a seed, and the same start but for '
+    'a reused head.',
     'Weights of the terms on the teacher: the published ones times the factor '
-    'of the table below, chosen for each method on the validation split of '
-    'the first seed.',
+    f'of the table below{_chosen(comparison)}.',
     f'vs alone: {points}{look.title} more than the student trained without '
     'teacher, seed by seed.',
     'Agreement and KL(teacher || student) in nats compare with the teacher, at '
@@ -112,6 +112,16 @@ def notes(comparison: Comparison) -> list[str]:
     + ', '.join(f'{k} {v}' for k, v in comparison['versions'].items())
     + f'; {comparison["created"][:10]}.',
   ]
+
+
+def _chosen(comparison: Comparison) -> str:
+  if len(comparison['scales']) == 1:
+    return ''
+  scales = ', '.join(f'{scale:g}' for scale in comparison['scales'])
+  return (
+    f', for each method that of {scales} which is best on the validation '
+    'split of the first seed'
+  )
 
 
 def _words(options: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ that decides.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kd_jax.report.units import number, percent
+from kd_jax.report.units import decimals, number, percent
 
 
 class Look(NamedTuple):
@@ -44,6 +44,12 @@ class Look(NamedTuple):
     if value is None or self.percent:
       return percent(value, digits)
     return f'{value:.{digits + 2}f}'
+
+  def digits(self, bound: float) -> int:
+    """For `written` and `distance`, those that show a bound whole."""
+    if self.percent:
+      return decimals(100 * bound, 1)
+    return decimals(bound, 3) - 2
 
   def distance(self, value: float, digits: int = 1) -> str:
     """How far apart two values are, without a sign: in points, or a number."""

@@ -6,6 +6,7 @@ terminal never disagree. Knows nothing of reports.
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 DASH = '-'
@@ -36,6 +37,21 @@ def percent(value: Any, digits: int = 1) -> str:
   if value < 1 and float(text) == 100 and digits < 6:
     return percent(value, digits + 1)
   return f'{text} %'
+
+
+def decimals(value: float, least: int = 0) -> int:
+  """How many a number needs to be shown as it was given.
+
+  Args:
+    value: the number, of which six significant digits count.
+    least: as many at least.
+
+  Example:
+    >>> decimals(96.75), decimals(98.0), decimals(98.0, 1), decimals(1e-5)
+    (2, 0, 1, 5)
+  """
+  exponent = Decimal(f'{value:g}').as_tuple().exponent
+  return max(least, -int(exponent))
 
 
 def count(value: Any) -> str:
