@@ -165,8 +165,9 @@ def make_step(
     state, metrics = step(state, run.preprocess(batch, train=True), rng)
     masks = jax.tree.leaves(prune.masks_of(state.opt_state))
     if masks:
-      kept = sum(jnp.sum(mask, dtype=jnp.float32) for mask in masks)
-      metrics['sparsity'] = 1 - kept / sum(mask.size for mask in masks)
+      kept = [jnp.sum(mask, dtype=jnp.int32) for mask in masks]
+      total = sum(mask.size for mask in masks)
+      metrics['sparsity'] = 1 - sum(map(jnp.float32, kept)) / total
     return state, metrics
 
   state = init_state(
