@@ -269,7 +269,8 @@ def test_bounds_are_work_over_published_rates():
 def test_a_chip_of_devices_that_are_there_has_as_many_as_share_its_place():
   def rate(*devices):
     target = chips.Topology('here', devices, chips.CHIPS['H100'], ())
-    return program.bounds(target, 989e12, 0.0, 0.0)['compute']
+    work = {'flops': 989e12, 'hbm_bytes': 0.0, 'ici_bytes': 0.0}
+    return program.bounds(target, **work)['compute']
 
   gpus = [types.SimpleNamespace() for _ in range(8)]
   cores = [types.SimpleNamespace(coords=(i // 2, 0, 0)) for i in range(8)]

@@ -171,9 +171,7 @@ def jensen_shannon(
     Agarwal et al., "On-Policy Distillation of Language Models: Learning from
     Self-Generated Mistakes", 2023, arXiv:2306.13649.
   """
-  _check_known('jensen_shannon: beta', beta)
-  if not 0 <= beta <= 1:
-    raise ValueError(f'jensen_shannon: beta must be in [0, 1], not {beta}.')
+  _check_share('jensen_shannon: beta', beta, ']')
   log_student, log_teacher = _log_softmaxes(
     student_logits, teacher_logits, temperature
   )
@@ -226,11 +224,7 @@ def skew_kl_divergence(
     Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language
     Models", 2024, arXiv:2402.03898.
   """
-  _check_known('skew_kl_divergence: alpha', alpha)
-  if not 0 <= alpha < 1:
-    raise ValueError(
-      f'skew_kl_divergence: alpha must be in [0, 1), not {alpha}.'
-    )
+  _check_share('skew_kl_divergence: alpha', alpha, ')')
   log_student, log_teacher = _log_softmaxes(
     student_logits, teacher_logits, temperature
   )
@@ -239,9 +233,13 @@ def skew_kl_divergence(
   return numerics.kl(log_teacher, _log_mixture(log_teacher, log_student, alpha))
 
 
-def _check_known(what: str, share: float) -> None:
-  if isinstance(share, jax.core.Tracer):
-    raise ValueError(f'{what} is a number, not a schedule.')
+def _check_share(what: str, share: float, end: str) -> None:
+  try:
+    inside = 0 <= share <= 1 and (share < 1 or end == ']')
+  except jax.errors.TracerBoolConversionError:
+    raise ValueError(f'{what} is a number, not a schedule.') from None
+  if not inside:
+    raise ValueError(f'{what} must be in [0, 1{end}, not {share}.')
 
 
 def _log_mixture(log_p: jax.Array, log_q: jax.Array, share: float) -> jax.Array:
