@@ -267,14 +267,14 @@ def test_bounds_are_work_over_published_rates():
 
 
 def test_a_chip_of_devices_that_are_there_has_as_many_as_share_its_place():
-  def rate(*devices):
+  def seconds(*devices):
     target = chips.Topology('here', devices, chips.CHIPS['H100'], ())
     work = {'flops': 989e12, 'hbm_bytes': 0.0, 'ici_bytes': 0.0}
-    return program.bounds(target, **work)['compute']
+    return program.bounds(target, **work, dtype='bfloat16')['compute']
 
   gpus = [types.SimpleNamespace() for _ in range(8)]
   cores = [types.SimpleNamespace(coords=(i // 2, 0, 0)) for i in range(8)]
-  assert rate(*gpus) == 1.0 and rate(*cores) == 2.0
+  assert seconds(*gpus) == 1.0 and seconds(*cores) == 2.0
 
 
 def test_a_configuration_that_is_none_is_refused():
