@@ -268,6 +268,47 @@ def test_nnx_keeps_its_state_in_the_variables():
   )
 
 
+class _Sower(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Dense(3)(x)
+    self.sow('losses', 'size', jnp.sum(x))
+    return nn.BatchNorm(use_running_average=not train)(x)
+
+
+class _NnxSower(nnx.Module):
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(1, 3, rngs=rngs)
+    self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.dense(x)
+    self.sow(nnx.Intermediate, 'hidden', x)
+    return self.norm(x)
+
+
+@pytest.mark.parametrize('kind', ['linen', 'nnx'])
+def test_what_a_module_sows_does_not_grow(kind):
+  if kind == 'linen':
+    module = _Sower()
+    forward = adapters.from_linen(module)
+    variables = adapters.init_linen(module, jax.random.key(0), BATCH)
+  else:
+    forward, variables = adapters.from_nnx(_NnxSower(nnx.Rngs(0)))
+  states = [variables]
+  for _ in range(3):
+    out = forward(states[-1], BATCH, train=True)
+    states.append({'params': variables['params'], **out.model_state})
+  before, *after = (jax.tree.structure(state) for state in states)
+  assert after[0] == after[1] == after[2] == before
+
+
+def test_a_tap_may_be_one_name():
+  model, variables = _cnn()
+  out = adapters.from_linen(model, taps='pool')(variables, BATCH)
+  assert list(out.features) == ['pool']
+
+
 def test_nnx_evaluation_is_the_modules_own_and_changes_nothing():
   model = _NnxNet(nnx.Rngs(0))
   forward, variables = adapters.from_nnx(model)

@@ -123,6 +123,19 @@ def test_a_recipe_trains_in_one_step_and_becomes_integers(name):
     assert np.abs(plain - want).max() > 1e-4 * scale
 
 
+@pytest.mark.parametrize('name', ['float', 'weights alone'])
+def test_integers_compute_in_float32_whatever_a_model_trains_in(name):
+  model, variables, batch = trained('cnn')
+  network = Uncompressed(model.clone(dtype='bfloat16'), variables, batch)
+  recipe = _recipe(**VARIANTS[name])
+  made = Compression(recipe, network, Training(STEPS, EPOCH))
+  converted = made.convert(variables)
+  forward = made.integer_forward(converted.overrides)
+  traced = jax.make_jaxpr(lambda v: forward(v, batch).output)
+  assert 'bf16' not in str(traced(converted.variables))
+  assert 'bf16' in str(jax.make_jaxpr(made.make())(variables, batch))
+
+
 def test_neurons_are_masked_in_training_and_removed_at_the_end():
   made, batch = _compression(prune__structure='neurons')
   units = sum(group.size for group in made.pruning.plan.groups)

@@ -82,7 +82,9 @@ class Cloud:
     if code == 'gone':
       self.state = 'PREEMPTED'
       return 255, ''
-    return (1, '') if code is None else (0, f'{code}\n')
+    if code == 'broken':
+      return 255, ''
+    return 0, 'none\n' if code is None else f'{code}\n'
 
 
 def _plan(keep=False, files=(), source='kd_jax==0.1.0', **options):
@@ -181,6 +183,11 @@ def test_a_broken_connection_is_made_again():
   run, _ = _launch(cloud)
   assert run() == 0
   assert sum(c.startswith('tail') for c in cloud.seen) == 3
+  cloud = Cloud([('broken', 'running', 'broken', 'broken', 0)])
+  run, said = _launch(cloud)
+  assert run() == 0
+  assert said.count('n does not answer.') == 3
+  assert sum('nohup' in c for c in cloud.seen) == 1
   run, _ = _launch(Cloud([(None,)]))
   with pytest.raises(launch.LaunchError, match='without an exit code'):
     run()

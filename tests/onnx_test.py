@@ -326,6 +326,11 @@ PLAIN = {
   ),
   'split': lambda x: jnp.concatenate(jnp.split(x, (2, 5), 2)[::-1], 2),
   'split_channels': lambda x: _halves(nn.max_pool(x, (2, 2))),
+  'slices': lambda x: jax.lax.slice_in_dim(x[:, 1:], 0, 5, 2, axis=2),
+  'windows': lambda x: x[:, 1:, :-2, :2] * x[:, -1:, 2:, 1:],
+  'joined_constants': lambda x: jnp.concatenate(
+    [jnp.full((x.shape[0], 1), 2.0), jnp.full((x.shape[0], 2), 3.0)], 1
+  ),
   'gelu': lambda x: nn.gelu(x, approximate=False) + nn.gelu(x),
   'choices': lambda x: jnp.where(x > 0.1, jnp.clip(x, -0.5, 0.5) ** 3, -x),
   'roots': lambda x: jax.lax.rsqrt(jnp.square(x) + 1) / jnp.sqrt(2 + x * x),
@@ -367,6 +372,14 @@ def test_other_functions_that_cannot_be_exported_say_why(tmp_path):
       IMAGE,
       path,
     )
+  with pytest.raises(ValueError, match='int64 is int32 in JAX'):
+    onnx_lib.export_onnx(jnp.sum, jax.ShapeDtypeStruct((1, 5), 'int64'), path)
+  with pytest.raises(
+    ValueError, match="bfloat16: make the model with dtype='f"
+  ):
+    onnx_lib.export_onnx(lambda x: x.astype(jnp.bfloat16) * 2, IMAGE, path)
+  with pytest.raises(ValueError, match='gather .*has no ONNX form'):
+    onnx_lib.export_onnx(lambda x: x[1:], IMAGE, path)
   with pytest.raises(ValueError, match='split with sizes that depend'):
     onnx_lib.export_onnx(lambda x: jnp.split(x, (1,))[0], IMAGE, path)
   with pytest.raises(ValueError, match="'dim_as_value'"):

@@ -19,6 +19,7 @@ if os.environ.get('KD_JAX_REQUIRE_PARITY'):
 else:
   torch = pytest.importorskip('torch')
 
+import safetensors.flax
 import safetensors.torch
 from torch import nn
 
@@ -588,6 +589,19 @@ def test_a_twin_with_the_same_weights_has_the_same_outputs(name, tmp_path):
   assert _difference(ours, theirs) < 1e-4
   init = jax.eval_shape(model.init, jax.random.key(0), images)
   assert jax.tree.structure(init) == jax.tree.structure(variables)
+
+
+def test_bottlenecks_of_repdistiller_have_names_of_their_own(tmp_path):
+  _, model, variables, images = _pair('resnet50_cifar', tmp_path)
+  (path,) = tmp_path.glob('*.safetensors')
+  theirs = {
+    name.replace('downsample', 'shortcut').replace('fc.', 'linear.'): array
+    for name, array in safetensors.flax.load_file(path).items()
+  }
+  assert {'linear.bias', 'layer1.0.shortcut.1.weight'} <= set(theirs)
+  safetensors.flax.save_file(theirs, path)
+  again = models.load_pretrained(path, model, input_shape=images.shape[1:])
+  jax.tree.map(np.testing.assert_array_equal, again, variables)
 
 
 def test_scores_and_both_heads_are_those_of_the_twin(tmp_path):

@@ -144,6 +144,8 @@ def test_dynamic_ranges_and_weights_alone(name):
   dynamic = run(activation_rules=[('.*', spec)])
   weights = run(activation_rules=[])
   jax.tree.map(np.testing.assert_array_equal, dynamic, weights)
+  floats = run(activation_rules=[('.*', None)])
+  jax.tree.map(np.testing.assert_array_equal, floats, weights)
   layers = jax.tree_util.tree_leaves_with_path(dynamic['int8'])
   assert {path[-1].key for path, _ in layers} == {'kernel', 'kernel_scale'}
   assert _agreement(model, weights, test, want) >= 0.99

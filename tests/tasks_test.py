@@ -7,9 +7,19 @@ import types
 import numpy as np
 import pytest
 from flax import linen as nn
+from untrained_run import finish_distill
 
-from kd_jax import data, defaults, metrics, models, objectives, tasks, terms
-from kd_jax.recipe import candidates, distillation, stages
+from kd_jax import (
+  data,
+  defaults,
+  metrics,
+  models,
+  objectives,
+  parity,
+  tasks,
+  terms,
+)
+from kd_jax.recipe import candidates, distillation, evaluation, search, stages
 from kd_jax.recipe.run import Run
 from kd_jax.report import measure, read_report, size_figure
 from kd_jax.report.looks import looks_of
@@ -131,6 +141,73 @@ def test_a_run_goes_on_with_the_same_examples_alone(tmp_path, monkeypatch):
     stages.run_stages(other, ['distill'], say=lambda line: None)
 
 
+def test_metrics_see_what_pre_processing_makes(tmp_path, monkeypatch):
+  run = opened(tmp_path, monkeypatch, configuration())
+
+  def read(batch):
+    return np.eye(VOCABULARY, dtype='f')[np.asarray(batch)]
+
+  assert evaluation.evaluate(run, read, 'test')['token_accuracy'] < 0.1
+
+  def preprocess(config, statistics):
+    # What is read is to be said again, but for the first half, which pads.
+    mask = np.repeat([0, 1], LENGTH // 2).astype(np.int32)
+    return lambda batch, *, train: {
+      'tokens': batch['tokens'],
+      'label': batch['tokens'],
+      'attention_mask': mask[None] + 0 * batch['tokens'],
+    }
+
+  task = TASK._replace(preprocess=preprocess)
+  monkeypatch.setitem(tasks.TASKS, 'counting', task)
+  run = Run(run.config, run.workdir)
+  assert evaluation.evaluate(run, read, 'test') == {'token_accuracy': 1.0}
+
+  def late(batch):
+    return read(np.where(np.arange(LENGTH) < LENGTH // 2, 0, batch))
+
+  assert evaluation.evaluate(run, late, 'test') == {'token_accuracy': 1.0}
+
+
+def test_a_search_measures_values_by_their_squares(tmp_path, monkeypatch):
+  def load(c, split):
+    draw = np.random.RandomState(OFFSETS[split])
+    x = draw.normal(size=(64, 3))
+    # As NumPy makes them, in 64 bits.
+    return data.ArrayData(
+      {'x': x, 'target': x @ np.ones((3, 1))},
+      id=np.arange(64) + 100 * OFFSETS[split],
+      reads='x',
+      num_classes=1,
+    )
+
+  task = tasks.Task(
+    'x',
+    load,
+    {'mse': metrics.mean_squared_error()},
+    labels,
+    agree=parity.within(0.1),
+  )
+  monkeypatch.setitem(tasks.TASKS, 'sums', task)
+  config = defaults.get_config(tiny=True)
+  config.data.update({'name': 'sums', 'task': 'sums'})
+  config.student.model = {'name': 'mlp', 'hidden': (4,), 'reads': 'x'}
+  config.compress.quantize.activations = (('.*', 'float'),)
+  trained = finish_distill(config, tmp_path / 'run')
+  recipe = defaults.search()
+  recipe.compress = config.compress
+  recipe.search.update({'budget': '3 KB', 'neurons': (0.0, 0.004, 0.5)})
+  run = search.open_run(recipe, str(trained), 'distill', str(tmp_path / 'w'))
+  network = search.uncompressed_network(run)
+  rows, _, sensitivity = candidates.price(
+    run, network, candidates.Budget('bytes', 3000)
+  )
+  loss = {(path, bits): value for path, bits, value in sensitivity}
+  for path in ('dense1/kernel', 'head/kernel'):
+    assert 0 < 10 * loss[path, 8] < loss[path, 4]
+  assert {'int8-0', 'int8-0.4', 'int8-50'} <= set(rows)
+
+
 def test_the_first_metric_decides_and_may_be_an_error():
   task = TASK._replace(
     metrics={'mse': metrics.mean_squared_error(), **TASK.metrics}
@@ -177,6 +254,8 @@ def test_arrays_that_do_not_fit_are_named():
     data.ArrayData({'tokens': np.zeros((3, 2))}, id, 'x', 4)
   with pytest.raises(ValueError, match="3 ids, but arrays of {'x': 2}"):
     data.ArrayData({'x': np.zeros((2, 2))}, id, 'x', 4)
+  with pytest.raises(ValueError, match='x are int32, but they go from 0 to'):
+    data.ArrayData({'x': np.array([0, 1, 2**40])}, id, 'x', 4)
 
 
 def test_an_error_is_drawn_with_a_name_at_every_point():

@@ -108,7 +108,7 @@ def from_linen(
     )
   return LinenForward(
     model=model,
-    taps=frozenset(taps),
+    taps=frozenset(names_of(taps)),
     interceptors=tuple(interceptors),
     axis_name=axis_name,
     reads=_reads(model) if reads is None else names_of(reads),
@@ -256,7 +256,7 @@ class LinenForward:
     if train and self.remat == _DOTS:
       policy = jax.checkpoint_policies.dots_saveable
       apply = jax.checkpoint(apply, policy=policy)
-    out = apply(dict(variables), inputs, rng)
+    out = apply(_unsown(variables), inputs, rng)
     if not mutable:
       return out, {}
     output, updated = out
@@ -291,6 +291,19 @@ def _features(intermediates: Mapping[str, Any]) -> dict[str, Any]:
   flat = traverse_util.flatten_dict(intermediates, sep='/')
   # linen keeps one output per call; a tap is the last one.
   return {k.removesuffix('/__call__'): v[-1] for k, v in flat.items()}
+
+
+def _unsown(variables: Variables) -> dict[str, Any]:
+  """Without what a module sowed into a collection of its own: that is of one
+  call, and would grow with each."""
+  kept = {}
+  for name, values in variables.items():
+    flat = traverse_util.flatten_dict(dict(values), keep_empty_nodes=True)
+    if any(isinstance(v, tuple) for v in flat.values()):
+      flat = {k: v for k, v in flat.items() if not isinstance(v, tuple)}
+      values = traverse_util.unflatten_dict(flat)
+    kept[name] = values
+  return kept
 
 
 def init_linen(

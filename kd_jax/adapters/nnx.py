@@ -7,7 +7,7 @@ training: its random streams stay its own.
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import nnx, traverse_util
 
 from kd_jax.adapters.plain import entries, untrained
 from kd_jax.types import Forward, Reads, StudentFn, Variables
@@ -61,8 +61,12 @@ def from_nnx(
     output = module(*entries(batch, reads))
     state = untrained(variables)
     if train and state:
+      # Not what the module sowed, which is of one call.
       _, _, rest = _split(module)
-      state = {'model_state': nnx.to_pure_dict(rest)}
+      kept = traverse_util.flatten_dict(state['model_state'])
+      flat = traverse_util.flatten_dict(nnx.to_pure_dict(rest))
+      flat = {k: v for k, v in flat.items() if k in kept}
+      state = {'model_state': traverse_util.unflatten_dict(flat)}
     return Forward(output, {}, state)
 
   return forward, variables

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f'kd-jax: {e} Run the same command to go on.', file=sys.stderr)
     return REQUEUE
   except (ValueError, OSError, ImportError, FloatingPointError) as e:
-    if '--debug' in words:
+    if {'--debug', '--debug=true', '--debug=True', '--debug=1'} & {*words}:
       raise
     sentence = ' '.join(str(e).split())
     print(f'kd-jax: {sentence}', file=sys.stderr)

@@ -86,12 +86,26 @@ class InMemory(Split, Protocol):
     """Which of the arrays networks read."""
 
 
+def _narrowed(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+  """An array of another dtype, which has to hold its integers."""
+  if array.dtype == dtype:
+    return array
+  narrow = array.astype(dtype)
+  if array.dtype.kind in 'iu' and np.any(narrow != array):
+    raise ValueError(
+      f'ArrayData: {name} are {np.dtype(dtype)}, but they go from '
+      f'{array.min()} to {array.max()}.'
+    )
+  return narrow
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArrayData:
   """Examples of one split of any kind, in memory.
 
   Attributes:
-    arrays: name -> `[N, ...]`, the entries of a batch.
+    arrays: name -> `[N, ...]`, the entries of a batch; those of 64 bits are
+      kept as 32, which JAX computes with.
     id: integers `[N]`, see `Split`; kept as int32.
     reads: which of the arrays networks read; the others are to be predicted.
     num_classes: size of a network's output.
@@ -99,7 +113,7 @@ class ArrayData:
 
   Raises:
     ValueError: if the arrays differ in length, `reads` names none of them, or
-      the ids are not integers, not unique or beyond int32.
+      the ids are not integers or not unique, or integers are beyond 32 bits.
 
   Example:
     >>> split = ArrayData(
@@ -130,14 +144,13 @@ class ArrayData:
     ids = np.asarray(self.id)
     if ids.dtype.kind not in 'iu' or len(np.unique(ids)) != len(ids):
       raise ValueError('ArrayData: ids are integers, another for each example.')
-    exact = ids.astype(np.int32)
-    if np.any(exact != ids):
-      raise ValueError(
-        f'ArrayData: ids are int32, but they go from {ids.min()} to '
-        f'{ids.max()}.'
-      )
     # What caches and devices hold, whatever NumPy made by itself.
-    object.__setattr__(self, 'id', exact)
+    object.__setattr__(self, 'id', _narrowed('ids', ids, np.int32))
+    arrays = {
+      name: _narrowed(name, array, jax.dtypes.canonicalize_dtype(array.dtype))
+      for name, array in self.arrays.items()
+    }
+    object.__setattr__(self, 'arrays', arrays)
 
   def __len__(self) -> int:
     return len(self.id)

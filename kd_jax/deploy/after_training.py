@@ -97,7 +97,7 @@ def calibrated(
     variables = quantize.equalize(make_forward(), variables, example)
   if smooth is not None:
     variables = quantize.smooth(make_forward, variables, batches, alpha=smooth)
-  if activation_rules:
+  if any(spec is not None for _, spec in activation_rules):
     stats = quantize.calibrate(
       make_forward, variables, batches, activation_rules, observer=observer
     )

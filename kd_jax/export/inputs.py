@@ -9,7 +9,7 @@ import jax
 
 
 def check_one_input(what: str, input: Any) -> None:
-  """Raises ValueError unless the input is a single array or its shape.
+  """Raises ValueError unless the input is one array, or its shape, as JAX has.
 
   Args:
     what: the function that asks; begins the message.
@@ -27,4 +27,10 @@ others, or join them to one array.
     raise ValueError(
       f'{what}: a file has one input, but {len(jax.tree.leaves(input))} are '
       'given; bind the others, or join them to one array.'
+    )
+  # Else the file is written, and asks for what JAX does not compute.
+  narrow = jax.dtypes.canonicalize_dtype(input.dtype)
+  if narrow != input.dtype:
+    raise ValueError(
+      f'{what}: an input of {input.dtype} is {narrow} in JAX: give that dtype.'
     )

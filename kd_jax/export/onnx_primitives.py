@@ -55,6 +55,7 @@ PRIMITIVES: dict[str, Callable[..., Value | list[Value]]] = {
   'reduce_sum': onnx_layers.reduce_sum,
   'reduce_window_max': onnx_layers.max_pool,
   'reduce_window_sum': onnx_layers.sum_pool,
+  'slice': onnx_views.cut,
   'split': onnx_views.split,
 }
 

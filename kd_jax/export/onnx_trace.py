@@ -73,6 +73,11 @@ def _equation(graph: Graph, eqn: Any, inputs: list[Value]) -> list[Value]:
     constants = _evaluate(eqn, inputs)
     if constants is not None:
       return constants
+  if any(v.aval.dtype == jax.numpy.bfloat16 for v in eqn.outvars):
+    raise ValueError(
+      'export_onnx: onnxruntime does not compute in bfloat16: make the model '
+      "with dtype='float32'."
+    )
   handler = PRIMITIVES.get(name)
   if handler is None:
     raise ValueError(

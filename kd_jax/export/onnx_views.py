@@ -91,11 +91,12 @@ def concatenate(graph: Graph, eqn: Any, *values: Value) -> Value:
     for v, atom in zip(values, eqn.invars, strict=True)
   ]
   # Constants come in the traced order; a computed part decides the layout.
-  perm = next(
+  computed = (
     part.perm
     for part, v in zip(parts, values, strict=True)
     if not isinstance(v, (Const, Codes))
   )
+  perm = next(computed, parts[0].perm)
   names = [graph.align(part, perm).name for part in parts]
   name = graph.node('Concat', *names, axis=perm.index(axis))
   return Tensor(name, tuple(eqn.outvars[0].aval.shape), perm)
@@ -110,17 +111,64 @@ def split(graph: Graph, eqn: Any, x: Value) -> list[Value]:
   parts: list[Value] = []
   start = 0
   for size in map(int, sizes):
-    where = (start, start + size, x.perm.index(axis))
-    limits = (graph.constant(np.array([v])) for v in where)
-    name = graph.node('Slice', x.name, *limits)
-    shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-    parts.append(dataclasses.replace(x, name=name, shape=shape))
+    parts.append(_cut(graph, x, axis, range(start, start + size)))
     start += size
   return parts
 
 
+def _cut(graph: Graph, x: Tensor, axis: int, kept: range) -> Tensor:
+  """The entries of an axis at regular places, in a tensor that is full."""
+  where = (kept.start, kept.stop, x.perm.index(axis), kept.step)
+  limits = (graph.constant(np.array([v])) for v in where)
+  name = graph.node('Slice', x.name, *limits)
+  shape = (*x.shape[:axis], len(kept), *x.shape[axis + 1 :])
+  return dataclasses.replace(x, name=name, shape=shape)
+
+
+def cut(graph: Graph, eqn: Any, x: Value) -> Value:
+  """The primitive slice: from a start to a limit on every axis."""
+  shape = tuple(eqn.invars[0].aval.shape)
+  starts, limits = eqn.params['start_indices'], eqn.params['limit_indices']
+  steps = eqn.params['strides'] or (1,) * len(shape)
+  x = graph.full(graph.tensor(x), shape)
+  for axis, (start, limit, step) in enumerate(
+    zip(starts, limits, steps, strict=True)
+  ):
+    if (start, limit, step) == (0, shape[axis], 1):
+      continue
+    if not all(isinstance(n, (int, np.integer)) for n in (start, limit, step)):
+      raise unsupported(eqn, 'limits that depend on the batch size')
+    x = _cut(graph, x, axis, range(start, limit, step))
+  return x
+
+
+def _window(eqn: Any, index: Value) -> list[tuple[int, range]] | None:
+  """The axes and the places that a gather of one slice takes, if it is one."""
+  numbers, sizes = eqn.params['dimension_numbers'], eqn.params['slice_sizes']
+  shape = tuple(eqn.invars[0].aval.shape)
+  axes, kept = numbers.start_index_map, tuple(range(len(shape)))
+  if not isinstance(index, Const) or index.array.shape != (len(axes),):
+    return None
+  if numbers.offset_dims != kept or not all(
+    isinstance(shape[i], int) if i in axes else sizes[i] == shape[i]
+    for i in kept
+  ):
+    return None
+  found = []
+  for axis, start in zip(axes, index.array.tolist(), strict=True):
+    if not 0 <= start <= shape[axis] - sizes[axis]:
+      return None
+    found.append((axis, range(start, start + sizes[axis])))
+  return found
+
+
 def gather(graph: Graph, eqn: Any, x: Value, index: Value) -> Value:
   """Entries along one axis; an index out of range is the runtime's error."""
+  if window := _window(eqn, index):
+    cropped = graph.full(graph.tensor(x), eqn.invars[0].aval.shape)
+    for axis, places_kept in window:
+      cropped = _cut(graph, cropped, axis, places_kept)
+    return cropped
   numbers = eqn.params['dimension_numbers']
   shape, places = (tuple(v.aval.shape) for v in eqn.invars)
   axes, rank = tuple(numbers.start_index_map), len(places) - 1

@@ -17,6 +17,7 @@ import kd_jax
 from kd_jax.launch import accelerators
 
 RUNNING = 'running'
+NONE = 'none'
 _TPUS = ('gcloud', 'compute', 'tpus')
 _LOG, _PID, _CODE = 'kd_jax.log', 'kd_jax.pid', 'kd_jax.code'
 _PYTHON = '3.12'
@@ -153,8 +154,13 @@ def follow(machine: Machine) -> Command:
 
 
 def code(machine: Machine) -> Command:
-  """Prints the exit code of the first worker's run, or 'running'."""
-  command = f'cat {_CODE} || (kill -0 $(cat {_PID}) && echo {RUNNING})'
+  """Prints the exit code of the first worker's run, 'running' or 'none'.
+
+  A worker that can be reached always answers.
+  """
+  command = (
+    f'cat {_CODE} || (kill -0 $(cat {_PID}) && echo {RUNNING}) || echo {NONE}'
+  )
   return on_workers(machine, 'exit code', command, worker='0')
 
 

@@ -122,12 +122,19 @@ class Launch:
         return int(found)
       if not self._ready():
         return REQUEUE
-      if found != gcloud.RUNNING:
+      if found == gcloud.NONE:
         raise LaunchError('The run ended without an exit code.')
       self.sleep(_PATIENCE)
 
   def _code(self) -> str:
-    return self._try(gcloud.code(self.machine))[1].strip()
+    """What the worker says of the run; '' if the machine is not there."""
+    while not (found := self._try(gcloud.code(self.machine))[1].strip()):
+      if not self._ready():
+        return ''
+      # A connection that fails says nothing of the run, which may go on.
+      self.say(f'{self.machine.name} does not answer.')
+      self.sleep(_PATIENCE)
+    return found
 
   def _make(self) -> bool:
     """Makes the machine; whether that went well, the second time or later."""

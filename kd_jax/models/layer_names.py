@@ -40,6 +40,15 @@ RESNET: Naming = (
   (r'head', 'fc'),
 )
 
+# RepDistiller's ResNet with bottlenecks, from another source than its others.
+RESNET_REPDISTILLER: Naming = (
+  *(
+    (pattern, name.replace('downsample', 'shortcut'))
+    for pattern, name, *_ in RESNET[:-1]
+  ),
+  (r'head', 'linear'),
+)
+
 # Each stage is a sequence of convolution, norm and ReLU.
 VGG_BLOCKS: Naming = (
   *(
@@ -197,7 +206,10 @@ def namings(model: nn.Module) -> dict[str, Naming]:
   families = {
     ImageNetResNet: {'torchvision': RESNET},
     CifarResNet: {'torchvision': RESNET},
-    CifarBottleneckResNet: {'torchvision': RESNET},
+    CifarBottleneckResNet: {
+      'torchvision': RESNET,
+      'RepDistiller': RESNET_REPDISTILLER,
+    },
     MobileNetV1: {'timm': MOBILENET_V1_TIMM},
     MobileNetV2: {
       'torchvision': MOBILENET_V2_TORCHVISION,

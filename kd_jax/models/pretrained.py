@@ -42,7 +42,8 @@ def load_pretrained(
   layers. Which naming a file has is told from its names:
 
   - `ImageNetResNet`, `CifarResNet`, `CifarBottleneckResNet`: torchvision's,
-    which timm and RepDistiller share;
+    which timm shares, and RepDistiller but for bottlenecks, whose own names
+    are known too;
   - `VGG`: RepDistiller's, or torchvision's `features` with one linear layer
     `classifier` (with `head=False`, torchvision's own files);
   - `MobileNetV2`, `ConvNeXt`: torchvision's or timm's;

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd_jax import adapters, deploy, prune, rules
+from kd_jax import adapters, deploy, prune, quantize, rules
 from kd_jax.quantize.stored import COLLECTION
 from kd_jax.recipe.words import SPECS
 from kd_jax.storage import mirror
@@ -99,7 +99,13 @@ def load_artefact(
   interceptors = [prune.resized(overrides) for overrides in about['overrides']]
   if COLLECTION not in variables:
     # Its recipe quantized nothing.
-    return deploy.evaluation(model, interceptors=interceptors)(), variables
+    ways = ('simulate', 'convolution')
+    forward = adapters.from_linen(
+      model,
+      interceptors=(*interceptors, quantize.skip_folded_batch_norms),
+      **{k: v for k, v in options.items() if k not in ways},
+    )
+    return forward, variables
   integers = deploy.integer_forward(
     model, interceptors=interceptors, dynamic=dynamic, **options
   )

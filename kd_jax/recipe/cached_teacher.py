@@ -140,7 +140,7 @@ def write(
   try:
     return data.write_cache(
       directory,
-      teacher.make(taps=_own_taps(form)),
+      teacher.make(taps=_own_taps(form, teacher)),
       teacher.variables,
       run.transfer,
       run.preprocess,
@@ -158,6 +158,8 @@ def write(
       bar.__exit__()
 
 
-def _own_taps(form: data.Form) -> tuple[str, ...]:
+def _own_taps(form: data.Form, teacher: Network) -> tuple[str, ...]:
   """The features to ask for: an ensemble gives its members' outputs anyway."""
-  return tuple(t for t in form.features if not t.endswith('/output'))
+  members = teacher.taps if isinstance(teacher.taps, Mapping) else ()
+  given = {f'{member}/output' for member in members}
+  return tuple(t for t in form.features if t not in given)

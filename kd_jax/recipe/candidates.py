@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from kd_jax import adapters, data, deploy, prune, quantize
+from kd_jax import adapters, data, deploy, losses, prune, quantize
 from kd_jax import rules as rules_lib
 from kd_jax.recipe import evaluation
 from kd_jax.recipe.compression import Compression, Converted
@@ -119,9 +119,9 @@ def price(
       run, model, uncompressed.variables, share
     )
     for weights in formats:
-      name = f'{weights}-{round(100 * share)}'
+      name = f'{weights}-{100 * share:g}'
       if weights == 'mixed':
-        whole = rows[f'int8-{round(100 * share)}']['bytes']
+        whole = rows[f'int8-{100 * share:g}']['bytes']
         rules = _mixed(run, model, variables, batches, budget, overrides, whole)
       else:
         rules = _uniform(run, weights)
@@ -164,7 +164,12 @@ def _sensitivities(
   interceptors = (prune.resized(overrides),)
   forward = deploy.evaluation(model, interceptors=interceptors)()
   return quantize.sensitivity(
-    forward, variables, batches, _kernels(run), options
+    forward,
+    variables,
+    batches,
+    _kernels(run),
+    options,
+    loss=None if run.task.classifies else losses.squared_error,
   )
 
 

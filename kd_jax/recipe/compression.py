@@ -187,6 +187,9 @@ class Compression:
       **options: others of `deploy.integer_forward`.
     """
     model, interceptors = self._network.model, self.interceptors(overrides)
+    if getattr(model, 'dtype', 'float32') != 'float32':
+      # Servers compute in float32 around the integers.
+      model = model.clone(dtype='float32')
     if not self.quantization.anything:
       return adapters.from_linen(
         model,

@@ -110,12 +110,11 @@ def evaluate(
   )
 
   def measure_batch(batch):
-    known = dict(batch)
-    raw = known.pop(run.task.reads)
+    raw = batch[run.task.reads]
     outputs = {'output': apply(raw)}
     if teacher is not None:
       outputs['teacher'] = teacher(raw)
-    return eval_step({'params': {}}, None, known | outputs)
+    return eval_step({'params': {}}, None, run.known(batch) | outputs)
 
   return metrics.evaluate(measure_batch, batches(run, split, mesh), measured)
 

@@ -142,6 +142,20 @@ class Run:
     return self.task.preprocess(self.config, self.statistics)
 
   @functools.cached_property
+  def known(self) -> Callable[[Batch], dict[str, Any]]:
+    """Of a raw batch all but the input, as pre-processing makes it, compiled.
+
+    Labels and masks, for metrics; also what pre-processing leaves out, such as
+    the mask of examples that pad a batch.
+    """
+
+    def known(batch):
+      made = {**batch, **self.preprocess(batch, train=False)}
+      return {k: v for k, v in made.items() if k != self.task.reads}
+
+    return jax.jit(known)
+
+  @functools.cached_property
   def example(self) -> Batch:
     """A pre-processed batch of one example, for shapes."""
     return self.preprocess(self.splits['train'].read([0]), train=False)

@@ -23,7 +23,7 @@ from kd_jax.recipe.run import Run
 from kd_jax.recipe.stages import export_files, student_of
 from kd_jax.sharding import hosts
 from kd_jax.storage import lock, mirror
-from kd_jax.storage.weights import load_weights
+from kd_jax.storage.weights import is_ours, load_weights
 from kd_jax.storage.workdir import Workdir
 
 _STAGES = dict.fromkeys(('distill', 'alone'))
@@ -112,12 +112,11 @@ def uncompressed_network(run: Run) -> Network:
   path = mirror.resolve(c.model)
   if path.is_dir():
     variables = load_weights(Workdir(path).weights(c.stage))
+  elif is_ours(path):
+    variables = load_weights(path)
   else:
-    try:
-      variables = load_weights(path)
-    except ValueError:
-      shape = run.example[run.task.reads].shape[1:]
-      variables = load_pretrained(path, model, input_shape=shape)
+    shape = run.example[run.task.reads].shape[1:]
+    variables = load_pretrained(path, model, input_shape=shape)
   return run.network('uncompressed', model, variables)
 
 
@@ -188,6 +187,7 @@ def _walk(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     ),
     'candidates': list(rows.values()),
     'sensitivity': sensitivity,
+    'sensitivity_of': 'KL' if run.task.classifies else 'squared error',
     **hosts.on_first(lambda: _publish(run, uncompressed, candidates[best])),
   }
   run.workdir.finish('search', result)

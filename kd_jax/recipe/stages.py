@@ -152,7 +152,10 @@ def _parities(
     compared = parity.compare(
       apply,
       reference,
-      evaluation.batches(run, 'test'),
+      (
+        {**batch, **run.known(batch)}
+        for batch in evaluation.batches(run, 'test')
+      ),
       agree=run.task.agree,
       reads=run.task.reads,
     )

@@ -204,7 +204,6 @@ def write(
     (path.removesuffix('/kernel'), f'{bits} bits', loss)
     for path, bits, loss in result['sensitivity']
   ]
-  sensitivity_figure(
-    rows, loss='KL from the uncompressed network (log scale)'
-  ).savefig(paths[NAMES[2]], dpi=150)
+  loss = f'{result["sensitivity_of"]} from the uncompressed network (log scale)'
+  sensitivity_figure(rows, loss=loss).savefig(paths[NAMES[2]], dpi=150)
   return paths

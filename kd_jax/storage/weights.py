@@ -78,12 +78,10 @@ def load_weights(path: Path) -> dict[str, Any]:
     >>> w.tolist(), w.dtype.name
     ([1, -2], 'int8')
   """
+  name, digest = _format_of(path)
+  if name not in (FORMAT, _UNSEALED):
+    raise ValueError(f'{path} holds {name!r}, not {FORMAT!r}.')
   try:
-    with safetensors.safe_open(path, framework='numpy') as file:
-      written = (file.metadata() or {}).get('format') or ''
-    name, _, digest = written.partition('/')
-    if name not in (FORMAT, _UNSEALED):
-      raise ValueError(f'{path} holds {name!r}, not {FORMAT!r}.')
     flat = safetensors.flax.load_file(path)
   except (OSError, safetensors.SafetensorError) as e:
     raise ValueError(f'{path} cannot be read as weights: {e}') from e
@@ -93,6 +91,34 @@ def load_weights(path: Path) -> dict[str, Any]:
       'SHA-256.'
     )
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def is_ours(path: Path) -> bool:
+  """Whether a file says that `save_weights` wrote it, damaged or not.
+
+  Raises:
+    ValueError: if it is no safetensors file.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   path = Path(directory, 'a.safetensors')
+    ...   safetensors.flax.save_file({'w': jax.numpy.ones(2)}, path)
+    ...   is_ours(path)
+    False
+  """
+  return _format_of(path)[0] in (FORMAT, _UNSEALED)
+
+
+def _format_of(path: Path) -> tuple[str, str]:
+  """A file's format and digest, empty where it says none."""
+  try:
+    with safetensors.safe_open(path, framework='numpy') as file:
+      written = (file.metadata() or {}).get('format') or ''
+  except (OSError, safetensors.SafetensorError) as e:
+    raise ValueError(f'{path} cannot be read as weights: {e}') from e
+  name, _, digest = written.partition('/')
+  return name, digest
 
 
 def _digest(flat: Mapping[str, jax.Array]) -> str:

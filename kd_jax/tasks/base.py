@@ -36,6 +36,8 @@ class Task(NamedTuple):
       checkpoints, the search and the aims go by it.
     compared: name -> metric that compares a network with the teacher.
     agree: when two forms of a network predict the same; see `parity.compare`.
+      Outputs are logits of classes if it is `parity.most_likely`: the search
+      then measures a change of them by KL, else by its square.
     labels: `() -> objective` of who learns without a teacher.
     statistics: `(config.data, train split) -> JSON values`, what
       pre-processing has to know of the data.
@@ -91,6 +93,11 @@ class Task(NamedTuple):
   def quality(self) -> str:
     """The name of the metric that decides."""
     return next(iter(self.metrics))
+
+  @property
+  def classifies(self) -> bool:
+    """Whether outputs are logits of classes."""
+    return self.agree is parity.most_likely
 
   def worth(self, value: float) -> float:
     """A value of that metric as a number of which more is better."""
