@@ -52,7 +52,7 @@ def make_fingerprint(
   Example:
     >>> from kd_jax.data import ArrayData
     >>> data = ArrayData(
-    ...   {'x': np.array([0.0, 10.0, 20.0])}, id=np.arange(3, dtype=np.int32),
+    ...   {'x': np.array([0, 10, 20], 'f')}, id=np.arange(3, dtype=np.int32),
     ...   reads='x', num_classes=1)
     >>> def made(weight, seed):
     ...   return make_fingerprint(
@@ -103,10 +103,10 @@ def digest(examples: Split) -> str:
   Example:
     >>> from kd_jax.data import ArrayData
     >>> data = ArrayData(
-    ...   {'x': np.array([0.0, 10.0, 20.0])}, id=np.arange(3, dtype=np.int32),
+    ...   {'x': np.array([0, 10, 20], 'f')}, id=np.arange(3, dtype=np.int32),
     ...   reads='x', num_classes=1)
     >>> digest(data)[:12]
-    '11c57b8b23ab'
+    'ebe3bd261b19'
   """
   return _digest(_values(examples))
 
