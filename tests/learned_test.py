@@ -233,6 +233,9 @@ def test_mistakes_with_steps_are_named():
     quantize.init_lsq_params(weights, affine)
   with pytest.raises(ValueError, match='init_lsq_params'):
     quantize.lsq_params(weights, RULES)
+  few = quantize.init_lsq_params(weights, [('conv/kernel', SIGNED)])
+  with pytest.raises(ValueError, match="'grouped/kernel' has no step"):
+    quantize.lsq_params(few, RULES)
   with pytest.raises(ValueError, match="weight rule 'convv/kernel'"):
     quantize.init_lsq_params(weights, [('convv/kernel', SIGNED)])
   rules = [('stack/kernel', QuantSpec(group_size=3))]

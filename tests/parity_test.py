@@ -64,6 +64,21 @@ def test_padding_is_ignored_whatever_its_outputs():
   assert result == (1.0, 0.5, 10 * math.log10(1 / 0.25), 1)
 
 
+def test_tokens_that_only_pad_are_ignored():
+  expected = np.eye(4)[None, [[0, 1, 2], [3, 0, 1]]].reshape(2, 3, 4)
+  found = expected.copy()
+  found[0, 2], found[1, 1] = 1e9, np.nan
+  found[1, 2] = [0.0, 0.9, 0.0, 0.0]
+  batch = {'attention_mask': np.array([[1, 1, 0], [1, 0, 1]])}
+  result = parity.compare(lambda b: found, lambda b: expected, [batch])
+  assert (result.agreement, result.examples) == (1.0, 2)
+  assert result.max_abs_error == pytest.approx(0.1)
+  assert result.sqnr_db == pytest.approx(10 * math.log10(4 / 0.01))
+  batch = {'attention_mask': np.ones((2, 4))}
+  with pytest.raises(ValueError, match='attention_mask'):
+    parity.compare(lambda b: found, lambda b: expected, [batch])
+
+
 def test_a_nan_disagrees_and_is_not_lost():
   # NaN in the first of two batches: max() of Python would drop it later.
   found = [[math.nan, 0.0], [1.0, 0.0]]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kd_jax.types import Batch, check_same_shape
+from kd_jax.types import ATTENTION_MASK, Batch, check_same_shape
 
 # `(found, expected)`, float64 `[B, ..., C]` -> bool `[B, ...]`
 Agree = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -89,8 +89,9 @@ def compare(
   Args:
     fn: `batch -> [B, ...]` outputs, such as logits `[B, C]`, any real dtype.
     reference: likewise, what `fn` should compute.
-    batches: each may hold `mask`, `[B]`, 0 for padding, which is ignored
-      whatever its outputs.
+    batches: each may hold `mask`, `[B]`, and of outputs `[B, L, V]`
+      `attention_mask`, `[B, L]`: 0 for padding, which is ignored whatever its
+      outputs.
     agree: when two predictions are the same; `within` is for outputs that are
       no classes.
     reads: the entry of a batch that both functions take; '' for all of it.
@@ -99,7 +100,7 @@ def compare(
     The numbers.
 
   Raises:
-    ValueError: if the outputs have no two axes, the mask is not `[B]`, or
+    ValueError: if the outputs have no two axes, a mask has another shape, or
       there is no example.
 
   Example:
@@ -120,11 +121,12 @@ def compare(
   signal = noise = 0.0
   for batch in batches:
     inputs = batch[reads] if reads else batch
-    found, expected = _outputs(fn(inputs), reference(inputs), batch)
+    found, expected, counts = _outputs(fn(inputs), reference(inputs), batch)
     examples += len(found)
     nan = np.isnan(found).any(-1) | np.isnan(expected).any(-1)
-    agreed += int(np.sum(agree(found, expected) & ~nan))
-    predictions += nan.size
+    agreed += int(np.sum(agree(found, expected) & ~nan & counts))
+    predictions += int(counts.sum())
+    found, expected = found[counts], expected[counts]
     with np.errstate(invalid='ignore'):
       difference = np.abs(found - expected)
     # Two infinities of one sign are equal, though their difference is NaN.
@@ -133,7 +135,7 @@ def compare(
     largest = np.maximum(largest, difference.max(initial=0.0))
     noise += float(np.square(difference).sum())
     signal += float(np.square(expected).sum())
-  if not examples:
+  if not predictions:
     raise ValueError('compare: there is no example to compare on.')
   return Parity(
     agreement=agreed / predictions,
@@ -172,8 +174,11 @@ examples, but 99.50% are required; largest error 0.7, SQNR 21.4 dB.
 
 def _outputs(
   found: Any, expected: Any, batch: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-  """Both outputs of the examples that are not padding, float64."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Both outputs of the examples that are not padding, float64.
+
+  And which of their predictions `[B, ...]` count: no token that only pads.
+  """
   found, expected = np.asarray(found), np.asarray(expected)
   check_same_shape('compare', fn=found, reference=expected)
   if found.ndim < 2:
@@ -186,7 +191,13 @@ def _outputs(
       f'compare: mask has shape {mask.shape} but outputs have {found.shape}.'
     )
   real = mask > 0
-  return found[real].astype(np.float64), expected[real].astype(np.float64)
+  counts = np.ones(found.shape[:-1], bool)
+  if ATTENTION_MASK in batch and counts.ndim > 1:
+    tokens = np.asarray(batch[ATTENTION_MASK])
+    check_same_shape('compare', attention_mask=tokens, predictions=counts)
+    counts = tokens != 0
+  found, expected = (x[real].astype(np.float64) for x in (found, expected))
+  return found, expected, counts[real]
 
 
 def decibels(signal: float, noise: float) -> float:

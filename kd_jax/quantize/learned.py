@@ -290,7 +290,8 @@ def lsq_params(
     differentiable to weights and steps.
 
   Raises:
-    ValueError: if there are no steps, or a rule matches nothing.
+    ValueError: if there are no steps, none for a parameter, or a rule matches
+      nothing.
 
   Example:
     >>> params = {'w': jnp.array([[4.0], [1.0]])}
@@ -310,6 +311,10 @@ def lsq_params(
   def one(name, w):
     if name not in chosen:
       return w
+    if f'{name}{_SUFFIX}' not in steps:
+      raise ValueError(
+        f'lsq_params: {name!r} has no step: init_lsq_params got other rules.'
+      )
     spec, step = chosen[name], steps[f'{name}{_SUFFIX}']
     factor = lsq_gradient_factor(w.size // step.size, spec.qmax)
     return lsq(w, per_group(step, w), spec.qmin, spec.qmax, factor)
