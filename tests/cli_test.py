@@ -314,3 +314,9 @@ def test_help_tells_which_place_of_a_launch_has_a_flag(capsys):
     if flag not in shared
   }
   assert {name: places.split(', ') for name, places in told} == known
+
+
+@pytest.mark.parametrize('flag', ['--debug', '--debug=true'])
+def test_debug_shows_where_an_error_comes_from(flag):
+  with pytest.raises(ValueError, match='no work directory of kd-jax run'):
+    cli.main(['evaluate', '--workdir=nowhere', flag])

@@ -1,5 +1,6 @@
 """`kd-jax compress`: the walk, the artefact, the messages."""
 
+import functools
 import json
 import re
 import runpy
@@ -11,7 +12,7 @@ import pytest
 from untrained_run import CONFIGS, config_of, finish_distill
 
 from kd_jax import cli
-from kd_jax.recipe import evaluation, load_artefact, search
+from kd_jax.recipe import artefact, evaluation, load_artefact, search
 from kd_jax.recipe.network import Network
 from kd_jax.recipe.run import Run
 from kd_jax.report import measure, tradeoff
@@ -160,6 +161,27 @@ def test_a_safetensors_file_is_the_model_that_the_recipe_names(
   want = load_weights(path)
   jax.tree.map(np.testing.assert_array_equal, found.variables, want)
   assert run.config.student.model.widths == (8, 6)
+  damaged = tmp_path / 'damaged.safetensors'
+  damaged.write_bytes(path.read_bytes()[:-1] + b'\x07')
+  run = search.open_run(recipe, str(damaged), 'distill', str(tmp_path / 'v'))
+  with pytest.raises(ValueError, match='is damaged'):
+    search.uncompressed_network(run)
+
+
+def test_an_artefact_in_float_takes_options_too(trained, tmp_path):
+  stored = workdir.Workdir(trained)
+  run = Run(ml_collections.ConfigDict(stored.config), stored)
+  network = run.student('distill')
+  about = {'overrides': [], 'activations': []}
+  artefact.save(tmp_path, network.variables, about, artefact.COMPRESSED)
+  load = functools.partial(load_artefact, tmp_path, run.model('student'))
+  forward, variables = load(taps=('relu1',), simulate=True)
+  out = forward(variables, run.example)
+  assert list(out.features) == ['relu1']
+  want = network.forward(network.variables, run.example).output
+  np.testing.assert_array_equal(out.output, want)
+  with pytest.raises(TypeError, match='tap'):
+    load(tap=('relu1',))
 
 
 def test_a_student_with_the_head_of_its_teacher_is_searched(data_dir, tmp_path):

@@ -256,6 +256,10 @@ def test_arrays_that_do_not_fit_are_named():
     data.ArrayData({'x': np.zeros((2, 2))}, id, 'x', 4)
   with pytest.raises(ValueError, match='x are int32, but they go from 0 to'):
     data.ArrayData({'x': np.array([0, 1, 2**40])}, id, 'x', 4)
+  kept = data.ArrayData({'x': np.ones((3, 2)), 'y': np.arange(3)}, id, 'x', 4)
+  dtypes = {name: x.dtype.name for name, x in kept.read([0]).items()}
+  assert dtypes == {'x': 'float32', 'y': 'int32', 'id': 'int32'}
+  assert kept.input.dtype == np.float32
 
 
 def test_an_error_is_drawn_with_a_name_at_every_point():
